@@ -1,0 +1,45 @@
+"""mpishard: every parallelism of LLM inference, in NumPy over MPI.
+
+The key to the names of arrays, everywhere in the package. An array's name ends in its dimensions:
+
+====  ==============================  ====  ===================================
+N     tokens of the step, packed      D     model width (residual stream)
+M     tokens whose logits are wanted  H     query heads
+S     positions of one sequence       G     key/value heads
+      in this step                    K     width of a head
+T     positions of one sequence       J     K / 2, the pairs of a head
+      in the cache                    F     feed-forward width
+C     candidates for the next token   V     vocabulary
+R     ranks of a group                1     an axis of length 1
+====  ==============================  ====  ===================================
+
+Upper case is the whole dimension, lower case this rank's shard of it, and two rules follow:
+
+1. A product that sums a lower-case letter away is a partial sum, and is called ``partial_…`` until
+   a collective completes it.
+2. Only a collective turns a lower-case letter into an upper-case one.
+
+In Python: `load`, and the `Model` that it returns, whose `generate` and `logits` do what the
+commands of the same names do.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Model", "Sampling", "UserError", "load"]
+
+# Imported when asked for: the command line sets the number of threads before NumPy is loaded.
+_HOMES = {
+    "Model": "mpishard.api",
+    "Sampling": "mpishard.engine.sampling",
+    "UserError": "mpishard.errors",
+    "load": "mpishard.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpishard' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Floor of arithmetic: NumPy alone, no MPI and no files."""

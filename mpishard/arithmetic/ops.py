@@ -1,0 +1,39 @@
+"""The element-wise arithmetic of a decoder layer: norm and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """`x` scaled to a root mean square of 1 along its last axis, times `weight`
+    (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    mean_square = np.square(x).sum(axis=-1, keepdims=True) / x.shape[-1]
+    return x / np.sqrt(mean_square + eps) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """``x * sigmoid(x)``."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, -0
+        gate = np.exp(-x)
+    gate += 1
+    return np.divide(x, gate, out=gate)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The tanh form of the Gaussian error linear unit."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x**3)))
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    """``max(x, 0)``."""
+    return np.maximum(x, 0)
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
+}

@@ -1,0 +1,82 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and the ways to stretch it beyond
+the length a model was trained on.
+
+The frequencies of a head of width K are K/2 angles per position, in float64. Pairs are
+``(i, i + K/2)``, as Hugging Face checkpoints have them. J stands for K/2 in array names.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def frequencies(width: int, theta: float) -> np.ndarray:
+    """The K/2 angles per position of the original embedding, fastest first."""
+    return theta ** (-np.arange(0, width, 2) / width)
+
+
+def dynamic_theta(theta: float, factor: float, length: int, trained: int, width: int) -> float:
+    """The base of the dynamic ("NTK-aware") embedding for a sequence of `length` positions: it
+    grows once the sequence is longer than the `trained` one."""
+    stretch = factor * max(length, trained) / trained - (factor - 1)
+    return theta * stretch ** (width / (width - 2))
+
+
+def llama3_frequencies(
+    angles_J: np.ndarray, factor: float, low: float, high: float, trained: int
+) -> np.ndarray:
+    """Llama 3.1's frequencies: those that turn more than `high` times within the `trained` length
+    are kept, those that turn less than `low` times divided by `factor`, the others blended."""
+    turns_J = trained * angles_J / (2 * math.pi)
+    kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
+    return kept_J * angles_J + (1 - kept_J) * angles_J / factor
+
+
+def yarn_frequencies(
+    angles_J: np.ndarray,
+    theta: float,
+    factor: float,
+    fast: float,
+    slow: float,
+    trained: int,
+    truncate: bool,
+) -> np.ndarray:
+    """YaRN's frequencies (Peng et al. 2023, arXiv 2309.00071): a ramp over the pairs, from kept
+    (more than `fast` turns within the `trained` length) to divided by `factor` (less than `slow`).
+    `truncate` widens the ramp to whole pairs."""
+    width = 2 * len(angles_J)
+
+    def pair_that_turns(times: float) -> float:
+        return width * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(fast), pair_that_turns(slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001  # a ramp of no length would divide by zero
+    divided_J = np.clip((np.arange(len(angles_J)) - low) / (high - low), 0, 1)
+    return divided_J * angles_J / factor + (1 - divided_J) * angles_J
+
+
+def yarn_attention_factor(factor: float, mscale: float | None, mscale_all: float | None) -> float:
+    """What YaRN multiplies cosines and sines with where the checkpoint does not say."""
+
+    def temperature(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
+
+    if mscale and mscale_all:
+        return temperature(mscale) / temperature(mscale_all)
+    return temperature(1.0)
+
+
+def rotate(x_NhK: np.ndarray, cos_N1J: np.ndarray, sin_N1J: np.ndarray) -> np.ndarray:
+    """`x_NhK` with each pair of each head turned by its position's angle."""
+    half = x_NhK.shape[-1] // 2
+    first_NhJ, second_NhJ = x_NhK[..., :half], x_NhK[..., half:]
+    turned_NhK = np.empty_like(x_NhK)
+    turned_NhK[..., :half] = first_NhJ * cos_N1J - second_NhJ * sin_N1J
+    turned_NhK[..., half:] = second_NhJ * cos_N1J + first_NhJ * sin_N1J
+    return turned_NhK

@@ -1,0 +1,1 @@
+"""Floor of description: configuration, layout and the table that cuts the weights."""

@@ -1,0 +1,569 @@
+"""A model's configuration, read from a Hugging Face ``config.json``.
+
+Both spellings in use are read: `rope_parameters`, as transformers 5 writes it, and the older
+`rope_theta` with `rope_scaling`. A field that is absent takes the default of transformers'
+configuration class for that family. A field that would change the mathematics and is not
+implemented is refused, and so is a field nobody here has heard of: a model computed almost as its
+authors meant it gives fluent, wrong answers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from mpishard.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary embedding; fields that a kind does not use keep their default.
+
+    `original_positions` is the length that the model was trained on: for "llama3" and "yarn" as
+    the file says, otherwise `max_position_embeddings`, beyond which "dynamic" begins to act.
+    """
+
+    kind: str = "default"  # "default", "linear", "dynamic", "llama3" or "yarn"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: by yarn's rule, from factor and the mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything about a decoder that its mathematics depends on."""
+
+    family: str  # "llama", "mistral", "qwen2" or "qwen3"
+    hidden: int  # D
+    layers: int
+    heads: int  # H
+    kv_heads: int  # G
+    head_dim: int  # K
+    ffn: int  # F
+    vocab: int  # V
+    norm_eps: float
+    activation: str  # "silu", "gelu_pytorch_tanh" or "relu"
+    tied: bool  # the output head is the embedding
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over each head of q and k
+    rope: Rope
+    windows: tuple[int | None, ...]  # of each layer: a query sees so many keys, itself included
+    max_positions: int  # positions usable with the rope's scaling
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_json(
+        cls, raw: dict[str, Any], generation: dict[str, Any] | None, source: str
+    ) -> ModelConfig:
+        """The configuration that `raw`, the content of the ``config.json`` called `source`,
+        describes; end-of-sequence ids are `generation`'s (``generation_config.json``) if it has
+        any.
+
+        Raises UserError, naming `source`, the field and its value, for a file that is
+        inconsistent or asks for anything that is not implemented.
+        """
+        if not isinstance(raw, dict):
+            raise UserError(f"{source} must hold a JSON object, not {_shown(raw)}")
+        fields = _Fields(raw, source)
+        family = _family(fields)
+        hidden = fields.integer("hidden_size")
+        layers = fields.integer("num_hidden_layers")
+        heads = fields.integer("num_attention_heads")
+        head_dim = _head_dim(fields, family, hidden, heads)
+        qkv_bias = _bias(fields, "attention_bias", family.qkv_bias)
+        rope, max_positions = _rope(fields, family, head_dim)
+        config = cls(
+            family=family.name,
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=_kv_heads(fields, family, heads),
+            head_dim=head_dim,
+            ffn=fields.integer("intermediate_size"),
+            vocab=fields.integer("vocab_size"),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            activation=_activation(fields),
+            tied=fields.flag("tie_word_embeddings", False),
+            qkv_bias=qkv_bias,
+            o_bias=qkv_bias and family.o_bias,
+            mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias),
+            qk_norm=family.qk_norm,
+            rope=rope,
+            windows=_windows(fields, family, layers),
+            max_positions=max_positions,
+            eos_ids=_eos_ids(fields, generation, family),
+            bos_id=_bos_id(fields, generation, family),
+            raw=raw,
+        )
+        fields.refuse_the_others(family.name)
+        return config
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What the families differ in, and the defaults of their configuration classes in
+    transformers 5. A bias of None is for the file to choose."""
+
+    name: str
+    qkv_bias: bool | None
+    o_bias: bool  # whether o has a bias where q, k and v have one
+    mlp_bias: bool | None
+    qk_norm: bool
+    sliding: str  # "never", "everywhere" or "by layer"
+    max_positions: int
+    kv_heads: int | None  # None: as many as query heads
+    head_dim: int | None  # None: hidden / heads
+    bos_id: int | None
+    eos_id: int | None
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family(
+        name="llama",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=None,
+        qk_norm=False,
+        sliding="never",
+        max_positions=2048,
+        kv_heads=None,
+        head_dim=None,
+        bos_id=1,
+        eos_id=2,
+    ),
+    "MistralForCausalLM": _Family(
+        name="mistral",
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding="everywhere",
+        max_positions=131072,
+        kv_heads=8,
+        head_dim=None,
+        bos_id=1,
+        eos_id=2,
+    ),
+    "Qwen2ForCausalLM": _Family(
+        name="qwen2",
+        qkv_bias=True,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding="by layer",
+        max_positions=32768,
+        kv_heads=32,
+        head_dim=None,
+        bos_id=None,
+        eos_id=None,
+    ),
+    "Qwen3ForCausalLM": _Family(
+        name="qwen3",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=False,
+        qk_norm=True,
+        sliding="by layer",
+        max_positions=32768,
+        kv_heads=32,
+        head_dim=128,
+        bos_id=None,
+        eos_id=None,
+    ),
+}
+
+_DEFAULT_THETA = 10000.0
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+
+# The names of transformers' table of activations, with those that mean the same function.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# What a field asks for, and the one value, beside null, with which it asks for nothing.
+_UNSUPPORTED: dict[str, tuple[str, object]] = {
+    "quantization_config": ("quantized weights", None),
+    "auto_map": ("code of its own", {}),
+    "per_layer_config": ("layers that differ from each other", {}),
+    "pruned_heads": ("pruned heads", {}),
+    "is_encoder_decoder": ("an encoder", False),
+    "add_cross_attention": ("cross-attention", False),
+    "is_causal": ("attention to later tokens", True),
+    "activation": ("another feed-forward network", "swiglu"),
+    "alibi": ("ALiBi position biases", False),
+    "partial_rotary_factor": ("a rotation of part of each head", 1),
+    "rope_interleaved": ("a rotation of interleaved pairs", False),
+    "mrope_section": ("multimodal rope", None),
+    "use_mrope": ("multimodal rope", False),
+    "attention_chunk_size": ("chunked attention", None),
+    "dual_chunk_attention_config": ("dual chunk attention", None),
+    "attn_logit_softcapping": ("soft-capped attention scores", None),
+    "final_logit_softcapping": ("soft-capped logits", None),
+    "logits_soft_cap": ("soft-capped logits", None),
+    "attention_multiplier": ("another scale of the attention scores", None),
+    "query_pre_attn_scalar": ("another scale of the attention scores", None),
+    "embedding_multiplier": ("scaled embeddings", 1),
+    "residual_multiplier": ("scaled residuals", 1),
+    "logits_scaling": ("scaled logits", 1),
+    "logit_scale": ("scaled logits", 1),
+    "clip_qkv": ("clipped queries, keys and values", None),
+    "qk_layernorm": ("norms of queries and keys", False),
+    "use_qk_norm": ("norms of queries and keys", False),
+    "num_experts": ("a mixture of experts", 0),
+    "num_experts_per_tok": ("a mixture of experts", 0),
+    "num_local_experts": ("a mixture of experts", 0),
+    "n_routed_experts": ("a mixture of experts", 0),
+    "moe_intermediate_size": ("a mixture of experts", 0),
+    "num_nextn_predict_layers": ("layers that predict several tokens", 0),
+}
+
+# Fields seen in checkpoints of these families that do not change the logits: bookkeeping and
+# switches between equal kernels, training, classifiers, defaults for generation. pretraining_tp is
+# among them, because it only splits the matrix products of old versions of transformers.
+_HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _experts_implementation_internal _flash_attn_2_enabled _name_or_path attn_implementation
+    chunk_size_feed_forward cross_attention_hidden_size dtype experts_implementation is_decoder
+    is_llama_config max_sequence_length model_max_length name_or_path padding_side pretraining_tp
+    return_dict seq_length tie_encoder_decoder tie_last_hidden_states tokenizer_class
+    tokenizer_model_max_length torch_dtype torchscript transformers.js_config transformers_version
+    unsloth_fixed unsloth_optimized unsloth_version use_bfloat16 use_cache use_flash_attention
+    use_flash_attn use_sdpa
+
+    attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop classifier_dropout
+    classifier_dropout_prob embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob
+    initializer_range neftune_noise_alpha output_router_logits resid_dropout resid_pdrop
+    router_aux_loss_coef tf_legacy_loss
+
+    finetuning_task id2label label2id num_labels output_attentions output_hidden_states prefix
+    problem_type task_specific_params
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty max_length
+    max_new_tokens min_length min_p no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()
+)
+
+
+class _Fields:
+    """The fields of one JSON object, asked for by name and type; a null reads as if the field had
+    no value. Keeps the names that were asked for, so that the others can be refused."""
+
+    def __init__(self, values: dict[str, Any], source: str, within: str = "") -> None:
+        self.values = values
+        self.source = source
+        self.within = within
+        self.asked: set[str] = set()
+
+    def get(self, name: str, absent: Any = None) -> Any:
+        """The value as it stands in the file, `absent` if it has no such field."""
+        self.asked.add(name)
+        return self.values.get(name, absent)
+
+    def refuse(self, name: str, problem: str) -> NoReturn:
+        """Raise UserError: the field `name` has the `problem`."""
+        value = f" = {_shown(self.values[name])}" if name in self.values else ""
+        raise UserError(f"{self.source}: {self.within}{name}{value} {problem}")
+
+    def optional_integer(self, name: str, absent: int | None = None) -> int | None:
+        """A positive whole number, None for null, `absent` if there is no such field."""
+        value = self.get(name, absent)
+        if value is not None and (type(value) is not int or value < 1):
+            self.refuse(name, "must be a positive whole number")
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A positive whole number, which must be there if it has no default."""
+        value = self.optional_integer(name)
+        if value is None:
+            value = default
+        if value is None:
+            self.refuse(name, "is missing: it must be a positive whole number")
+        return value
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number that is not negative, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+            self.refuse(name, "must be a number that is not negative")
+        return float(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number, which must be there if it has no default."""
+        value = self.optional_number(name)
+        if value is None:
+            value = default
+        if value is None:
+            self.refuse(name, "is missing: it must be a positive number")
+        if value == 0:
+            self.refuse(name, "must be a positive number")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name)
+        if value is not None and type(value) is not bool:
+            self.refuse(name, "must be true or false")
+        return default if value is None else value
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        value = self.get(name)
+        if value is not None and type(value) is not str:
+            self.refuse(name, "must be a string")
+        return default if value is None else value
+
+    def section(self, name: str) -> _Fields | None:
+        """The fields of the object called `name`, or None if it is empty or not there."""
+        value = self.get(name)
+        if value is not None and type(value) is not dict:
+            self.refuse(name, "must be an object")
+        return _Fields(value, self.source, within=f"{name}.") if value else None
+
+    def refuse_the_others(self, reader: str) -> None:
+        """Raise UserError for a field that was not asked for and may change the mathematics of
+        `reader`, a family or kind of rope."""
+        for name, value in self.values.items():
+            if name in self.asked or name in _HARMLESS or name.endswith("_token_id"):
+                continue
+            remedy = "remove it from the file if it does not change the mathematics"
+            if value is not None and name not in _UNSUPPORTED:
+                self.refuse(name, f"is not a field that is known for {reader}: {remedy}")
+            if value is not None and value != _UNSUPPORTED[name][1]:
+                self.refuse(name, f"asks for {_UNSUPPORTED[name][0]}, not implemented: {remedy}")
+
+
+def _shown(value: object) -> str:
+    """`value` as JSON, shortened to what fits into a sentence."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _family(fields: _Fields) -> _Family:
+    names = fields.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in _FAMILIES:
+        fields.refuse("architectures", f"must be a list of one of {', '.join(_FAMILIES)}")
+    family = _FAMILIES[names[0]]
+    if fields.text("model_type", family.name) != family.name:
+        fields.refuse("model_type", f'must be "{family.name}", as architectures is {names[0]}')
+    return family
+
+
+def _head_dim(fields: _Fields, family: _Family, hidden: int, heads: int) -> int:
+    head_dim = fields.optional_integer("head_dim", absent=family.head_dim)
+    if head_dim is None:
+        if hidden % heads:
+            fields.refuse(
+                "hidden_size",
+                f"must be a multiple of num_attention_heads = {heads}, or head_dim must be given",
+            )
+        head_dim = hidden // heads
+    if head_dim % 2:
+        fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
+    return head_dim
+
+
+def _kv_heads(fields: _Fields, family: _Family, heads: int) -> int:
+    kv_heads = fields.optional_integer("num_key_value_heads", absent=family.kv_heads)
+    if kv_heads is None:
+        return heads
+    if heads % kv_heads:
+        default = "" if "num_key_value_heads" in fields.values else f", {family.name}'s default"
+        fields.refuse(
+            "num_attention_heads",
+            f"must be a multiple of num_key_value_heads = {kv_heads}{default}",
+        )
+    return kv_heads
+
+
+def _activation(fields: _Fields) -> str:
+    name = fields.text("hidden_act", "silu")
+    if name not in _ACTIVATIONS:
+        fields.refuse("hidden_act", f"is not implemented: {', '.join(_ACTIVATIONS)} are")
+    return _ACTIVATIONS[name]
+
+
+def _bias(fields: _Fields, name: str, always: bool | None) -> bool:
+    """Whether projections have a bias: as the field says or, where the family `always` has it one
+    way, so; a field that contradicts that is refused."""
+    bias = fields.flag(name, default=bool(always))
+    if always is not None and bias != always:
+        fields.refuse(name, f"contradicts the family, where it is always {_shown(always)}")
+    return bias
+
+
+def _windows(fields: _Fields, family: _Family, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None where it sees everything."""
+    window = _window(fields, family)
+    first = 0
+    if family.sliding == "by layer":
+        first = fields.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+        if type(first) is not int or first < 0:
+            fields.refuse("max_window_layers", "must be a whole number that is not negative")
+    windows = tuple(window if layer >= first else None for layer in range(layers))
+    types = fields.get("layer_types")
+    if types is None:
+        return windows
+
+    meaning = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(types, list) or not all(kind in meaning for kind in map(str, types)):
+        fields.refuse("layer_types", f"must be a list of {' and '.join(meaning)}")
+    if len(types) != layers:
+        fields.refuse("layer_types", f"must have one entry for each of the {layers} layers")
+    if "sliding_attention" in types and window is None:
+        fields.refuse("layer_types", "has sliding_attention, but no sliding window is in use")
+    by_type = tuple(meaning[kind] for kind in types)
+    if family.sliding != "by layer" and by_type != windows:
+        fields.refuse("layer_types", f"contradicts {family.name}, whose layers are all alike")
+    return by_type
+
+
+def _window(fields: _Fields, family: _Family) -> int | None:
+    """The one width that the layers with a sliding window share, or None."""
+    if family.sliding == "by layer" and not fields.flag("use_sliding_window", False):
+        fields.asked.add("sliding_window")
+        return None
+    window = None
+    if family.sliding != "never":
+        window = fields.optional_integer("sliding_window", absent=_DEFAULT_WINDOW)
+    if family.sliding == "by layer":
+        return window
+    # llama and mistral have no switch; where it stands, it must say what happens anyway.
+    if fields.flag("use_sliding_window", window is not None) != (window is not None):
+        fields.refuse("use_sliding_window", f"contradicts {family.name} with a window of {window}")
+    if fields.values.get("use_sliding_window") is False:
+        fields.asked |= {"sliding_window", "max_window_layers"}
+    return window
+
+
+def _rope(fields: _Fields, family: _Family, head_dim: int) -> tuple[Rope, int]:
+    """The rotary embedding, and how many positions are usable with it."""
+    positions = fields.integer("max_position_embeddings", family.max_positions)
+    theta = fields.optional_number("rope_theta")
+    original = fields.optional_integer("original_max_position_embeddings")
+    sections = [fields.section("rope_scaling"), fields.section("rope_parameters")]
+    given = [section for section in sections if section is not None]
+    ropes = [
+        _read_rope(section, theta, positions, original)
+        for section in given or [_Fields({}, fields.source)]
+    ]
+    rope = ropes[0]
+    if rope != ropes[-1]:
+        fields.refuse("rope_scaling", "contradicts rope_parameters: keep the right one")
+    if rope.theta <= 1:
+        raise UserError(f"{fields.source}: rope_theta = {rope.theta:g} must be above 1")
+    if rope.kind == "dynamic" and head_dim == 2:
+        fields.refuse("head_dim", "must be at least 4 for dynamic rope, not 2")
+    if rope.kind in ("linear", "dynamic"):
+        positions = int(positions * rope.factor)
+    if rope.kind == "yarn":
+        positions = max(positions, int(rope.original_positions * rope.factor))
+    return rope, positions
+
+
+def _read_rope(
+    section: _Fields, outer_theta: float | None, positions: int, outer_original: int | None
+) -> Rope:
+    """The rope that one object, rope_scaling or rope_parameters, describes. `outer_theta` and
+    `outer_original` stand beside the object, the latter overruling what stands inside, as in
+    transformers."""
+    kind = section.text("rope_type", section.text("type", "default"))
+    if kind not in _ROPE_KINDS:
+        name = "rope_type" if section.values.get("rope_type") else "type"
+        section.refuse(name, f"is not implemented: {', '.join(_ROPE_KINDS)} are")
+    theta = section.optional_number("rope_theta")
+    if theta is None:
+        theta = _DEFAULT_THETA if outer_theta is None else outer_theta
+    elif outer_theta is not None and theta != outer_theta:
+        section.refuse("rope_theta", f"contradicts rope_theta = {outer_theta:g} outside")
+    inner_original = section.optional_integer("original_max_position_embeddings")
+    original = outer_original or inner_original or positions
+    section.asked.add("finetuned")  # a remark of the first yarn checkpoints
+
+    if kind == "default":
+        rope = Rope(kind, theta, original_positions=positions)
+    elif kind in ("linear", "dynamic"):
+        rope = Rope(kind, theta, section.number("factor"), original_positions=positions)
+    elif kind == "llama3":
+        rope = Rope(
+            kind,
+            theta,
+            section.number("factor"),
+            original,
+            low_freq_factor=section.number("low_freq_factor"),
+            high_freq_factor=section.number("high_freq_factor"),
+        )
+        if rope.high_freq_factor <= rope.low_freq_factor:
+            section.refuse(
+                "high_freq_factor", f"must be above low_freq_factor = {rope.low_freq_factor:g}"
+            )
+    else:  # yarn, where transformers, too, takes a zero for no value
+        stretched = positions / original if original != positions else None
+        rope = Rope(
+            kind,
+            theta,
+            section.number("factor", stretched),
+            original,
+            beta_fast=section.optional_number("beta_fast") or 32.0,
+            beta_slow=section.optional_number("beta_slow") or 1.0,
+            attention_factor=section.optional_number("attention_factor"),
+            mscale=section.optional_number("mscale") or None,
+            mscale_all_dim=section.optional_number("mscale_all_dim") or None,
+            truncate=section.flag("truncate", True),
+        )
+    if rope.factor < 1:
+        section.refuse("factor", f"must be at least 1, not {rope.factor:g}")
+    section.refuse_the_others(f"rope type {kind}")
+    return rope
+
+
+def _eos_ids(
+    fields: _Fields, generation: dict[str, Any] | None, family: _Family
+) -> tuple[int, ...]:
+    ids, source = _special(fields, generation, "eos_token_id", family.eos_id)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"{source}: eos_token_id = {_shown(ids)} must be token ids")
+    return tuple(ids)
+
+
+def _bos_id(fields: _Fields, generation: dict[str, Any] | None, family: _Family) -> int | None:
+    token, source = _special(fields, generation, "bos_token_id", family.bos_id)
+    if token is not None and type(token) is not int:
+        raise UserError(f"{source}: bos_token_id = {_shown(token)} must be a token id")
+    return token
+
+
+def _special(
+    fields: _Fields, generation: dict[str, Any] | None, name: str, absent: int | None
+) -> tuple[Any, str]:
+    """The value of a special token's field, and the file that it is from."""
+    if isinstance(generation, dict) and generation.get(name) is not None:
+        return generation[name], f"generation_config.json beside {fields.source}"
+    return fields.get(name, absent), fields.source
