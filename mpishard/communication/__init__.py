@@ -1,0 +1,1 @@
+"""Floor of communication: the mesh, the collectives and the ledger that counts them."""

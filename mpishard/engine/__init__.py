@@ -1,0 +1,1 @@
+"""Floor of the engine: cache, steps, sampling and the generate loop."""

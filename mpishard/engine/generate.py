@@ -1,0 +1,177 @@
+"""The generate loop: requests in, tokens out.
+
+The engine knows nothing of text; it takes and gives token ids. All ranks of a replica run the same
+loop on the same requests and take the same tokens, so that they stay together without asking each
+other anything.
+
+In every step each running sequence feeds its new tokens: a whole prompt when it enters, the token
+just chosen afterwards. When a sequence ends, the next request takes its place.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from mpishard.arithmetic.packed import KVCache, pack
+from mpishard.engine.sampling import Draw, Sampling, choose
+from mpishard.errors import UserError
+from mpishard.model import Decoder
+
+# A step never takes in another prompt that would bring it above so many tokens.
+MAX_STEP_TOKENS = 2048
+MAX_SEQUENCES = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be continued by at most `max_tokens` (1 or more) tokens.
+
+    `index` is its place in the input, to which its random numbers belong. A token of `eos_ids`
+    ends the answer and is its last; so does any token after which `stopped` is true of the tokens
+    so far.
+    """
+
+    index: int
+    ids: list[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    eos_ids: frozenset[int] = frozenset()
+    stopped: Callable[[list[int]], bool] | None = None
+
+
+@dataclass
+class Answer:
+    """The tokens that continue a request; `finish_reason` is "stop" or "length"."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+@dataclass
+class Timing:
+    """Tokens and seconds of the steps that took prompts in, and of those that only generated."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generated_tokens: int = 0
+    generation_seconds: float = 0.0
+
+
+@dataclass
+class _Running:
+    request: Request
+    answer: Answer
+    cache: KVCache
+
+    def new_ids(self, model: Decoder) -> np.ndarray:
+        """The tokens this sequence has yet to feed: all of them again where its cache no longer
+        fits the rotary frequencies of its new length."""
+        ids = self.request.ids + self.answer.ids
+        if model.depends_on_length(len(ids)):
+            self.cache.length = 0
+        return np.array(ids[self.cache.length :], np.int64)
+
+
+def check_request(model: Decoder, ids: list[int], what: str) -> None:
+    """Refuse a prompt that the model cannot take (UserError); `what` names it."""
+    config = model.config
+    if not ids:
+        raise UserError(f"{what} is empty: it has no token, and at least one is needed")
+    if len(ids) > config.max_positions:
+        raise UserError(
+            f"{what} has {len(ids)} tokens, but the model has only "
+            f"{config.max_positions} positions; shorten it"
+        )
+    for token in ids:
+        if not 0 <= token < config.vocab:
+            raise UserError(
+                f"{what} has token id {token}, but the model's ids are 0 to {config.vocab - 1}"
+            )
+
+
+def generate(
+    model: Decoder,
+    requests: Iterable[Request],
+    on_token: Callable[[Request, int], None] | None = None,
+    on_finish: Callable[[Request, Answer], None] | None = None,
+    timing: Timing | None = None,
+) -> list[Answer]:
+    """The answers of this replica's `requests`, in their order.
+
+    `on_token` is called with every token as it is chosen, `on_finish` with every answer as it is
+    completed; `timing` is added to.
+    """
+    timing = timing if timing is not None else Timing()
+    waiting = deque(requests)
+    running: list[_Running] = []
+    answers: list[Answer] = []
+    while waiting or running:
+        started = perf_counter()
+        entering = _admit(model, waiting, running)
+        answers += [sequence.answer for sequence in entering]
+        running += entering
+        _step(model, running, on_token)
+        _count(timing, entering, len(running), perf_counter() - started)
+        for sequence in running:
+            if sequence.answer.finish_reason and on_finish:
+                on_finish(sequence.request, sequence.answer)
+        running = [sequence for sequence in running if not sequence.answer.finish_reason]
+    return answers
+
+
+def _admit(
+    model: Decoder, waiting: deque[Request], running: list[_Running]
+) -> list[_Running]:
+    """The requests that enter in this step, taken off `waiting`."""
+    entering: list[_Running] = []
+    tokens = len(running)
+    while waiting and len(running) + len(entering) < MAX_SEQUENCES:
+        request = waiting[0]
+        tokens += len(request.ids)
+        if entering and tokens > MAX_STEP_TOKENS:
+            break
+        waiting.popleft()
+        last = len(request.ids) + request.max_tokens - 1  # the last token is never fed
+        cache = model.new_cache(min(last, model.config.max_positions))
+        entering.append(_Running(request, Answer(request.index), cache))
+    return entering
+
+
+def _step(
+    model: Decoder,
+    running: list[_Running],
+    on_token: Callable[[Request, int], None] | None,
+) -> None:
+    """One pass through the model, and the next token of every running sequence."""
+    step = pack([(sequence.new_ids(model), sequence.cache) for sequence in running])
+    logits_Mv = model.forward(step)
+    draws = [Draw(s.request.sampling, s.request.index, s.cache.length) for s in running]
+    tokens = choose(logits_Mv, draws, model.config.vocab, model.mesh)
+    for sequence, token in zip(running, tokens, strict=True):
+        sequence.answer.ids.append(token)
+        sequence.answer.finish_reason = _finish_reason(sequence, token)
+        if on_token:
+            on_token(sequence.request, token)
+
+
+def _finish_reason(sequence: _Running, token: int) -> str:
+    request, ids = sequence.request, sequence.answer.ids
+    if token in request.eos_ids or (request.stopped and request.stopped(ids)):
+        return "stop"
+    full = sequence.cache.length == sequence.cache.capacity
+    return "length" if len(ids) == request.max_tokens or full else ""
+
+
+def _count(timing: Timing, entering: list[_Running], sequences: int, seconds: float) -> None:
+    if entering:
+        timing.prompt_tokens += sum(len(sequence.request.ids) for sequence in entering)
+        timing.prompt_seconds += seconds
+    else:
+        timing.generated_tokens += sequences
+        timing.generation_seconds += seconds

@@ -1,0 +1,162 @@
+"""Tensor parallelism (Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053).
+
+Every rank of the ``tp`` group has the whole residual stream and a shard of every large weight: some
+query heads with the key/value heads they need, a block of the feed-forward width, a block of the
+vocabulary. The first product of a sub-layer is column-parallel: it reads the whole stream and
+yields this rank's heads or columns. The second is row-parallel: it reads what this rank has, and
+yields a partial sum of the whole stream, which an all_reduce completes.
+
+embed         ids_N -> partial_ND -> all_reduce(tp) -> x_ND
+attention     x_ND -> q_NhK, k_NgK, v_NgK -> out_NhK -> partial_ND -> all_reduce(tp) -> y_ND
+feed_forward  x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
+logits        x_MD -> logits_Mv
+candidates    keys_Mv -> the best C of each row -> all_gather(tp) -> of all ranks
+
+Nothing here asks how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpishard.arithmetic.attention import attend
+from mpishard.arithmetic.choice import best_of_each_row
+from mpishard.arithmetic.ops import rms_norm
+from mpishard.arithmetic.packed import Step
+from mpishard.arithmetic.products import linear
+from mpishard.arithmetic.rotary import rotate
+from mpishard.communication.collectives import all_gather, all_reduce
+from mpishard.communication.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention weights of one layer on this rank, and what its arithmetic needs to know."""
+
+    q: np.ndarray  # (h*K, D)
+    k: np.ndarray  # (g*K, D)
+    v: np.ndarray  # (g*K, D)
+    o: np.ndarray  # (D, h*K)
+    q_bias: np.ndarray | None  # (h*K,)
+    k_bias: np.ndarray | None  # (g*K,)
+    v_bias: np.ndarray | None  # (g*K,)
+    o_bias: np.ndarray | None  # (D,)
+    q_norm: np.ndarray | None  # (K,)
+    k_norm: np.ndarray | None  # (K,)
+    head_dim: int  # K
+    norm_eps: float
+    window: int | None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward weights of one layer on this rank."""
+
+    gate: np.ndarray  # (f, D)
+    up: np.ndarray  # (f, D)
+    down: np.ndarray  # (D, f)
+    gate_bias: np.ndarray | None  # (f,)
+    up_bias: np.ndarray | None  # (f,)
+    down_bias: np.ndarray | None  # (D,)
+    activation: Callable[[np.ndarray], np.ndarray]
+
+
+def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int, mesh: Mesh) -> np.ndarray:
+    """The rows of the whole embedding for `ids_N`: (N, D). This rank has the rows of the ids from
+    `first_id` on; the ranks that do not have a row add zero to it."""
+    row_N = ids_N - first_id
+    here_N = (0 <= row_N) & (row_N < len(embedding_vD))
+    partial_ND = np.zeros((len(ids_N), embedding_vD.shape[1]), embedding_vD.dtype)
+    partial_ND[here_N] = embedding_vD[row_N[here_N]]
+    return all_reduce(partial_ND, mesh.tp)
+
+
+def attention(
+    x_ND: np.ndarray,
+    w: Attention,
+    layer: int,
+    step: Step,
+    turn: tuple[np.ndarray, np.ndarray],
+    mesh: Mesh,
+) -> np.ndarray:
+    """Causal self-attention of the step's tokens over their sequences: (N, D). `turn` holds the
+    rotary cosines and sines of the tokens."""
+    q_NhK, k_NgK, v_NgK = project(x_ND, w, turn)
+    out_NhK = attend_segments(q_NhK, k_NgK, v_NgK, w, layer, step)
+    partial_ND = linear(out_NhK.reshape(len(x_ND), -1), w.o)  # row-parallel: h is summed away
+    y_ND = all_reduce(partial_ND, mesh.tp)
+    return add_bias(y_ND, w.o_bias)
+
+
+def feed_forward(x_ND: np.ndarray, w: FeedForward, mesh: Mesh) -> np.ndarray:
+    """The gated feed-forward network (Shazeer 2020, arXiv 2002.05202): (N, D)."""
+    hidden_Nf = w.activation(linear(x_ND, w.gate, w.gate_bias))  # column-parallel: D is whole
+    hidden_Nf *= linear(x_ND, w.up, w.up_bias)
+    partial_ND = linear(hidden_Nf, w.down)  # row-parallel: f is summed away
+    y_ND = all_reduce(partial_ND, mesh.tp)
+    return add_bias(y_ND, w.down_bias)
+
+
+def logits(x_MD: np.ndarray, head_vD: np.ndarray) -> np.ndarray:
+    """The logits of this rank's block of the vocabulary: (M, v). Nothing is communicated."""
+    return linear(x_MD, head_vD)
+
+
+def candidates(
+    keys_Mv: np.ndarray, count: int, first_id: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest keys of every rank's block of the vocabulary and their ids, on every
+    rank: two (M, tp*count) arrays, rank by rank, each rank's sorted, ties by ascending id.
+
+    A rank with fewer than `count` columns fills up with -inf and an id beyond any vocabulary.
+    """
+    best_MC, column_MC = best_of_each_row(keys_Mv, count)
+    pairs_MC = np.empty(best_MC.shape, np.dtype([("key", keys_Mv.dtype), ("id", np.int64)]))
+    pairs_MC["key"] = best_MC
+    pairs_MC["id"] = np.where(column_MC < keys_Mv.shape[1], column_MC + first_id, np.iinfo(int).max)
+    packed = pairs_MC.view(np.uint8)  # one message for keys and ids: (M, C * bytes of a pair)
+    everyones = all_gather(packed, mesh.tp, axis=1)
+    pairs = everyones.view(pairs_MC.dtype)
+    return pairs["key"], pairs["id"]
+
+
+def project(
+    x_ND: np.ndarray, w: Attention, turn: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values of this rank's heads, normed and turned: ``(q_NhK, k_NgK,
+    v_NgK)``."""
+    heads = (len(x_ND), -1, w.head_dim)
+    q_NhK = linear(x_ND, w.q, w.q_bias).reshape(heads)  # column-parallel: D is whole
+    k_NgK = linear(x_ND, w.k, w.k_bias).reshape(heads)
+    v_NgK = linear(x_ND, w.v, w.v_bias).reshape(heads)
+    if w.q_norm is not None and w.k_norm is not None:
+        q_NhK = rms_norm(q_NhK, w.q_norm, w.norm_eps)
+        k_NgK = rms_norm(k_NgK, w.k_norm, w.norm_eps)
+    return rotate(q_NhK, *turn), rotate(k_NgK, *turn), v_NgK
+
+
+def attend_segments(
+    q_NhK: np.ndarray,
+    k_NgK: np.ndarray,
+    v_NgK: np.ndarray,
+    w: Attention,
+    layer: int,
+    step: Step,
+) -> np.ndarray:
+    """Each sequence's new tokens over its cache, new keys and values included: (N, h, K)."""
+    out_NhK = np.empty_like(q_NhK)
+    scale = w.head_dim**-0.5
+    for segment in step.segments:
+        new = segment.new
+        k_gTK, v_gTK = segment.cache.store(layer, k_NgK[new], v_NgK[new])
+        out_NhK[new], _ = attend(q_NhK[new], k_gTK, v_gTK, scale, w.window)
+    return out_NhK
+
+
+def add_bias(y_ND: np.ndarray, bias_D: np.ndarray | None) -> np.ndarray:
+    """`y_ND` with the bias of a row-parallel product, which is added once, after the sum over
+    ranks."""
+    return y_ND if bias_D is None else y_ND + bias_D
