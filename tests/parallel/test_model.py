@@ -1,0 +1,174 @@
+"""Whole models on every layout: against transformers' golden values, against the reference, and
+token by token through the generate loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from tiny_models import VARIANTS, tiny_config
+from toys import meshes, oracle, toy, whole_logits
+
+from mpishard.arithmetic.packed import pack
+from mpishard.engine.generate import Request, generate
+from mpishard.model import Decoder
+from mpishard.parallel.data import collect, deal
+
+pytestmark = pytest.mark.ranks
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_TOLERANCE = 2e-4  # of the logits' standard deviation
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def score(
+    model: Decoder, prompts: list[np.ndarray]
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """For each prompt, all fed in one step: the logits at every position, and the residual streams
+    entering each layer and after the final norm."""
+    step = pack([(ids_S, model.new_cache(len(ids_S))) for ids_S in prompts], all_logits=True)
+    streams: list[np.ndarray] = []
+    logits_NV = whole_logits(model.forward(step, lambda _, x_ND: streams.append(x_ND)), model)
+    return (
+        [logits_NV[segment.new] for segment in step.segments],
+        [[x_ND[segment.new] for x_ND in streams] for segment in step.segments],
+    )
+
+
+@every_variant
+def test_float32_agrees_with_transformers(comm: MPI.Intracomm, variant: str):
+    golden = np.load(GOLDEN / f"{variant}.npz")
+    prompts = [golden["ids_0"], golden["ids_1"]]
+    for mesh in meshes(comm, variant):
+        model = toy(variant, mesh, np.float32)
+        logits, hidden = score(model, prompts)
+        for place in range(len(prompts)):
+            expected = golden[f"logits_{place}"]
+            assert logits[place].dtype == np.float32
+            error = np.abs(logits[place] - expected).max() / expected.std()
+            assert error < GOLDEN_TOLERANCE, f"{mesh.layout}: {error} of the standard deviation"
+            for x_SD, expected_SD in zip(hidden[place], golden[f"hidden_{place}"], strict=True):
+                error = np.abs(x_SD - expected_SD).max() / expected_SD.std()
+                assert error < GOLDEN_TOLERANCE, f"{mesh.layout}: {error} of a hidden state's"
+
+
+@every_variant
+def test_float64_agrees_with_the_reference(comm: MPI.Intracomm, variant: str):
+    reference = oracle(variant)
+    random = np.random.RandomState(3)
+    prompts = [random.randint(0, reference.config.vocab, length) for length in (17, 1, 4, 30)]
+    for mesh in meshes(comm, variant):
+        logits, hidden = score(toy(variant, mesh), prompts)
+        for place, ids_S in enumerate(prompts):
+            expected_SV, expected = reference.forward(ids_S)
+            np.testing.assert_allclose(logits[place], expected_SV, rtol=0, atol=1e-9)
+            np.testing.assert_allclose(hidden[place], expected, rtol=0, atol=1e-9)
+
+
+@every_variant
+def test_the_generate_loop_goes_on_as_transformers_does(comm: MPI.Intracomm, variant: str):
+    golden = np.load(GOLDEN / f"{variant}.npz")
+    for mesh in meshes(comm, variant):
+        model = toy(variant, mesh, np.float32)
+        prompts = [golden["ids_0"].tolist(), golden["ids_1"].tolist()]
+        answers = generate(model, [Request(i, ids, 8) for i, ids in enumerate(prompts)])
+        for place, answer in enumerate(answers):
+            assert answer.ids == golden[f"greedy_{place}"].tolist(), mesh.layout
+
+
+@every_variant
+def test_every_step_of_the_generate_loop_is_the_references(comm: MPI.Intracomm, variant: str):
+    """Sequences enter and leave at different steps, and each token's logits are held to those of a
+    whole recomputation."""
+    reference = oracle(variant)
+    vocab = reference.config.vocab
+    random = np.random.RandomState(5)
+    requests = [
+        Request(index, random.randint(0, vocab, length).tolist(), max_tokens)
+        for index, (length, max_tokens) in enumerate([(9, 4), (1, 7), (14, 1), (3, 5)])
+    ]
+    for mesh in meshes(comm, variant):
+        model = toy(variant, mesh)
+        mine = [requests[place] for place in deal(len(requests), mesh)]
+        recorded: list[np.ndarray] = []
+        plain_forward = model.forward
+        model.forward = lambda step: recorded.append(plain_forward(step)) or recorded[-1]
+        answers = generate(model, mine)
+        assert [answer.index for answer in answers] == [request.index for request in mine]
+        for request, answer in zip(mine, answers, strict=True):
+            assert answer.ids == reference.greedy(request.ids, request.max_tokens)
+            assert answer.finish_reason == "length"
+        for number, logits_Mv in enumerate(recorded):
+            running = [(r, a) for r, a in zip(mine, answers, strict=True) if number < len(a.ids)]
+            expected = [reference.forward(r.ids + a.ids[:number])[0][-1] for r, a in running]
+            found = whole_logits(logits_Mv, model)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+def test_answers_come_back_in_the_order_of_the_requests(comm: MPI.Intracomm):
+    for mesh in meshes(comm, "llama-mha"):
+        for count in (0, 1, 2, 7, 11):
+            everything = [b"%d" % index * (index % 4) for index in range(count)]
+            mine = [everything[place] for place in deal(count, mesh)]
+            assert collect(mine, count, mesh) == everything
+
+
+def test_each_replica_takes_its_share(comm: MPI.Intracomm):
+    for mesh in meshes(comm, "llama-mha"):
+        shares = comm.allgather(list(deal(10, mesh)))
+        dealt = sorted(place for share in shares for place in share)
+        assert dealt == sorted(list(range(10)) * mesh.layout.tp)
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_ends_of_answers(comm: MPI.Intracomm):
+    """End-of-sequence ids, a callable stop and the last position end an answer; the others go on."""
+    ids = [3, 1, 4, 1, 5]
+    greedy = oracle("qwen3-mixed").greedy(ids, 12)
+    room = tiny_config("qwen3-mixed").max_positions
+    for mesh in meshes(comm, "qwen3-mixed"):
+        model = toy("qwen3-mixed", mesh)
+        requests = [
+            Request(0, ids, 12),
+            Request(1, ids, 12, eos_ids=frozenset([greedy[2]])),
+            Request(2, ids, 12, stopped=lambda ids: len(ids) == 5),
+            Request(3, [1] * room, 9),
+        ]
+        finished: list[int] = []
+        tokens: dict[int, list[int]] = {request.index: [] for request in requests}
+        answers = generate(
+            model,
+            requests,
+            on_token=lambda request, token: tokens[request.index].append(token),
+            on_finish=lambda request, answer: finished.append(request.index),
+        )
+        cut = greedy.index(greedy[2]) + 1
+        assert [answer.ids for answer in answers[:3]] == [greedy, greedy[:cut], greedy[:5]]
+        reasons = [answer.finish_reason for answer in answers]
+        assert reasons == ["length", "stop", "stop", "length"]
+        assert len(answers[3].ids) == 1  # the prompt has taken every position
+        assert [tokens[answer.index] for answer in answers] == [answer.ids for answer in answers]
+        assert finished[0] == 3 and finished[-1] == 0 and sorted(finished) == [0, 1, 2, 3]
+
+
+def test_more_requests_than_run_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mpishard.engine.generate.MAX_SEQUENCES", 3)
+    monkeypatch.setattr("mpishard.engine.generate.MAX_STEP_TOKENS", 8)
+    reference = oracle("llama-gqa")
+    random = np.random.RandomState(11)
+    requests = [
+        Request(index, random.randint(0, reference.config.vocab, 1 + index).tolist(), 1 + index % 3)
+        for index in range(10)
+    ]
+    expected = [reference.greedy(request.ids, request.max_tokens) for request in requests]
+    for mesh in meshes(comm, "llama-gqa"):
+        model = toy("llama-gqa", mesh)
+        widths: list[int] = []
+        plain_forward = model.forward
+        model.forward = lambda step: widths.append(len(step.segments)) or plain_forward(step)
+        assert [answer.ids for answer in generate(model, requests)] == expected
+        assert max(widths) <= 3
+

@@ -1,0 +1,126 @@
+"""Tokens chosen from logits divided over ranks, against the same choice made from whole logits in
+plain NumPy, with the filters as transformers defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from toys import meshes
+
+from mpishard.arithmetic.choice import gumbel
+from mpishard.communication.mesh import Mesh
+from mpishard.description.layout import block
+from mpishard.engine.sampling import Draw, Sampling, choose
+
+pytestmark = pytest.mark.ranks
+
+VOCAB = 301
+
+
+def logits(flatness: float) -> np.ndarray:
+    """(M, V) logits, the flatter the smaller `flatness`."""
+    return flatness * np.random.RandomState(1).standard_normal((6, VOCAB))
+
+
+def shards(comm: MPI.Intracomm, logits_MV: np.ndarray) -> Iterator[tuple[Mesh, np.ndarray]]:
+    """Each mesh with this rank's block of the vocabulary."""
+    for mesh in meshes(comm, "llama-mha"):
+        mine = block(logits_MV.shape[1], mesh.tp.size, mesh.tp.rank)
+        yield mesh, np.ascontiguousarray(logits_MV[:, mine])
+
+
+def plain_choice(logits_V: np.ndarray, draw: Draw) -> int:
+    """The token of one draw from whole logits: each filter a pass over sorted probabilities."""
+    how = draw.sampling
+    if how.greedy:
+        return int(np.argmax(logits_V))
+    keys_V = logits_V.astype(np.float64) / how.temperature
+    order = np.argsort(-keys_V, kind="stable")
+    if how.top_k:
+        order = order[: how.top_k]
+    p = np.exp(keys_V[order] - keys_V.max())
+    before = np.cumsum(p / p.sum()) - p / p.sum()
+    order = order[before < how.top_p]
+    p = np.exp(keys_V[order] - keys_V.max())
+    order = order[p >= how.min_p * p.max()]
+    noise = gumbel(how.seed, draw.request, draw.position, order)
+    return int(order[np.argmax(keys_V[order] + noise)])
+
+
+@pytest.mark.parametrize("flatness", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.3, top_k=1),
+        Sampling(temperature=1.3, top_k=40),
+        Sampling(temperature=1, top_k=1000),
+        Sampling(temperature=0.9, top_p=0.3),
+        Sampling(temperature=1, top_p=0.95),
+        Sampling(temperature=1, top_p=1e-9),
+        Sampling(temperature=0.5, min_p=0.2),
+        Sampling(temperature=1, min_p=1),
+        Sampling(temperature=2, top_k=50, top_p=0.8, min_p=0.05),
+        Sampling(temperature=1, top_p=0.9, min_p=0.01),
+    ],
+    ids=str,
+)
+def test_the_choice_is_that_of_the_whole_vocabulary(
+    comm: MPI.Intracomm, sampling: Sampling, flatness: float
+):
+    logits_MV = logits(flatness)
+    draws = [Draw(sampling, request, 40 + request) for request in range(len(logits_MV))]
+    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, draws, strict=True)]
+    for mesh, logits_Mv in shards(comm, logits_MV):
+        assert choose(logits_Mv, draws, VOCAB, mesh) == expected
+
+
+def test_sequences_of_one_step_may_be_sampled_differently(comm: MPI.Intracomm):
+    logits_MV = logits(0.1)
+    ways = [
+        Sampling(),
+        Sampling(temperature=1),
+        Sampling(temperature=1, top_k=7),
+        Sampling(temperature=1, top_p=0.99),
+        Sampling(temperature=0.1, min_p=0.5),
+        Sampling(),
+    ]
+    draws = [Draw(sampling, 0, position) for position, sampling in enumerate(ways)]
+    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, draws, strict=True)]
+    for mesh, logits_Mv in shards(comm, logits_MV):
+        assert choose(logits_Mv, draws, VOCAB, mesh) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, top_k=1)])
+def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: Sampling):
+    logits_MV = np.zeros((3, VOCAB), np.float32)
+    logits_MV[1, [100, 200, 300]] = 1
+    logits_MV[2, -1] = 1
+    draws = [Draw(sampling, 0, 0)] * 3
+    for mesh, logits_Mv in shards(comm, logits_MV):
+        assert choose(logits_Mv, draws, VOCAB, mesh) == [0, 100, VOCAB - 1]
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_vocabulary_smaller_than_the_ranks(comm: MPI.Intracomm, top_k: int):
+    """Some ranks hold no token at all."""
+    logits_MV = np.array([[0.0, 3.0, 1.0]])
+    sampling = Sampling(temperature=1e-3, top_k=top_k)
+    for mesh, logits_Mv in shards(comm, logits_MV):
+        assert choose(logits_Mv, [Draw(sampling, 0, 0)], 3, mesh) == [1]
+        assert choose(logits_Mv, [Draw(Sampling(), 0, 0)], 3, mesh) == [1]
+
+
+def test_frequencies_of_sampled_tokens_are_the_softmax(comm: MPI.Intracomm):
+    """4,000 draws from five tokens: each frequency within five standard deviations."""
+    logits_V = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
+    draws = [Draw(Sampling(temperature=1, seed=9), 1, position) for position in range(4000)]
+    for mesh, logits_Mv in shards(comm, np.tile(logits_V, (len(draws), 1))):
+        counts = np.bincount(choose(logits_Mv, draws, 5, mesh), minlength=5)
+        p = np.exp(logits_V)
+        spread = 5 * np.sqrt(p * (1 - p) * len(draws))
+        assert (np.abs(counts - p * len(draws)) < spread).all(), counts
