@@ -78,6 +78,8 @@ class ModelConfig:
         """
         if not isinstance(raw, dict):
             raise UserError(f"{source} must hold a JSON object, not {_shown(raw)}")
+        if not isinstance(generation, dict | None):
+            raise UserError(f"{_beside(source)} must hold a JSON object, not {_shown(generation)}")
         fields = _Fields(raw, source)
         family = _family(fields)
         hidden = fields.integer("hidden_size")
@@ -367,7 +369,7 @@ def _shown(value: object) -> str:
 
 def _family(fields: _Fields) -> _Family:
     names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in _FAMILIES:
+    if names not in [[name] for name in _FAMILIES]:
         fields.refuse("architectures", f"must be a list of one of {', '.join(_FAMILIES)}")
     family = _FAMILIES[names[0]]
     if fields.text("model_type", family.name) != family.name:
@@ -564,6 +566,10 @@ def _special(
     fields: _Fields, generation: dict[str, Any] | None, name: str, absent: int | None
 ) -> tuple[Any, str]:
     """The value of a special token's field, and the file that it is from."""
-    if isinstance(generation, dict) and generation.get(name) is not None:
-        return generation[name], f"generation_config.json beside {fields.source}"
+    if generation and generation.get(name) is not None:
+        return generation[name], _beside(fields.source)
     return fields.get(name, absent), fields.source
+
+
+def _beside(source: str) -> str:
+    return f"generation_config.json beside {source}"

@@ -1,0 +1,660 @@
+"""Reading config.json: every option, both spellings, and each refusal by its sentence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tiny_models import VARIANTS, tiny_config
+
+from mpishard.description.config import ModelConfig, Rope
+from mpishard.errors import UserError
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+SOURCE = "model/config.json"
+ABSENT = object()
+
+
+def document(family: str = "llama", /, **changes: Any) -> dict[str, Any]:
+    """The least that a configuration must say, with `changes`."""
+    least = {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 32,
+        "vocab_size": 100,
+    }
+    raw = {name: value for name, value in (least | changes).items() if value is not ABSENT}
+    return json.loads(json.dumps(raw))
+
+
+def read(family: str = "llama", generation: Any = None, /, **changes: Any) -> ModelConfig:
+    return ModelConfig.from_json(document(family, **changes), generation, SOURCE)
+
+
+# -- defaults, which are those of the configuration classes of transformers 5
+
+
+def test_defaults_of_llama():
+    raw = document()
+    assert ModelConfig.from_json(raw, None, SOURCE) == ModelConfig(
+        family="llama",
+        hidden=64,
+        layers=3,
+        heads=32,
+        kv_heads=32,
+        head_dim=2,
+        ffn=96,
+        vocab=100,
+        norm_eps=1e-6,
+        activation="silu",
+        tied=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        rope=Rope(kind="default", theta=10000.0, original_positions=2048),
+        windows=(None, None, None),
+        max_positions=2048,
+        eos_ids=(2,),
+        bos_id=1,
+        raw=raw,
+    )
+
+
+def test_defaults_of_mistral():
+    config = read("mistral")
+    assert (config.family, config.kv_heads, config.head_dim) == ("mistral", 8, 2)
+    assert config.windows == (4096, 4096, 4096)
+    assert config.max_positions == 131072
+    assert (config.eos_ids, config.bos_id) == ((2,), 1)
+    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+
+
+def test_defaults_of_qwen2():
+    config = read("qwen2")
+    assert (config.family, config.kv_heads, config.head_dim) == ("qwen2", 32, 2)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
+    assert config.windows == (None, None, None)
+    assert config.max_positions == 32768
+    assert (config.eos_ids, config.bos_id, config.qk_norm) == ((), None, False)
+
+
+def test_defaults_of_qwen3():
+    config = read("qwen3")
+    assert (config.family, config.kv_heads, config.head_dim) == ("qwen3", 32, 128)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert (config.qk_norm, config.max_positions) == (True, 32768)
+
+
+# -- options
+
+
+def test_head_width():
+    assert read(head_dim=None).head_dim == 2
+    assert read(head_dim=10).head_dim == 10
+    assert read("qwen2", head_dim=10).head_dim == 10
+    assert read("qwen3", head_dim=None).head_dim == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_key_value_heads(family):
+    assert read(family, num_key_value_heads=4).kv_heads == 4
+    assert read(family, num_key_value_heads=None).kv_heads == 32
+
+
+def test_biases():
+    config = read(attention_bias=True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, False)
+    config = read(mlp_bias=True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, True)
+    config = read("qwen3", attention_bias=True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    "name, means",
+    [
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("gelu_pytorch_tanh", "gelu_pytorch_tanh"),
+        ("gelu_new", "gelu_pytorch_tanh"),
+        ("relu", "relu"),
+    ],
+)
+def test_activations(name, means):
+    assert read(hidden_act=name).activation == means
+
+
+def test_simple_fields():
+    config = read(tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=77)
+    assert (config.tied, config.norm_eps, config.max_positions) == (True, 1e-5, 77)
+
+
+@pytest.mark.parametrize("dtype", ["torch_dtype", "dtype"])
+def test_the_dtype_of_the_weights_is_not_the_configurations_business(dtype):
+    assert read(**{dtype: "bfloat16"}) == read()
+
+
+def test_windows_of_mistral():
+    assert read("mistral", sliding_window=7).windows == (7, 7, 7)
+    assert read("mistral", sliding_window=None).windows == (None, None, None)
+    sliding = ["sliding_attention"] * 3
+    assert read("mistral", sliding_window=7, layer_types=sliding).windows == (7, 7, 7)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_by_layer(family):
+    used = {"use_sliding_window": True, "sliding_window": 7}
+    assert read(family, **used).windows == (None, None, None)  # from layer 28
+    assert read(family, **used, max_window_layers=1).windows == (None, 7, 7)
+    assert read(family, **used, max_window_layers=0).windows == (7, 7, 7)
+    mixed = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert read(family, **used, layer_types=mixed, max_window_layers=1).windows == (7, None, 7)
+    default = read(family, use_sliding_window=True, max_window_layers=2)
+    assert default.windows == (None, None, 4096)
+    unused = read(family, use_sliding_window=False, sliding_window=7, max_window_layers=0)
+    assert unused.windows == (None, None, None)
+
+
+def test_end_of_sequence_ids():
+    assert read(eos_token_id=5).eos_ids == (5,)
+    assert read(eos_token_id=[5, 6]).eos_ids == (5, 6)
+    assert read(eos_token_id=None).eos_ids == ()
+    assert read("llama", {"eos_token_id": [7, 8]}, eos_token_id=5).eos_ids == (7, 8)
+    assert read("llama", {"eos_token_id": None}, eos_token_id=5).eos_ids == (5,)
+    assert read("llama", {"do_sample": True}, eos_token_id=5).eos_ids == (5,)
+
+
+def test_begin_of_sequence_id():
+    assert read(bos_token_id=5).bos_id == 5
+    assert read(bos_token_id=None).bos_id is None
+    assert read("llama", {"bos_token_id": 7}, bos_token_id=5).bos_id == 7
+
+
+# -- rope: what each kind reads, in both spellings
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4,
+    "beta_slow": 0.5,
+    "attention_factor": 1.5,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "truncate": False,
+}
+ROPES = [
+    ("default", {}, Rope("default", 500.0, original_positions=64), 64),
+    ("linear", {"factor": 2.5}, Rope("linear", 500.0, 2.5, 64), 160),
+    ("dynamic", {"factor": 2}, Rope("dynamic", 500.0, 2.0, 64), 128),
+    ("llama3", LLAMA3, Rope("llama3", 500.0, 8.0, 16, 1.0, 4.0), 64),
+    (
+        "yarn",
+        YARN,
+        Rope(
+            "yarn",
+            500.0,
+            8.0,
+            16,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            attention_factor=1.5,
+            mscale=0.7,
+            mscale_all_dim=0.9,
+            truncate=False,
+        ),
+        128,
+    ),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind, fields, rope, positions", ROPES, ids=[row[0] for row in ROPES])
+def test_ropes_in_every_spelling(kind, fields, rope, positions, family):
+    base = {"max_position_embeddings": 64, "head_dim": 8}
+    spellings = [
+        {"rope_theta": 500.0, "rope_scaling": fields | {"type": kind}},
+        {"rope_theta": 500, "rope_scaling": fields | {"rope_type": kind}},
+        {"rope_theta": 500.0, "rope_scaling": fields | {"rope_type": kind, "type": kind}},
+        {"rope_parameters": fields | {"rope_type": kind, "rope_theta": 500.0}},
+        {"rope_scaling": None, "rope_parameters": fields | {"type": kind, "rope_theta": 500.0}},
+        {"rope_theta": 500.0, "rope_parameters": fields | {"rope_type": kind, "rope_theta": 500}},
+        {
+            "rope_theta": 500.0,
+            "rope_scaling": fields | {"type": kind},
+            "rope_parameters": fields | {"rope_type": kind, "rope_theta": 500.0},
+        },
+    ]
+    configs = {read(family, **base, **spelling) for spelling in spellings}
+    assert len(configs) == 1
+    config = configs.pop()
+    assert config.rope == rope
+    assert config.max_positions == positions
+
+
+@pytest.mark.parametrize("empty", [ABSENT, None, {}])
+def test_no_rope_scaling(empty):
+    config = read(rope_theta=500.0, rope_scaling=empty, rope_parameters=empty)
+    assert config.rope == Rope("default", 500.0, original_positions=2048)
+
+
+def test_original_length_of_rope():
+    fields = {"rope_type": "yarn", "factor": 4.0}
+    base = {"max_position_embeddings": 64, "head_dim": 8}
+    assert read(**base, rope_scaling=fields).rope.original_positions == 64
+    inside = fields | {"original_max_position_embeddings": 16}
+    assert read(**base, rope_scaling=inside).rope.original_positions == 16
+    # As in transformers, the one outside overrules the one inside …
+    config = read(**base, rope_scaling=inside, original_max_position_embeddings=32)
+    assert config.rope.original_positions == 32
+    # … and dynamic rope looks at neither.
+    dynamic = inside | {"rope_type": "dynamic"}
+    config = read(**base, rope_scaling=dynamic, original_max_position_embeddings=32)
+    assert config.rope.original_positions == 64
+
+
+def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths():
+    fields = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    config = read(max_position_embeddings=64, rope_scaling=fields)
+    assert (config.rope.factor, config.max_positions) == (4.0, 64)
+
+
+def test_defaults_of_yarn():
+    fields = {"type": "yarn", "factor": 2.0, "beta_fast": None, "mscale": 0, "finetuned": True}
+    rope = read(rope_scaling=fields).rope
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (32.0, 1.0, True)
+    assert (rope.attention_factor, rope.mscale, rope.mscale_all_dim) == (None, None, None)
+
+
+# -- real configurations, as the Hub has them
+
+
+def test_llama_3_2():
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+        {"bos_token_id": 128000, "do_sample": True, "eos_token_id": [128001, 128008, 128009]},
+        SOURCE,
+    )
+    assert (config.heads, config.kv_heads, config.head_dim, config.tied) == (32, 8, 64, True)
+    assert config.rope == Rope("llama3", 500000.0, 32.0, 8192, 1.0, 4.0)
+    assert config.max_positions == 131072
+    assert config.eos_ids == (128001, 128008, 128009)
+
+
+def test_qwen2_5_with_yarn():
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "hidden_act": "silu",
+            "hidden_size": 3584,
+            "initializer_range": 0.02,
+            "intermediate_size": 18944,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 28,
+            "model_type": "qwen2",
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "type": "yarn",
+            },
+            "sliding_window": 131072,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.43.1",
+            "use_cache": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+        },
+        {"eos_token_id": [151645, 151643], "pad_token_id": 151643, "top_k": 20},
+        SOURCE,
+    )
+    assert config.max_positions == 131072
+    assert set(config.windows) == {None}
+    assert config.eos_ids == (151645, 151643)
+
+
+def test_mistral_as_transformers_5_writes_it():
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["MistralForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "dtype": "bfloat16",
+            "eos_token_id": 2,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 5120,
+            "initializer_range": 0.02,
+            "intermediate_size": 32768,
+            "max_position_embeddings": 131072,
+            "model_type": "mistral",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "pad_token_id": 11,
+            "rms_norm_eps": 1e-05,
+            "rope_parameters": {"rope_theta": 1000000000.0, "rope_type": "default"},
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "transformers_version": "5.10.2",
+            "unsloth_version": "2025.12.5",
+            "use_cache": False,
+            "vocab_size": 131072,
+        },
+        None,
+        SOURCE,
+    )
+    assert config.head_dim == 128
+    assert config.rope.theta == 1e9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_models_are_read(variant):
+    config = tiny_config(variant)
+    assert config.raw == VARIANTS[variant]
+    assert len(config.windows) == config.layers
+
+
+# -- fields without effect
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("pretraining_tp", 2),
+        ("attention_dropout", 0.1),
+        ("_name_or_path", "somebody/something"),
+        ("image_token_id", 7),
+        ("quantization_config", None),
+        ("never_heard_of", None),
+        ("partial_rotary_factor", 1.0),
+        ("residual_multiplier", 1.0),
+        ("num_local_experts", 0),
+        ("use_sliding_window", False),
+        ("layer_types", ["full_attention"] * 3),
+        ("sliding_window", None),
+    ],
+)
+def test_ignored(field, value):
+    assert read(**{field: value}) == read()
+
+
+# -- refusals
+
+
+def refusal(family: str = "llama", generation: Any = None, /, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        read(family, generation, **changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "architectures", [["GPT2LMHeadModel"], [], [[]], None, ABSENT, "LlamaForCausalLM"]
+)
+def test_unknown_architecture(architectures):
+    sentence = refusal(architectures=architectures)
+    assert sentence.startswith(f"{SOURCE}: architectures")
+    assert all(known in sentence for known in FAMILIES.values())
+    if architectures == ["GPT2LMHeadModel"]:
+        assert "GPT2LMHeadModel" in sentence
+
+
+def test_not_an_object():
+    with pytest.raises(UserError, match=r"model/config.json must hold a JSON object, not \[1\]"):
+        ModelConfig.from_json([1], None, SOURCE)  # type: ignore[arg-type]
+
+
+REMOVE = "remove it from the file if it does not change the mathematics"
+REFUSALS: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "llama",
+        {"model_type": "mistral"},
+        'model_type = "mistral" must be "llama", as architectures is LlamaForCausalLM',
+    ),
+    # Missing, of the wrong type, out of range.
+    *[
+        ("llama", {name: ABSENT}, f"{name} is missing: it must be a positive whole number")
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+        )
+    ],
+    ("llama", {"hidden_size": None}, "hidden_size = null is missing"),
+    ("llama", {"hidden_size": "64"}, 'hidden_size = "64" must be a positive whole number'),
+    ("llama", {"hidden_size": 64.0}, "hidden_size = 64.0 must be a positive whole number"),
+    ("llama", {"hidden_size": -64}, "hidden_size = -64 must be a positive whole number"),
+    ("llama", {"vocab_size": True}, "vocab_size = true must be a positive whole number"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0 must be a positive whole number"),
+    ("llama", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps = "1e-5" must be a number that is not'),
+    ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05 must be a number that is not"),
+    ("llama", {"rms_norm_eps": 0}, "rms_norm_eps = 0 must be a positive number"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps = NaN must be a number that is not"),
+    ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps = 1000"),
+    ("llama", {"mlp_bias": 1}, "mlp_bias = 1 must be true or false"),
+    ("llama", {"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no" must be true or false'),
+    ("llama", {"hidden_act": 3}, "hidden_act = 3 must be a string"),
+    ("llama", {"eos_token_id": "</s>"}, 'eos_token_id = ["</s>"] must be token ids'),
+    ("llama", {"bos_token_id": [1]}, "bos_token_id = [1] must be a token id"),
+    # Values that do not go together.
+    (
+        "llama",
+        {"num_attention_heads": 12, "head_dim": None},
+        "hidden_size = 64 must be a multiple of num_attention_heads = 12, or head_dim",
+    ),
+    ("llama", {"head_dim": 5}, "head_dim = 5 must be even"),
+    (
+        "llama",
+        {"num_key_value_heads": 5},
+        "num_attention_heads = 32 must be a multiple of num_key_value_heads = 5",
+    ),
+    (
+        "mistral",
+        {"num_attention_heads": 4},
+        "num_attention_heads = 4 must be a multiple of num_key_value_heads = 8, mistral's default",
+    ),
+    # Activations, biases, windows.
+    (
+        "llama",
+        {"hidden_act": "gelu"},
+        'hidden_act = "gelu" is not implemented: silu, swish, gelu_pytorch_tanh, gelu_new, relu',
+    ),
+    ("mistral", {"attention_bias": True}, "attention_bias = true contradicts the family"),
+    ("qwen2", {"attention_bias": False}, "attention_bias = false contradicts the family"),
+    ("qwen3", {"mlp_bias": True}, "mlp_bias = true contradicts the family"),
+    ("llama", {"sliding_window": 8}, "sliding_window = 8 is not a field that is known for llama"),
+    ("llama", {"use_sliding_window": True}, "use_sliding_window = true contradicts llama"),
+    ("mistral", {"sliding_window": 0}, "sliding_window = 0 must be a positive whole number"),
+    ("mistral", {"use_sliding_window": False}, "use_sliding_window = false contradicts mistral"),
+    (
+        "mistral",
+        {"layer_types": ["full_attention"] * 3},
+        "contradicts mistral, whose layers are all alike",
+    ),
+    ("qwen3", {"max_window_layers": -1}, "max_window_layers = -1 must be a whole number that is"),
+    (
+        "qwen3",
+        {"layer_types": ["chunked_attention"] * 3},
+        "must be a list of full_attention and sliding_attention",
+    ),
+    ("qwen3", {"layer_types": "full_attention"}, 'layer_types = "full_attention" must be a list'),
+    ("qwen3", {"layer_types": ["full_attention"]}, "must have one entry for each of the 3 layers"),
+    (
+        "qwen3",
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
+        "has sliding_attention, but no sliding window is in use",
+    ),
+    # Rope.
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        'rope_scaling.rope_type = "longrope" is not implemented: '
+        "default, linear, dynamic, llama3, yarn are",
+    ),
+    ("llama", {"rope_scaling": {"type": "su"}}, 'rope_scaling.type = "su" is not implemented'),
+    ("llama", {"rope_scaling": "linear"}, 'rope_scaling = "linear" must be an object'),
+    (
+        "llama",
+        {"rope_scaling": {"type": "linear"}},
+        "rope_scaling.factor is missing: it must be a positive number",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": "2"}},
+        'rope_parameters.factor = "2" must be a number',
+    ),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, not 0.5"),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}},
+        "rope_scaling.high_freq_factor = 4.0 must be above low_freq_factor = 4",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+        "rope_scaling.low_freq_factor is missing",
+    ),
+    ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing"),
+    (
+        "llama",
+        {"rope_scaling": YARN | {"type": "yarn", "truncate": 1}},
+        "rope_scaling.truncate = 1 must be true or false",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}},
+        f"rope_scaling.beta_fast = 3 is not a field that is known for rope type linear: {REMOVE}",
+    ),
+    (
+        "qwen2",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}},
+        "rope_scaling.mrope_section = [1, 2] asks for multimodal rope",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor = 0.5 asks for a rotation of part of each head",
+    ),
+    (
+        "qwen3",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters.full_attention",
+    ),
+    (
+        "llama",
+        {"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 200.0}},
+        "rope_parameters.rope_theta = 200.0 contradicts rope_theta = 100 outside",
+    ),
+    (
+        "llama",
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 3.0},
+        },
+        "contradicts rope_parameters: keep the right one",
+    ),
+    ("llama", {"rope_theta": 1}, "rope_theta = 1 must be above 1"),
+    (
+        "llama",
+        {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "head_dim = 2 must be at least 4 for dynamic rope, not 2",
+    ),
+    # What is not implemented, by name.
+    *[
+        ("llama", {name: value}, f"asks for {what}, not implemented: {REMOVE}")
+        for name, value, what in [
+            ("quantization_config", {"quant_method": "awq"}, "quantized weights"),
+            ("auto_map", {"AutoModel": "modeling.Model"}, "code of its own"),
+            ("partial_rotary_factor", 0.5, "a rotation of part of each head"),
+            ("final_logit_softcapping", 30.0, "soft-capped logits"),
+            ("attn_logit_softcapping", 50.0, "soft-capped attention scores"),
+            ("residual_multiplier", 0.22, "scaled residuals"),
+            ("embedding_multiplier", 12, "scaled embeddings"),
+            ("attention_multiplier", 0.1, "another scale of the attention scores"),
+            ("logits_scaling", 8, "scaled logits"),
+            ("attention_chunk_size", 8192, "chunked attention"),
+            ("num_local_experts", 8, "a mixture of experts"),
+            ("is_causal", False, "attention to later tokens"),
+        ]
+    ],
+    (
+        "llama",
+        {"frobnicate": 3},
+        f"frobnicate = 3 is not a field that is known for llama: {REMOVE}",
+    ),
+    ("qwen2", {"mtp": [1]}, f"mtp = [1] is not a field that is known for qwen2: {REMOVE}"),
+]
+
+
+@pytest.mark.parametrize("family, changes, words", REFUSALS, ids=[row[2] for row in REFUSALS])
+def test_refusals(family, changes, words):
+    sentence = refusal(family, **changes)
+    assert sentence.startswith(f"{SOURCE}: ")
+    assert words in sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 300
+
+
+def test_a_bad_generation_config_is_named():
+    sentence = refusal("llama", {"eos_token_id": "</s>"})
+    assert sentence.startswith(f"generation_config.json beside {SOURCE}: eos_token_id")
+    sentence = refusal("llama", [2])
+    assert sentence == f"generation_config.json beside {SOURCE} must hold a JSON object, not [2]"

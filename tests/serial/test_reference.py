@@ -1,0 +1,258 @@
+"""The oracle against transformers' numbers, and proof that those numbers can tell it is wrong."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_models import VARIANTS, tiny_config, tiny_prompts, tiny_weights, write_checkpoint
+
+from mpishard import reference
+from mpishard.description.config import ModelConfig
+from mpishard.reference import Reference
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+BOUND = 2e-4  # of the standard deviation of what is compared
+PROMPTS = range(2)
+
+Weights = dict[str, np.ndarray]
+
+
+def golden(variant: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{variant}.npz") as file:
+        return dict(file)
+
+
+def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference, in standard deviations of `theirs`."""
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / theirs.std())
+
+
+def test_there_are_goldens_of_every_variant():
+    assert {file.stem for file in GOLDEN.glob("*.npz")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_agrees_with_transformers(variant, dtype):
+    expected = golden(variant)
+    config = tiny_config(variant)
+    model = Reference(config, tiny_weights(variant), dtype)
+    for p in PROMPTS:
+        ids = expected[f"ids_{p}"].tolist()
+        assert ids == tiny_prompts(variant)[p]
+        logits_SV, hidden = model.forward(ids)
+        assert logits_SV.dtype == dtype
+        assert logits_SV.shape == (len(ids), config.vocab)
+        assert deviation(logits_SV, expected[f"logits_{p}"]) < BOUND
+        assert len(hidden) == config.layers + 1
+        for ours_SD, theirs_SD in zip(hidden, expected[f"hidden_{p}"], strict=True):
+            assert ours_SD.dtype == dtype
+            assert deviation(ours_SD, theirs_SD) < BOUND
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_continues_as_transformers(variant, dtype):
+    expected = golden(variant)
+    model = Reference(tiny_config(variant), tiny_weights(variant), dtype)
+    assert expected["margin"] > BOUND  # so that every token can be compared
+    for p in PROMPTS:
+        theirs = expected[f"greedy_{p}"].tolist()
+        assert len(set(theirs)) > 4  # a model that repeats itself would prove little
+        assert model.greedy(expected[f"ids_{p}"].tolist(), len(theirs)) == theirs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mistake_shows(variant):
+    config, weights = tiny_config(variant), tiny_weights(variant)
+    expected = golden(variant)
+    unseen = {}
+    for mistake, wrong_config, wrong_weights in mistakes(config, weights):
+        logits_SV, _ = Reference(wrong_config, wrong_weights).forward(expected["ids_1"].tolist())
+        shows = deviation(logits_SV, expected["logits_1"])
+        if shows < 50 * BOUND:
+            unseen[mistake] = shows
+    assert not unseen
+
+
+def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, ModelConfig, Weights]]:
+    """What an implementation may get wrong: ``(description, configuration, weights)`` that would
+    make a right one compute the same as the wrong one."""
+    yield "epsilon ten times too small", replace(config, norm_eps=config.norm_eps / 10), weights
+    activation = "silu" if config.activation != "silu" else "gelu_pytorch_tanh"
+    yield "another activation", replace(config, activation=activation), weights
+    for mistake, rope in rope_mistakes(config):
+        yield mistake, replace(config, rope=rope), weights
+    for mistake, windows in window_mistakes(config):
+        yield mistake, replace(config, windows=windows), weights
+    for mistake, changed in weight_mistakes(config, weights):
+        yield mistake, config, weights | changed
+
+
+def rope_mistakes(config):
+    rope = config.rope
+    yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
+    if rope.kind != "default":
+        yield "no rope scaling", replace(rope, kind="default")
+        yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
+    if rope.kind in ("dynamic", "llama3", "yarn"):
+        longer = replace(rope, original_positions=rope.original_positions + 1)
+        yield "original length one too long", longer
+    used = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    }
+    for name in used.get(rope.kind, ()):
+        value = getattr(rope, name)
+        default = next(field.default for field in fields(rope) if field.name == name)
+        if value != default:
+            yield f"{name} ignored", replace(rope, **{name: default})
+    if rope.kind == "yarn":
+        yield "truncate the other way", replace(rope, truncate=not rope.truncate)
+        yield "no attention factor", replace(rope, attention_factor=1.0)
+
+
+def window_mistakes(config):
+    windows = config.windows
+    if any(windows):
+        yield "window one too wide", tuple(w and w + 1 for w in windows)
+        yield "window one too narrow", tuple(w and w - 1 for w in windows)
+        yield "no window", (None,) * config.layers
+    if len(set(windows)) > 1:
+        yield "windows on other layers", windows[1:] + windows[:1]
+        yield "windows everywhere", (max(w for w in windows if w),) * config.layers
+
+
+def weight_mistakes(config, weights):
+    layer = f"model.layers.{config.layers - 1}."
+    for name in weights:
+        if name.endswith("bias"):
+            yield f"no {name}", {name: np.zeros_like(weights[name])}
+        if "norm" in name:
+            yield f"no {name}", {name: np.ones_like(weights[name])}
+    gate, up = f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"
+    yield "gate for up", {gate: weights[up], up: weights[gate]}
+    if not config.tied:
+        yield "embedding for head", {"lm_head.weight": weights["model.embed_tokens.weight"]}
+
+    def by_head(part, heads):
+        return weights[f"{layer}self_attn.{part}_proj.weight"].reshape(heads, config.head_dim, -1)
+
+    H, G, D = config.heads, config.kv_heads, config.hidden
+    for part in ("k", "v"):
+        if G > 1:
+            name = f"{layer}self_attn.{part}_proj.weight"
+            swapped = by_head(part, G)[[1, 0, *range(2, G)]]
+            yield f"heads 0 and 1 of {part} swapped", {name: swapped.reshape(-1, D)}
+    if 1 < G < H:
+        # As if query head h had key/value head h % G in place of h // (H / G).
+        order = np.arange(H).reshape(H // G, G).T.ravel()
+        q, o = f"{layer}self_attn.q_proj.weight", f"{layer}self_attn.o_proj.weight"
+        dealt = {q: by_head("q", H)[order].reshape(-1, D)}
+        columns = weights[o].reshape(D, H, config.head_dim)[:, order]
+        if f"{layer}self_attn.q_proj.bias" in weights:
+            bias = f"{layer}self_attn.q_proj.bias"
+            dealt[bias] = weights[bias].reshape(H, -1)[order].ravel()
+        yield "key/value heads dealt in turn", dealt | {o: columns.reshape(D, -1)}
+    turned = weights[f"{layer}self_attn.q_proj.weight"] / np.sqrt(config.head_dim)
+    yield "scores scaled twice", {f"{layer}self_attn.q_proj.weight": turned}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
+    def rotate_neighbours(x_SK, cos_SJ, sin_SJ):
+        a_SJ, b_SJ = x_SK[:, ::2], x_SK[:, 1::2]
+        turned = (a_SJ * cos_SJ - b_SJ * sin_SJ, b_SJ * cos_SJ + a_SJ * sin_SJ)
+        return np.stack(turned, axis=-1).reshape(x_SK.shape)
+
+    monkeypatch.setattr(reference, "rotate", rotate_neighbours)
+    expected = golden(variant)
+    logits_SV, _ = Reference(tiny_config(variant), tiny_weights(variant)).forward(
+        expected["ids_1"].tolist()
+    )
+    assert deviation(logits_SV, expected["logits_1"]) > 50 * BOUND
+
+
+def test_an_older_token_does_not_see_a_newer_one():
+    variant = "llama-gqa"
+    model = Reference(tiny_config(variant), tiny_weights(variant))
+    ids = tiny_prompts(variant)[1]
+    logits_SV, _ = model.forward(ids)
+    shorter_SV, _ = model.forward(ids[:9])
+    assert np.abs(logits_SV[:9] - shorter_SV).max() < 1e-12
+
+
+def test_visible():
+    assert reference.visible(4, 2).astype(int).tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+    ]
+    assert np.array_equal(reference.visible(4, None), np.tri(4, dtype=bool))
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    weights = tiny_weights("llama-mha")
+    head_VD = weights["lm_head.weight"]
+    tokens = Reference(tiny_config("llama-mha"), weights).greedy([3, 4], 1)
+    token = tokens[0]
+    other = token - 1 if token else token + 1
+    head_VD[other] = head_VD[token]
+    assert Reference(tiny_config("llama-mha"), weights).greedy([3, 4], 1) == [min(token, other)]
+
+
+def test_extreme_activations_are_exact_and_silent():
+    x = np.array([-1000.0, -1.0, 0.0, 1000.0], np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        assert reference.silu(x)[[0, 2, 3]].tolist() == [0, 0, 1000]
+        assert reference.relu(x).tolist() == [0, 0, 0, 1000]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_narrow_weights_are_widened(dtype):
+    config = tiny_config("llama-mha")
+    ids = tiny_prompts("llama-mha")[0]
+    narrow = Reference(config, tiny_weights("llama-mha", dtype), np.float32).forward(ids)[0]
+    wide = Reference(config, tiny_weights("llama-mha"), np.float32).forward(ids)[0]
+    assert np.array_equal(narrow, wide)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_checkpoints_of_every_type_hold_the_same_model(dtype, shards, tmp_path):
+    directory = write_checkpoint("qwen3-bias", tmp_path / "model", dtype, shards)
+    files = sorted(directory.glob("*.safetensors"))
+    assert len(files) == shards
+    weights = {name: array for file in files for name, array in load_file(file).items()}
+    expected = tiny_weights("qwen3-bias")
+    assert weights.keys() == expected.keys()
+    for name, array in weights.items():
+        assert array.dtype.name == dtype
+        assert np.array_equal(array.astype(np.float32), expected[name])
+    if shards > 1:
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        for file in files:
+            held = {name for name, where in index["weight_map"].items() if where == file.name}
+            assert held == load_file(file).keys()
+
+
+def test_the_oracle_shares_no_arithmetic():
+    tree = ast.parse(Path(reference.__file__).read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module or ".")
+    allowed = {"__future__", "math", "collections.abc", "numpy", "mpishard.description.config"}
+    assert imported <= allowed
