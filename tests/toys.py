@@ -8,11 +8,12 @@ import numpy as np
 from mpi4py import MPI
 from tiny_models import VARIANTS, tiny_config, tiny_weights
 
+from mpishard.arithmetic.packed import Step
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import Layout, block_sizes
 from mpishard.description.partition import weight_table
-from mpishard.model import Decoder
+from mpishard.model import Decoder, Observer
 from mpishard.reference import Reference
 
 
@@ -40,6 +41,20 @@ def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:
         for weight in weight_table(config)
     }
     return Decoder(config, shards, mesh)
+
+
+class Recorder(Decoder):
+    """A model that keeps every step it is fed, and what it answers."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.__dict__.update(model.__dict__)
+        self.steps: list[Step] = []
+        self.logits: list[np.ndarray] = []
+
+    def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
+        self.steps.append(step)
+        self.logits.append(super().forward(step, observe))
+        return self.logits[-1]
 
 
 def oracle(variant: str, dtype: type = np.float64) -> Reference:

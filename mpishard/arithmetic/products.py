@@ -27,11 +27,11 @@ def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None)
     rows = len(x_NI)
     if rows == 1:
         y_NO = (w_OI @ x_NI[0])[np.newaxis]
-    elif rows <= 3:
+    elif 2 <= rows <= 3:
         y_NO = _by_vectors(x_NI, w_OI)
-    elif rows <= 32:
+    elif 4 <= rows <= 32:
         y_NO = _by_small_products(x_NI, w_OI)
-    elif rows <= 256:
+    elif 33 <= rows <= 256:
         y_NO = np.ascontiguousarray((w_OI @ x_NI.T).T)
     else:
         y_NO = x_NI @ w_OI.T

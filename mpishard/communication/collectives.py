@@ -167,12 +167,12 @@ def _back(rows: np.ndarray, axis: int) -> np.ndarray:
 def _pieces(counts: list[int], width: int, limit: int) -> list[tuple[int, int, slice]]:
     """The calls in which blocks of `counts` rows of `width` elements travel so that none carries
     more than `limit` elements: ``(first row, end row, columns)``, rows counted in every block."""
-    most_columns = max(1, min(width, limit // len(counts)))
-    most_rows = max(1, limit // (len(counts) * most_columns))
+    columns = max(1, min(width, limit // len(counts)))
+    rows = max(1, limit // (len(counts) * columns))
     return [
-        (start, min(start + most_rows, max(counts)), slice(column, min(column + most_columns, width)))
-        for start in range(0, max(max(counts), 1), most_rows)
-        for column in range(0, max(width, 1), most_columns)
+        (row, min(row + rows, max(counts)), slice(column, min(column + columns, width)))
+        for row in range(0, max(max(counts), 1), rows)
+        for column in range(0, max(width, 1), columns)
     ]
 
 

@@ -4,12 +4,13 @@ token by token through the generate loop."""
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from tiny_models import VARIANTS, tiny_config
-from toys import meshes, oracle, toy, whole_logits
+from toys import Recorder, meshes, oracle, toy, whole_logits
 
 from mpishard.arithmetic.packed import pack
 from mpishard.engine.generate import Request, generate
@@ -62,7 +63,7 @@ def test_float64_agrees_with_the_reference(comm: MPI.Intracomm, variant: str):
     for mesh in meshes(comm, variant):
         logits, hidden = score(toy(variant, mesh), prompts)
         for place, ids_S in enumerate(prompts):
-            expected_SV, expected = reference.forward(ids_S)
+            expected_SV, expected = reference.forward(ids_S.tolist())
             np.testing.assert_allclose(logits[place], expected_SV, rtol=0, atol=1e-9)
             np.testing.assert_allclose(hidden[place], expected, rtol=0, atol=1e-9)
 
@@ -90,17 +91,14 @@ def test_every_step_of_the_generate_loop_is_the_references(comm: MPI.Intracomm, 
         for index, (length, max_tokens) in enumerate([(9, 4), (1, 7), (14, 1), (3, 5)])
     ]
     for mesh in meshes(comm, variant):
-        model = toy(variant, mesh)
+        model = Recorder(toy(variant, mesh))
         mine = [requests[place] for place in deal(len(requests), mesh)]
-        recorded: list[np.ndarray] = []
-        plain_forward = model.forward
-        model.forward = lambda step: recorded.append(plain_forward(step)) or recorded[-1]
         answers = generate(model, mine)
         assert [answer.index for answer in answers] == [request.index for request in mine]
         for request, answer in zip(mine, answers, strict=True):
             assert answer.ids == reference.greedy(request.ids, request.max_tokens)
             assert answer.finish_reason == "length"
-        for number, logits_Mv in enumerate(recorded):
+        for number, logits_Mv in enumerate(model.logits):
             running = [(r, a) for r, a in zip(mine, answers, strict=True) if number < len(a.ids)]
             expected = [reference.forward(r.ids + a.ids[:number])[0][-1] for r, a in running]
             found = whole_logits(logits_Mv, model)
@@ -125,7 +123,7 @@ def test_each_replica_takes_its_share(comm: MPI.Intracomm):
 
 
 def test_ends_of_answers(comm: MPI.Intracomm):
-    """End-of-sequence ids, a callable stop and the last position end an answer; the others go on."""
+    """End-of-sequence ids, a stop of the caller's and the last position each end one answer."""
     ids = [3, 1, 4, 1, 5]
     greedy = oracle("qwen3-mixed").greedy(ids, 12)
     room = tiny_config("qwen3-mixed").max_positions
@@ -137,21 +135,18 @@ def test_ends_of_answers(comm: MPI.Intracomm):
             Request(2, ids, 12, stopped=lambda ids: len(ids) == 5),
             Request(3, [1] * room, 9),
         ]
-        finished: list[int] = []
-        tokens: dict[int, list[int]] = {request.index: [] for request in requests}
-        answers = generate(
-            model,
-            requests,
-            on_token=lambda request, token: tokens[request.index].append(token),
-            on_finish=lambda request, answer: finished.append(request.index),
-        )
+        told, finished = Mock(), Mock()
+        answers = generate(model, requests, on_token=told, on_finish=finished)
         cut = greedy.index(greedy[2]) + 1
         assert [answer.ids for answer in answers[:3]] == [greedy, greedy[:cut], greedy[:5]]
         reasons = [answer.finish_reason for answer in answers]
         assert reasons == ["length", "stop", "stop", "length"]
         assert len(answers[3].ids) == 1  # the prompt has taken every position
-        assert [tokens[answer.index] for answer in answers] == [answer.ids for answer in answers]
-        assert finished[0] == 3 and finished[-1] == 0 and sorted(finished) == [0, 1, 2, 3]
+        tokens = [[t.args[1] for t in told.mock_calls if t.args[0] is r] for r in requests]
+        assert tokens == [answer.ids for answer in answers]
+        ended = [call.args for call in finished.mock_calls]
+        assert {request.index: answer for request, answer in ended} == dict(enumerate(answers))
+        assert ended[0][0].index == 3 and ended[-1][0].index == 0
 
 
 def test_more_requests_than_run_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch):
@@ -165,10 +160,7 @@ def test_more_requests_than_run_at_once(comm: MPI.Intracomm, monkeypatch: pytest
     ]
     expected = [reference.greedy(request.ids, request.max_tokens) for request in requests]
     for mesh in meshes(comm, "llama-gqa"):
-        model = toy("llama-gqa", mesh)
-        widths: list[int] = []
-        plain_forward = model.forward
-        model.forward = lambda step: widths.append(len(step.segments)) or plain_forward(step)
+        model = Recorder(toy("llama-gqa", mesh))
         assert [answer.ids for answer in generate(model, requests)] == expected
-        assert max(widths) <= 3
+        assert max(len(step.segments) for step in model.steps) == 3
 

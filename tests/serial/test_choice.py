@@ -1,0 +1,119 @@
+"""Candidates, filters and noise, each against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpishard.arithmetic.choice import best_of_each_row, gumbel, kept, log_sum_exp
+from mpishard.engine.sampling import Sampling
+from mpishard.errors import UserError
+
+
+@pytest.mark.parametrize("columns", [1, 4, 9])
+@pytest.mark.parametrize("count", [1, 3, 9, 12])
+def test_best_of_each_row(columns: int, count: int):
+    keys_Mv = np.random.RandomState(2).randint(0, 4, (20, columns)).astype(float)  # many ties
+    best_MC, column_MC = best_of_each_row(keys_Mv, count)
+    for keys_v, best_C, column_C in zip(keys_Mv, best_MC, column_MC, strict=True):
+        order = np.argsort(-keys_v, kind="stable")[:count]
+        missing = count - len(order)
+        np.testing.assert_array_equal(best_C, [*keys_v[order], *[-np.inf] * missing])
+        np.testing.assert_array_equal(column_C, [*order, *[columns] * missing])
+
+
+def test_best_of_rows_without_columns():
+    best_MC, column_MC = best_of_each_row(np.empty((2, 0)), 3)
+    assert (best_MC == -np.inf).all() and (column_MC == 0).all()
+
+
+def test_log_sum_exp():
+    keys_Mv = np.array([[0.0, 0.0], [1000.0, 1000.0], [-np.inf, 3.0], [-np.inf, -np.inf]])
+    expected = [np.log(2), 1000 + np.log(2), 3, -np.inf]
+    np.testing.assert_allclose(log_sum_exp(keys_Mv), expected)
+    np.testing.assert_array_equal(log_sum_exp(np.empty((2, 0))), [-np.inf, -np.inf])
+
+
+PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p, number",
+    [
+        (0, 1.0, 0.0, 5),
+        (2, 1.0, 0.0, 2),
+        (9, 1.0, 0.0, 5),
+        (0, 0.69, 0.0, 2),
+        (0, 0.71, 0.0, 3),
+        (0, 1e-9, 0.0, 1),
+        (2, 0.58, 0.0, 2),  # of the two largest, 0.4 is 4/7: not yet 0.58
+        (2, 0.57, 0.0, 1),
+        (0, 1.0, 0.51, 2),
+        (0, 1.0, 0.49, 3),
+        (0, 1.0, 1.0, 1),
+        (4, 0.99, 0.6, 2),
+    ],
+)
+def test_kept(top_k: int, top_p: float, min_p: float, number: int):
+    assert kept(np.log(PROBABILITIES), 0.0, top_k, top_p, min_p, complete=True) == number
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p, number",
+    [
+        (0, 0.5, 0, 2),
+        (0, 0.9, 0, None),
+        (2, 1, 0, 2),
+        (3, 1, 0, None),
+        (0, 1, 0.9, 1),
+        (0, 1, 0, None),
+    ],
+)
+def test_kept_of_only_the_first_keys(top_k, top_p, min_p, number):
+    """None where it depends on keys that are not there."""
+    assert kept(np.log(PROBABILITIES[:2]), 0.0, top_k, top_p, min_p, complete=False) == number
+
+
+def test_noise_belongs_to_the_token():
+    """Whichever tokens are asked for together, and nothing else changes it."""
+    ids = np.arange(1000)
+    noise = gumbel(1, 2, 3, ids)
+    np.testing.assert_array_equal(gumbel(1, 2, 3, ids[500:]), noise[500:])
+    np.testing.assert_array_equal(gumbel(1, 2, 3, ids[::-7]), noise[::-7])
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert not np.isin(gumbel(*other, ids), noise).any()
+
+
+def test_noise_is_gumbel_distributed():
+    """Mean 0.5772, variance pi**2 / 6, and the distribution function at a few places."""
+    noise = np.concatenate([gumbel(0, 0, position, np.arange(1000)) for position in range(200)])
+    assert noise.mean() == pytest.approx(0.57722, abs=0.015)
+    assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.04)
+    for x in (-1.0, 0.0, 1.0, 3.0):
+        assert (noise < x).mean() == pytest.approx(np.exp(-np.exp(-x)), abs=0.006)
+
+
+def test_noise_is_the_same_on_every_machine():
+    """Integer arithmetic makes it; these values are part of what a seed promises."""
+    found = gumbel(7, 1, 2, np.array([0, 5]))
+    np.testing.assert_allclose(found, [0.8842925110, 1.4982073600], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "field, value, right",
+    [
+        ("temperature", -0.1, "0 or more"),
+        ("temperature", float("nan"), "0 or more"),
+        ("temperature", float("inf"), "0 or more"),
+        ("top_k", -1, "0 (no filter) or more"),
+        ("top_p", 0, "above 0 and at most 1"),
+        ("top_p", 1.01, "above 0 and at most 1"),
+        ("min_p", -0.5, "0 to 1"),
+        ("min_p", 1.5, "0 to 1"),
+        ("seed", -1, "0 to 2**64 - 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(field: str, value: float, right: str):
+    with pytest.raises(UserError) as refused:
+        Sampling(**{field: value})
+    assert str(refused.value) == f"{field} {value} is out of range: it must be {right}"

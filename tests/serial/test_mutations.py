@@ -1,0 +1,111 @@
+"""Tests of the tests: mistakes that are easy to make must turn the suite red.
+
+Each mistake is a plugin that pytest and the ranks it starts load; what it patches stays broken for
+a short run of the parallel tests on two ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = {
+    "tensor": "tests/parallel/test_tensor.py",
+    "model": "tests/parallel/test_model.py",
+    "schedule": "tests/parallel/test_schedule.py",
+    "sampling": "tests/parallel/test_sampling.py",
+}
+
+# Name: (what is patched, the file that must go red, a test of it that must fail).
+MISTAKES = {
+    "nothing at all": ("", "tensor", None),
+    "a dropped reduction": (
+        "from mpishard.parallel import tensor\n"
+        "tensor.all_reduce = lambda x, group: x",
+        "tensor",
+        "test_feed_forward",
+    ),
+    "one reduction too many": (
+        "from mpishard.parallel import tensor\n"
+        "once = tensor.all_reduce\n"
+        "tensor.all_reduce = lambda x, group: once(once(x, group) / group.size, group)",
+        "schedule",
+        "test_a_forward_pass_is_two_all_reduces_a_layer_and_one_for_the_embedding",
+    ),
+    "a bias added on every rank": (
+        "from mpishard.parallel import tensor\n"
+        "from mpishard.communication.collectives import all_reduce\n"
+        "tensor.add_bias = lambda y, b: y if b is None else y + 2 * b",
+        "tensor",
+        "test_attention",
+    ),
+    "a wrong split axis": (
+        "from dataclasses import replace\n"
+        "import toys\n"
+        "from mpishard import model\n"
+        "from mpishard.description import partition\n"
+        "right = partition.weight_table\n"
+        "def wrong(config):\n"
+        "    return [replace(w, axis=0) if w.field == 'down' else w for w in right(config)]\n"
+        "toys.weight_table = wrong",
+        "tensor",
+        "test_feed_forward",
+    ),
+    "a swapped key/value head": (
+        "from mpishard.description import partition\n"
+        "right = partition.kv_heads_of\n"
+        "partition.kv_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
+        "tensor",
+        "test_attention",
+    ),
+    "a cache one position late": (
+        "from mpishard.arithmetic.packed import KVCache\n"
+        "store = KVCache.store\n"
+        "def late(self, layer, k, v):\n"
+        "    k_gTK, v_gTK = store(self, layer, k, v)\n"
+        "    return k_gTK[:, : max(1, self.length - 1)], v_gTK[:, : max(1, self.length - 1)]\n"
+        "KVCache.store = late",
+        "model",
+        "test_the_generate_loop_goes_on_as_transformers_does",
+    ),
+    "ids of candidates that forget whose block they are of": (
+        "from mpishard.engine import sampling\n"
+        "right = sampling.candidates\n"
+        "sampling.candidates = lambda keys, count, first, mesh: right(keys, count, 0, mesh)",
+        "sampling",
+        "test_the_choice_is_that_of_the_whole_vocabulary",
+    ),
+    "replicas that talk": (
+        "from mpishard.parallel import tensor\n"
+        "right = tensor.feed_forward\n"
+        "def chatty(x, w, mesh):\n"
+        "    tensor.all_reduce(x, mesh.dp)\n"
+        "    return right(x, w, mesh)\n"
+        "tensor.feed_forward = chatty",
+        "schedule",
+        "test_a_forward_pass_is_two_all_reduces_a_layer_and_one_for_the_embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_turns_the_suite_red(mistake: str, tmp_path: Path):
+    patch, file, victim = MISTAKES[mistake]
+    (tmp_path / "mistake.py").write_text(patch)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS[file]]
+        + ["-k", "np2 and (llama-bias or not llama and not qwen and not mistral)"],
+        cwd=ROOT,
+        env=os.environ | {"PYTEST_PLUGINS": "mistake", "PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == (1 if victim else 0), run.stdout + run.stderr
+    assert not victim or re.search(rf"^FAILED .*{victim}\[", run.stdout, re.MULTILINE), run.stdout

@@ -1,0 +1,42 @@
+"""Matrix products of every number of rows and awkward shapes, against einsum in double precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpishard.arithmetic.products import linear
+
+ROWS = (1, 2, 3, 4, 5, 8, 16, 31, 32, 33, 64, 256, 257, 300)
+SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (0, 8), (8, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("outputs, inputs", SHAPES)
+def test_linear(dtype: type, outputs: int, inputs: int):
+    random = np.random.RandomState(outputs + inputs)
+    w_OI = random.standard_normal((outputs, inputs)).astype(dtype)
+    bias_O = random.standard_normal(outputs).astype(dtype)
+    for rows in ROWS:
+        x_NI = random.standard_normal((rows, inputs)).astype(dtype)
+        exact = np.einsum("ni,oi->no", x_NI.astype(np.float64), w_OI.astype(np.float64))
+        bound = 4 * np.finfo(dtype).eps * max(1, inputs) ** 0.5 * max(1, np.abs(exact).max(initial=0))
+        for bias, expected in ((None, exact), (bias_O, exact + bias_O)):
+            y_NO = linear(x_NI, w_OI, bias)
+            assert y_NO.shape == (rows, outputs) and y_NO.dtype == dtype
+            assert y_NO.flags.c_contiguous
+            np.testing.assert_allclose(y_NO, expected, rtol=0, atol=bound)
+
+
+def test_no_rows():
+    assert linear(np.empty((0, 3)), np.ones((5, 3))).shape == (0, 5)
+
+
+def test_a_read_only_weight_and_a_strided_input():
+    """As memory-mapped shards and packed rows are."""
+    random = np.random.RandomState(0)
+    w_OI = random.standard_normal((70, 24))
+    w_OI.flags.writeable = False
+    x_NI = random.standard_normal((40, 48))[::2, ::2]
+    for rows in (1, 3, 9, 20):
+        np.testing.assert_allclose(linear(x_NI[:rows], w_OI), x_NI[:rows] @ w_OI.T, atol=1e-12)
