@@ -1,15 +1,16 @@
 """Softmax attention of queries over keys, as a pair (output, log-sum-exp).
 
 Heads are grouped (Ainslie et al. 2023, arXiv 2305.13245): each of the ``g`` key/value heads serves
-``h / g`` query heads, consecutive ones.
+``r = h / g`` query heads, consecutive ones.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Queries are taken so many at a time that one key/value head's scores stay in cache.
-QUERY_BLOCK = 128
+# Queries are taken so many at a time, and heads so few that their scores stay in cache.
+QUERY_BLOCK = 256
+CACHED_SCORES = 128 * 1024
 
 
 def attend(
@@ -27,49 +28,51 @@ def attend(
     """
     S, h, K = q_ShK.shape
     g, T, _ = k_gTK.shape
-    out_ShK = np.empty_like(q_ShK)
-    lse_Sh = np.empty((S, h), q_ShK.dtype)
+    q_SgrK = (q_ShK * q_ShK.dtype.type(scale)).reshape(S, g, h // g, K)
+    out_SgrK = np.empty_like(q_SgrK)
+    lse_Sgr = np.empty(q_SgrK.shape[:-1], q_ShK.dtype)
     for start in range(0, S, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, S)
-        first, last = T - S + start, T - S + stop - 1  # positions of the block's queries
+        block = slice(start, min(start + QUERY_BLOCK, S))
+        first, last = T - S + block.start, T - S + block.stop - 1  # positions of the queries
         lowest = max(0, first - window + 1) if window else 0
-        for head in range(g):
-            mine = slice(head * (h // g), (head + 1) * (h // g))
-            out_ShK[start:stop, mine], lse_Sh[start:stop, mine] = _attend_block(
-                q_ShK[start:stop, mine],
-                k_gTK[head, lowest : last + 1],
-                v_gTK[head, lowest : last + 1],
-                scale,
-                _hidden(first, last, lowest, window),
+        seen = slice(lowest, last + 1)
+        hidden_ST = _hidden(first, last, lowest, window)
+        scores_of_a_head = (last + 1 - first) * (h // g) * (last + 1 - lowest)
+        together = max(1, CACHED_SCORES // scores_of_a_head)
+        for head in range(0, g, together):
+            heads = slice(head, head + together)
+            out_SgrK[block, heads], lse_Sgr[block, heads] = _attend_block(
+                q_SgrK[block, heads], k_gTK[heads, seen], v_gTK[heads, seen], hidden_ST
             )
-    return out_ShK, lse_Sh
+    return out_SgrK.reshape(S, h, K), lse_Sgr.reshape(S, h)
 
 
 def _attend_block(
-    q_SrK: np.ndarray,
-    k_TK: np.ndarray,
-    v_TK: np.ndarray,
-    scale: float,
-    hidden_S1T: np.ndarray | None,
+    q_SgrK: np.ndarray, k_gTK: np.ndarray, v_gTK: np.ndarray, hidden_ST: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of the ``r`` query heads of one key/value head; `hidden_S1T` says which keys a
-    query must not see (None: it sees all)."""
-    S, r, K = q_SrK.shape
-    scores_SrT = ((q_SrK * q_SrK.dtype.type(scale)).reshape(S * r, K) @ k_TK.T).reshape(S, r, -1)
-    if hidden_S1T is not None:
-        np.copyto(scores_SrT, -np.inf, where=hidden_S1T)
-    peak_Sr1 = scores_SrT.max(axis=-1, keepdims=True)
-    scores_SrT -= peak_Sr1
-    weights_SrT = np.exp(scores_SrT, out=scores_SrT)
-    total_Sr1 = weights_SrT.sum(axis=-1, keepdims=True)
-    out_SrK = (weights_SrT.reshape(S * r, -1) @ v_TK).reshape(S, r, K)
-    out_SrK /= total_Sr1
-    return out_SrK, (peak_Sr1 + np.log(total_Sr1))[..., 0]
+    """Attention of some scaled queries over some keys; `hidden_ST` says which keys a query must
+    not see (None: it sees all)."""
+    S, g, r, K = q_SgrK.shape
+    q_gQK = q_SgrK.transpose(1, 2, 0, 3).reshape(g, r * S, K)  # Q: the queries of a key/value head
+    scores_gQT = q_gQK @ k_gTK.transpose(0, 2, 1)
+    if hidden_ST is not None:
+        np.copyto(scores_gQT.reshape(g, r, S, -1), -np.inf, where=hidden_ST)
+    peak_gQ1 = scores_gQT.max(axis=-1, keepdims=True)
+    scores_gQT -= peak_gQ1
+    weights_gQT = np.exp(scores_gQT, out=scores_gQT)
+    total_gQ1 = weights_gQT.sum(axis=-1, keepdims=True)
+    out_gQK = weights_gQT @ v_gTK
+    out_gQK /= total_gQ1
+    lse_gQ = (peak_gQ1 + np.log(total_gQ1))[..., 0]
+    return (
+        out_gQK.reshape(g, r, S, K).transpose(2, 0, 1, 3),
+        lse_gQ.reshape(g, r, S).transpose(2, 0, 1),
+    )
 
 
 def _hidden(first: int, last: int, lowest: int, window: int | None) -> np.ndarray | None:
     """Which of the keys at positions ``lowest..last`` the queries at ``first..last`` must not
-    see, as (S, 1, T) booleans; None for a single query, whose keys are all cut to measure."""
+    see, as (S, T) booleans; None for a single query, whose keys are all cut to measure."""
     if first == last:
         return None
     query_S1 = np.arange(first, last + 1)[:, np.newaxis]
@@ -77,4 +80,4 @@ def _hidden(first: int, last: int, lowest: int, window: int | None) -> np.ndarra
     hidden_ST = key_T > query_S1
     if window:
         hidden_ST |= key_T <= query_S1 - window
-    return hidden_ST[:, np.newaxis]
+    return hidden_ST

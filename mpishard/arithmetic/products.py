@@ -50,7 +50,7 @@ def _by_vectors(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
 
 
 def _by_small_products(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
-    height = max(1, min(64, SMALL_PRODUCT // max(1, x_NI.size)))
+    height = max(8, min(96, SMALL_PRODUCT // max(1, x_NI.size) // 8 * 8))
     x_IN = np.ascontiguousarray(x_NI.T)
     blocks = [(w_bhI @ x_IN).reshape(-1, len(x_NI)) for w_bhI in _blocks(w_OI, height)]
     return np.ascontiguousarray(np.concatenate(blocks).T)

@@ -98,11 +98,12 @@ MISTAKES = {
 def test_a_mistake_turns_the_suite_red(mistake: str, tmp_path: Path):
     patch, file, victim = MISTAKES[mistake]
     (tmp_path / "mistake.py").write_text(patch)
+    path = f"{tmp_path}:{ROOT / 'tests'}"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS[file]]
         + ["-k", "np2 and (llama-bias or not llama and not qwen and not mistral)"],
         cwd=ROOT,
-        env=os.environ | {"PYTEST_PLUGINS": "mistake", "PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"},
+        env=os.environ | {"PYTEST_PLUGINS": "mistake", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,4 +1,4 @@
-"""Matrix products of every number of rows and awkward shapes, against einsum in double precision."""
+"""Matrix products of any number of rows and awkward shapes, against einsum in double precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def test_linear(dtype: type, outputs: int, inputs: int):
     for rows in ROWS:
         x_NI = random.standard_normal((rows, inputs)).astype(dtype)
         exact = np.einsum("ni,oi->no", x_NI.astype(np.float64), w_OI.astype(np.float64))
-        bound = 4 * np.finfo(dtype).eps * max(1, inputs) ** 0.5 * max(1, np.abs(exact).max(initial=0))
+        largest = max(1, np.abs(exact).max(initial=0))
+        bound = 4 * np.finfo(dtype).eps * max(1, inputs) ** 0.5 * largest
         for bias, expected in ((None, exact), (bias_O, exact + bias_O)):
             y_NO = linear(x_NI, w_OI, bias)
             assert y_NO.shape == (rows, outputs) and y_NO.dtype == dtype
