@@ -1,0 +1,1 @@
+"""Floor of storage: Hugging Face directories and HDF5 shards."""

@@ -1,0 +1,167 @@
+"""A Hugging Face directory: ``config.json`` and safetensors files, read by slices.
+
+The safetensors library checks the files; the slices come from memory maps at the offsets that the
+files' headers give, because that reads columns several times faster and can convert on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from mpishard.description.config import ModelConfig
+from mpishard.description.partition import weight_table
+from mpishard.errors import UserError
+from mpishard.storage.arrays import DTYPES, StoredArray
+from mpishard.storage.directory import read_config, read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+Header = tuple[Path, int, dict[str, Any]]  # file, where its data begin, the tensor's own entry
+
+
+class Checkpoint:
+    """The weights of a Hugging Face directory, none of which is read before it is asked for."""
+
+    def __init__(self, path: Path, config: ModelConfig, arrays: dict[str, StoredArray]):
+        self.path = path
+        self.config = config
+        self.arrays = arrays
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """The checkpoint in a directory, after checking that every weight of the model is there in
+        its shape and that there is none beside them.
+
+        Raises UserError for damaged, truncated or missing files, for missing, misshapen or unknown
+        tensors, and for dtypes other than float32, float16 and bfloat16.
+        """
+        path = Path(path)
+        config = read_config(path)
+        headers = _read_headers(path)
+        _refuse_unknown(config, headers)
+        checkpoint = cls(path, config, _find_weights(path, config, headers))
+        if config.tied and HEAD in headers:
+            _check_tied(checkpoint.arrays[EMBEDDING], _stored(HEAD, *headers[HEAD]))
+        return checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole shape of a weight."""
+        return self.arrays[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype in which a weight is stored."""
+        return self.arrays[name].dtype
+
+    def read(
+        self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
+    ) -> np.ndarray:
+        """A copy of the part of a weight that `slices` cut out, in the stored dtype or, converted
+        on the way, in `dtype`."""
+        return np.array(self.arrays[name].map()[slices], dtype, order="C")
+
+
+def _read_headers(directory: Path) -> dict[str, Header]:
+    if (directory / SINGLE).exists():
+        return _read_header(directory / SINGLE)
+    if not (directory / INDEX).exists():
+        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: no weights to read")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{directory / INDEX} has no weight_map from tensor names to file names")
+    files: dict[str, dict[str, Header]] = {}
+    for name, file in weight_map.items():
+        if file not in files:
+            if not (directory / file).exists():
+                raise UserError(f"{directory / file} is missing: {INDEX} places {name} in it")
+            files[file] = _read_header(directory / file)
+        if name not in files[file]:
+            raise UserError(f"{directory / file} lacks {name}, which {INDEX} places in it")
+    unlisted = {name: header for headers in files.values() for name, header in headers.items()}
+    return unlisted | {name: files[file][name] for name, file in weight_map.items()}
+
+
+def _read_header(path: Path) -> dict[str, Header]:
+    try:
+        with safe_open(path, "np"), open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    entries.pop("__metadata__", None)
+    return {name: (path, 8 + length, entry) for name, entry in entries.items()}
+
+
+def _find_weights(
+    directory: Path, config: ModelConfig, headers: dict[str, Header]
+) -> dict[str, StoredArray]:
+    arrays = {}
+    for weight in weight_table(config):
+        if weight.name not in headers:
+            raise UserError(
+                f"{directory} lacks the tensor {weight.name}, "
+                f"which its config.json calls for in shape {weight.shape}"
+            )
+        array = _stored(weight.name, *headers[weight.name])
+        if array.shape != weight.shape:
+            raise UserError(
+                f"{array.path}: {weight.name} has shape {array.shape}, "
+                f"but config.json calls for {weight.shape}"
+            )
+        arrays[weight.name] = array
+    return arrays
+
+
+def _stored(name: str, path: Path, data_start: int, entry: dict[str, Any]) -> StoredArray:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise UserError(
+            f"{path}: {name} has dtype {entry['dtype']}; "
+            f"{', '.join(SAFETENSORS_DTYPES)} can be read"
+        )
+    dtype = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]]
+    return StoredArray(path, data_start + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+
+
+def _refuse_unknown(config: ModelConfig, headers: dict[str, Header]) -> None:
+    known = {weight.name for weight in weight_table(config)}
+    unknown = [name for name in headers if name not in known and not _harmless(config, name)]
+    if unknown:
+        raise UserError(
+            f"{headers[unknown[0]][0]} holds {_listed(unknown)}, "
+            f"which a {config.family} model with this config.json does not have"
+        )
+
+
+def _harmless(config: ModelConfig, name: str) -> bool:
+    # Old checkpoints store the rotary frequencies, which follow from the configuration.
+    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD)
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
+
+
+def _check_tied(embedding: StoredArray, head: StoredArray) -> None:
+    """Refuse a head that is stored although tied and is not the embedding. A row in sixty-four
+    tells, for a head that was trained apart differs everywhere."""
+    if head.shape != embedding.shape or (embedding.map()[::64] != head.map()[::64]).any():
+        raise UserError(
+            f"{head.path}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
+            "set tie_word_embeddings to false to use both"
+        )

@@ -1,0 +1,161 @@
+"""From a checkpoint, or from shards for another layout, to shards.
+
+Everything is written into ``OUT.incomplete``, which becomes ``OUT`` when it is complete; its
+manifest bears another name until then, so that nothing looks valid before. Weights pass through
+memory in blocks of rows. Several processes can share the work, with a barrier after each step:
+
+prepare (one process) -> write (all, each some of the files) -> finish (one process)
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from math import prod
+from pathlib import Path
+
+from mpishard.description.layout import check_tensor_parallel
+from mpishard.description.partition import Weight, weight_table
+from mpishard.errors import UserError
+from mpishard.storage import rank_file
+from mpishard.storage.arrays import DTYPES, Progress, StoredArray, as_bytes, checksum, row_blocks
+from mpishard.storage.directory import copy_companions
+from mpishard.storage.rank_file import Manifest, rank_file_name
+from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
+from mpishard.storage.source import Source
+
+SHARD_DTYPES = ("float32", "bfloat16")
+SOURCE_ITEMSIZE = 4  # of what is read, the widest: blocks of rows are sized by it
+
+
+def convert(
+    source: Source,
+    out: str | Path,
+    tp: int,
+    dtype: str = "float32",
+    progress: Progress = lambda done: None,
+) -> None:
+    """Writes `source` as shards for `tp` ranks into the new directory `out`, in this process."""
+    conversion = Conversion(source, out, tp, dtype)
+    conversion.prepare()
+    conversion.write(progress=progress)
+    conversion.finish()
+
+
+class Conversion:
+    """One conversion: `source` cut for `tp` ranks, stored in `dtype`, into the directory `out`."""
+
+    def __init__(self, source: Source, out: str | Path, tp: int, dtype: str = "float32"):
+        if tp < 1:
+            raise UserError(f"--tp {tp} must be at least 1")
+        check_tensor_parallel(source.config, tp)
+        if dtype not in SHARD_DTYPES:
+            raise UserError(f"--dtype {dtype} is not one of {', '.join(SHARD_DTYPES)}")
+        self.source = source
+        self.out = Path(out)
+        self.tp = tp
+        self.dtype = DTYPES[dtype]
+        self.weights = weight_table(source.config)
+        self.incomplete = self.out.with_name(self.out.name + ".incomplete")
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of weights that all files together will hold."""
+        return self.worker_bytes(0, 1)
+
+    def worker_bytes(self, worker: int, workers: int) -> int:
+        """The bytes of weights that one of `workers` processes writes."""
+        return self.dtype.itemsize * sum(
+            prod(weight.shard_shape(self.source.config, self.tp, rank))
+            for weight in self.weights
+            for rank in range(worker, self.tp, workers)
+        )
+
+    def prepare(self) -> None:
+        """Makes the directory to write into, in place of what an interrupted conversion left.
+
+        Raises UserError, before any work, where `out` exists, cannot be made or does not fit on
+        the disk.
+        """
+        if self.out.exists():
+            raise UserError(f"{self.out} exists already: remove it or choose another directory")
+        manifest = Manifest(uuid.uuid4().hex, str(self.source.path), self.dtype.name, self.tp)
+        try:
+            self._remove_interrupted()
+            self._check_space()
+            self.incomplete.mkdir()
+            manifest.write(self.incomplete / UNFINISHED_MANIFEST)
+            copy_companions(self.source.path, self.incomplete)
+        except OSError as error:
+            raise UserError(f"cannot write {self.incomplete}: {error}") from None
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self.out.parent).free
+        if free < self.total_bytes:
+            raise UserError(
+                f"{self.out} needs {self.total_bytes} bytes, but {free} are free on that disk"
+            )
+
+    def _remove_interrupted(self) -> None:
+        if not self.incomplete.exists():
+            return
+        content = [file.name for file in self.incomplete.iterdir()]
+        if content and not {MANIFEST, UNFINISHED_MANIFEST}.intersection(content):
+            raise UserError(f"{self.incomplete} is in the way and not a conversion: remove it")
+        shutil.rmtree(self.incomplete)
+
+    def write(
+        self, worker: int = 0, workers: int = 1, progress: Progress = lambda done: None
+    ) -> None:
+        """Writes the files of ranks `worker`, `worker` + `workers`, …, calling `progress` with the
+        bytes of each block. Raises UserError where the disk or the source fails."""
+        manifest = Manifest.read(self.incomplete / UNFINISHED_MANIFEST)
+        paths = {
+            rank: self.incomplete / rank_file_name(rank, self.tp)
+            for rank in range(worker, self.tp, workers)
+        }
+        try:
+            places = {
+                rank: rank_file.create(path, manifest, rank, self.source.config)
+                for rank, path in paths.items()
+            }
+            checksums: dict[int, dict[str, int]] = {rank: {} for rank in paths}
+            # Weight by weight, not file by file: so the source is read from disk only once.
+            for weight in self.weights:
+                for rank in paths:
+                    place = places[rank][weight.name]
+                    checksums[rank][weight.name] = self._copy(weight, rank, place, progress)
+            for rank, path in paths.items():
+                rank_file.seal(path, checksums[rank])
+        except (OSError, RuntimeError) as error:  # HDF5 raises either
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot write {self.incomplete}: {reason}") from None
+
+    def _copy(self, weight: Weight, rank: int, place: StoredArray, progress: Progress) -> int:
+        """Copies a rank's part of a weight to its place, and answers with its checksum."""
+        rows, *others = weight.slices(self.source.config, self.tp, rank)
+        crc32 = 0
+        with open(place.path, "r+b") as file:
+            file.seek(place.offset)
+            for part in row_blocks(place.shape, SOURCE_ITEMSIZE):
+                cut = slice(rows.start + part.start, rows.start + part.stop)
+                block = self.source.read(weight.name, (cut, *others), self.dtype)
+                file.write(as_bytes(block))
+                crc32 = checksum(block, crc32)
+                progress(block.nbytes)
+        return crc32
+
+    def finish(self) -> None:
+        """Checks that all files are there and whole, and gives the directory its name."""
+        manifest = self.incomplete / UNFINISHED_MANIFEST
+        shards = ShardDirectory(self.incomplete, Manifest.read(manifest))
+        shards.check_files()
+        for rank in range(self.tp):
+            shards.parts(rank)
+        if self.out.exists():
+            raise UserError(f"{self.out} came to exist during the conversion; remove it")
+        manifest.rename(self.incomplete / MANIFEST)
+        described = [file for file in self.incomplete.iterdir() if file.suffix != ".h5"]
+        rank_file.flush(*described, self.incomplete)
+        self.incomplete.rename(self.out)
+        rank_file.flush(self.out.parent)

@@ -1,0 +1,61 @@
+"""The small files beside the weights: configuration, generation settings, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mpishard.description.config import ModelConfig
+from mpishard.errors import UserError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+COMPANIONS = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError that names the file and, for malformed JSON, the
+    line and column."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object {{…}}")
+    return content
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The model configuration of a directory, with the token ids of its generation settings if it
+    has any. Raises UserError as `read_json` and `ModelConfig.from_json` do."""
+    path = directory / CONFIG
+    generation_path = directory / GENERATION_CONFIG
+    generation = read_json(generation_path) if generation_path.exists() else None
+    return ModelConfig.from_json(read_json(path), generation, str(path))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what there is of configuration, generation settings, tokenizer and chat template."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

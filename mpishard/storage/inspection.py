@@ -1,0 +1,145 @@
+"""What a model holds, in words, and the proof that it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import numpy as np
+
+from mpishard.description.config import ModelConfig
+from mpishard.description.layout import block, kv_heads_of, query_heads_of
+from mpishard.description.partition import weight_table
+from mpishard.errors import UserError
+from mpishard.storage.arrays import Progress, StoredArray, checksum
+from mpishard.storage.checkpoint import Checkpoint
+from mpishard.storage.rank_file import Part
+from mpishard.storage.shards import ShardDirectory
+from mpishard.storage.source import Source
+
+
+def describe(source: Source) -> list[str]:
+    """Lines that say what a model is and what each of its files holds. Raises UserError where a
+    file of shards does not hold the slices that together cover every weight."""
+    lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
+    if isinstance(source, ShardDirectory):
+        manifest = source.manifest
+        lines.append(f"shards        --tp {manifest.tp}, made from {manifest.source}")
+        lines.append(f"conversion    {manifest.conversion}")
+        return [*lines, "", *_columns(_rank_rows(source))]
+    return [*lines, "", *_columns(_file_rows(source))]
+
+
+def _model_lines(config: ModelConfig) -> list[str]:
+    windows = [window for window in config.windows if window is not None]
+    sizes = " and ".join(map(str, sorted(set(windows))))
+    reach = f", window {sizes} in {len(windows)} of {config.layers} layers" if windows else ""
+    return [
+        f"family        {config.family}",
+        f"layers        {config.layers}",
+        f"hidden        {config.hidden}",
+        f"heads         {config.heads} query, {config.kv_heads} key/value, width {config.head_dim}",
+        f"ffn           {config.ffn}, {config.activation}",
+        f"vocabulary    {config.vocab}{', head tied to the embedding' if config.tied else ''}",
+        f"positions     {config.max_positions}, rope {config.rope.kind}{reach}",
+    ]
+
+
+def _weights_line(source: Source) -> str:
+    table = weight_table(source.config)
+    parameters = sum(prod(weight.shape) for weight in table)
+    dtypes = sorted({source.dtype(weight.name).name for weight in table})
+    return f"weights       {parameters:,} parameters, {' and '.join(dtypes)}"
+
+
+def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:
+    config, tp = shards.config, shards.tp
+    yield "rank", "file", "bytes", "tensors", "query heads", "kv heads", "ffn", "vocabulary"
+    for rank in range(tp):
+        yield (
+            str(rank),
+            shards.file(rank).name,
+            f"{shards.file(rank).stat().st_size:,}",
+            str(len(shards.parts(rank))),
+            _range(query_heads_of(config, tp, rank)),
+            _range(kv_heads_of(config, tp, rank)),
+            _range(block(config.ffn, tp, rank)),
+            _range(block(config.vocab, tp, rank)),
+        )
+
+
+def _file_rows(checkpoint: Checkpoint) -> Iterable[tuple[str, ...]]:
+    yield "file", "bytes", "tensors"
+    files = [array.path for array in checkpoint.arrays.values()]
+    for file in sorted(set(files)):
+        yield file.name, f"{file.stat().st_size:,}", str(files.count(file))
+
+
+def _range(cut: slice) -> str:
+    """The indices in words: ``0-3``, ``4`` or ``none``."""
+    length = cut.stop - cut.start
+    if length <= 1:
+        return str(cut.start) if length else "none"
+    return f"{cut.start}-{cut.stop - 1}"
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def stored_bytes(source: Source) -> int:
+    """The bytes of weights that `verify` reads."""
+    if isinstance(source, Checkpoint):
+        return sum(array.nbytes for array in source.arrays.values())
+    return sum(
+        part.array.nbytes for rank in range(source.tp) for part in source.parts(rank).values()
+    )
+
+
+def verify(source: Source, progress: Progress = lambda done: None) -> None:
+    """Reads every weight, calling `progress` with the bytes of each block.
+
+    Raises UserError that names file and tensor where a value is not finite and, of shards, where
+    the data do not have their checksum, where a file does not hold the slices that together cover
+    every weight, and where two ranks hold the same slice with different values.
+    """
+    if isinstance(source, Checkpoint):
+        for name, array in source.arrays.items():
+            _, finite = _read_through(array, progress)
+            _refuse_infinite(name, array, finite)
+        return
+    first: dict[tuple[str, str], Part] = {}
+    for rank in range(source.tp):
+        for name, part in source.parts(rank).items():
+            crc32, finite = _read_through(part.array, progress)
+            part.compare(crc32)
+            _refuse_infinite(name, part.array, finite)
+            _compare_replicas(first.setdefault((name, repr(part.held)), part), part)
+
+
+def _read_through(array: StoredArray, progress: Progress) -> tuple[int, bool]:
+    """The checksum of an array and whether all its values are finite."""
+    crc32, finite = 0, True
+    for rows in array.blocks():
+        crc32 = checksum(rows, crc32)
+        finite = finite and bool(np.isfinite(rows).all())
+        progress(rows.nbytes)
+    return crc32, finite
+
+
+def _refuse_infinite(name: str, array: StoredArray, finite: bool) -> None:
+    if not finite:
+        raise UserError(f"{array.path}: {name} has values that are infinite or not numbers")
+
+
+def _compare_replicas(first: Part, part: Part) -> None:
+    if part.crc32 != first.crc32:
+        raise UserError(
+            f"{part.array.path}: {part.name} has checksum {part.crc32:08x}, "
+            f"but the same part of it in {first.array.path.name} has {first.crc32:08x}"
+        )

@@ -1,0 +1,268 @@
+"""One HDF5 file of a shard directory: what one rank of a tensor-parallel group holds.
+
+The file describes itself. Its root carries the attributes ``format_version``, ``conversion``,
+``dtype``, the mapping (``tp``, ``ep``, ``ranks``), ``rank`` and ``config`` (config.json). Every
+weight is one contiguous, page-aligned dataset under the tensor's global name, with the attributes
+
+===========  =======================================================================
+names        the global tensor's name, or names where several share the data
+shape        the global tensor's shape
+start, stop  the part of it that lies here, per axis
+dtype        the type of the numbers: HDF5 has no bfloat16, so its bits lie in uint16
+crc32        the checksum of the dataset's bytes
+===========  =======================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mpishard.description.config import ModelConfig
+from mpishard.description.partition import Weight, weight_table
+from mpishard.errors import UserError
+from mpishard.storage.arrays import DTYPES, StoredArray, checksum
+from mpishard.storage.directory import read_json
+
+FORMAT_VERSION = 1
+UNSEALED = 0  # the format version of a file that is being written
+
+_FILE_OPTIONS: dict[str, Any] = {
+    "libver": "v110",  # from here on HDF5 checks its own metadata
+    "alignment_threshold": 1,  # so that even a norm's few numbers begin a page
+    "alignment_interval": 4096,
+    "meta_block_size": 1 << 16,  # descriptions together, apart from the numbers
+    "locking": False,  # some network file systems have no locks to give
+}
+
+
+def rank_file_name(rank: int, ranks: int) -> str:
+    """The name of one rank's file.
+
+    >>> rank_file_name(0, 4)
+    'rank-00000-of-00004.h5'
+    """
+    return f"rank-{rank:05d}-of-{ranks:05d}.h5"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What all files of one conversion have in common: the content of ``mpishard.json``."""
+
+    conversion: str
+    source: str
+    dtype: str
+    tp: int
+
+    @property
+    def mapping(self) -> dict[str, int]:
+        """How the weights are divided: one file for each of the `tp` ranks."""
+        return {"tp": self.tp, "ep": 1, "ranks": self.tp}
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in a file. Raises UserError for another format version, for a missing field
+        and for a mapping or dtype that this version cannot read."""
+        raw = read_json(path)
+        _check_version(path, raw.get("format_version"))
+        try:
+            conversion, source, dtype = raw["conversion"], raw["source"], raw["dtype"]
+            mapping = raw["mapping"]
+        except KeyError as error:
+            raise UserError(f"{path} is not a manifest of shards: it lacks {error}") from None
+        tp: Any = mapping.get("tp") if isinstance(mapping, dict) else None
+        manifest = cls(conversion, source, dtype, tp)
+        if not isinstance(tp, int) or tp < 1 or mapping != manifest.mapping:
+            raise UserError(
+                f"{path}: mapping is {mapping}, but must have tp from 1, ep 1 and ranks equal to tp"
+            )
+        if manifest.dtype not in DTYPES:
+            raise UserError(f"{path}: dtype is {manifest.dtype!r}, not one of {', '.join(DTYPES)}")
+        return manifest
+
+    def write(self, path: Path) -> None:
+        """Writes the manifest as JSON."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "conversion": self.conversion,
+            "source": self.source,
+            "dtype": self.dtype,
+            "mapping": self.mapping,
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, but this program reads version "
+            f"{FORMAT_VERSION}: convert the model again with `mpishard shard`"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank file holds of one weight: the slice, its place and its checksum."""
+
+    name: str
+    whole_shape: tuple[int, ...]
+    held: tuple[slice, ...]
+    array: StoredArray
+    crc32: int
+
+    def check(self) -> None:
+        """Reads the data and compares their checksum with the stored one (UserError)."""
+        computed = 0
+        for block in self.array.blocks():
+            computed = checksum(block, computed)
+        self.compare(computed)
+
+    def compare(self, computed: int) -> None:
+        """Refuses data of another checksum than the stored one (UserError)."""
+        if computed != self.crc32:
+            raise UserError(
+                f"{self.array.path} is damaged: {self.name} has checksum {computed:08x}, "
+                f"but {self.crc32:08x} was stored with it"
+            )
+
+
+def create(
+    path: Path, manifest: Manifest, rank: int, config: ModelConfig
+) -> dict[str, StoredArray]:
+    """Makes a rank's file with a place for each of its weights, and says where these places are.
+
+    The file does not count as one until `seal` has noted the checksums in it. The numbers are
+    written by others, straight into the file: HDF5 does not survive a full disk.
+    """
+    allocated = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    allocated.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    allocated.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(path, "x", **_FILE_OPTIONS) as file:
+        file.attrs["format_version"] = UNSEALED
+        for name, value in _identity(manifest, rank).items():
+            file.attrs[name] = value
+        file.attrs["config"] = _as_text(config.raw)
+        return {
+            weight.name: _create_dataset(file, weight, config, manifest, rank, allocated)
+            for weight in weight_table(config)
+        }
+
+
+def _create_dataset(
+    file: h5py.File,
+    weight: Weight,
+    config: ModelConfig,
+    manifest: Manifest,
+    rank: int,
+    allocated: h5py.h5p.PropDCID,
+) -> StoredArray:
+    dtype = DTYPES[manifest.dtype]
+    held = weight.slices(config, manifest.tp, rank)
+    shape = weight.shard_shape(config, manifest.tp, rank)
+    dataset = file.create_dataset(weight.name, shape, _stored_dtype(dtype), dcpl=allocated)
+    dataset.attrs["names"] = [weight.name]
+    dataset.attrs["shape"] = weight.shape
+    dataset.attrs["start"] = [cut.start for cut in held]
+    dataset.attrs["stop"] = [cut.stop for cut in held]
+    dataset.attrs["dtype"] = manifest.dtype
+    dataset.attrs["crc32"] = np.uint32(0)
+    return StoredArray(Path(file.filename), dataset.id.get_offset() or 0, dtype, shape)
+
+
+def seal(path: Path, checksums: dict[str, int]) -> None:
+    """Notes the checksums of all weights, which makes the file valid, and waits for the disk."""
+    with h5py.File(path, "r+", **_FILE_OPTIONS) as file:
+        for name, crc32 in checksums.items():
+            file[name].attrs.modify("crc32", np.uint32(crc32))
+        file.attrs.modify("format_version", FORMAT_VERSION)
+    flush(path)
+
+
+def _stored_dtype(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.uint16) if dtype == DTYPES["bfloat16"] else dtype
+
+
+def flush(*paths: Path) -> None:
+    """Waits until the disk has what was written to files or directories."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def check_header(path: Path, manifest: Manifest, rank: int, config: dict[str, Any]) -> None:
+    """Refuse a file that is not the one of `rank` in the conversion that `manifest` describes, or
+    is of another model (UserError with both values)."""
+    with _opened(path) as file:
+        attributes = dict(file.attrs)
+    if attributes.get("format_version") == UNSEALED:
+        raise UserError(f"{path} is unfinished: convert the model again with `mpishard shard`")
+    _check_version(path, attributes.get("format_version"))
+    for name, value in _identity(manifest, rank).items():
+        if attributes.get(name) != value:
+            raise UserError(
+                f"{path} says {name} {attributes.get(name)}, but {value} belongs here: "
+                f"the file is {_stranger(name)}"
+            )
+    if attributes.get("config") != _as_text(config):
+        raise UserError(
+            f"{path} was written for another model configuration than the config.json beside it"
+        )
+
+
+def _identity(manifest: Manifest, rank: int) -> dict[str, Any]:
+    return {
+        "conversion": manifest.conversion,
+        "dtype": manifest.dtype,
+        **manifest.mapping,
+        "rank": rank,
+    }
+
+
+def _as_text(config: dict[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _stranger(attribute: str) -> str:
+    if attribute == "rank":
+        return "another rank's, swapped or renamed"
+    if attribute == "conversion":
+        return "from another conversion"
+    return "from a conversion to another layout or dtype"
+
+
+def read_parts(path: Path) -> dict[str, Part]:
+    """What a rank file holds, by the weights' names; of the weights themselves nothing is read."""
+    with _opened(path) as file:
+        return {name: _read_part(path, name, file[name]) for name in file}
+
+
+def _read_part(path: Path, name: str, dataset: h5py.Dataset) -> Part:
+    attributes = dataset.attrs
+    dtype = DTYPES[attributes["dtype"]]
+    held = tuple(map(slice, attributes["start"].tolist(), attributes["stop"].tolist()))
+    offset = dataset.id.get_offset()  # none of an empty dataset, and of one that is not contiguous
+    if dataset.dtype != _stored_dtype(dtype) or (offset is None and dataset.size > 0):
+        raise UserError(
+            f"{path}: {name} is not stored contiguously as {dtype.name}, so it cannot be mapped"
+        )
+    array = StoredArray(path, offset or 0, dtype, dataset.shape)
+    return Part(name, tuple(attributes["shape"].tolist()), held, array, int(attributes["crc32"]))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """A rank file open for reading; whatever HDF5 cannot make sense of becomes a UserError."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is truncated, damaged or not a shard file: {error}") from None

@@ -1,0 +1,145 @@
+"""A shard directory: a model cut for `tp` ranks, one HDF5 file each.
+
+``config.json``, tokenizer files, ``mpishard.json`` (the manifest) and ``rank-00000-of-00004.h5`` …
+Opening reads a few attributes of every file and no weight, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpishard.description.partition import Weight, uncovered, weight_table
+from mpishard.errors import UserError
+from mpishard.storage.arrays import DTYPES
+from mpishard.storage.directory import read_config
+from mpishard.storage.rank_file import Manifest, Part, check_header, rank_file_name, read_parts
+
+MANIFEST = "mpishard.json"
+UNFINISHED_MANIFEST = "mpishard.json.incomplete"  # until all rank files are written
+
+
+class ShardDirectory:
+    """The weights of a shard directory, none of which is read before it is asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self.tp = manifest.tp
+        self.config = read_config(path)
+        self.weights = {weight.name: weight for weight in weight_table(self.config)}
+        self._parts: dict[int, dict[str, Part]] = {}
+        self._checked_parts: set[tuple[int, str]] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> ShardDirectory:
+        """The shards in a directory, after checking that all files are there, belong together and
+        cover every weight. Raises UserError that gives both values where two disagree."""
+        path = Path(path)
+        shards = cls(path, Manifest.read(path / MANIFEST))
+        shards.check_files()
+        return shards
+
+    def check_files(self) -> None:
+        """Refuse missing, surplus, truncated or foreign rank files (UserError)."""
+        expected = [rank_file_name(rank, self.tp) for rank in range(self.tp)]
+        present = {file.name for file in self.path.glob("rank-*.h5")}
+        missing = [name for name in expected if name not in present]
+        surplus = sorted(present.difference(expected))
+        if missing or surplus:
+            raise UserError(
+                f"{self.path} should hold {self.tp} rank files as {MANIFEST} says, but "
+                f"{len(present)} are there: "
+                + (f"{missing[0]} is missing" if missing else f"{surplus[0]} is not one of them")
+            )
+        for rank in range(self.tp):
+            check_header(self.file(rank), self.manifest, rank, self.config.raw)
+        gaps = uncovered(self.config, self.tp)
+        if gaps:
+            raise UserError(f"{self.path}: tp {self.tp} leaves parts of {gaps[0]} on no rank")
+
+    def file(self, rank: int) -> Path:
+        """The file of a rank."""
+        return self.path / rank_file_name(rank, self.tp)
+
+    def parts(self, rank: int) -> dict[str, Part]:
+        """What a rank's file holds of each weight, each checked to be the very slice that the
+        partition table gives to that rank (UserError)."""
+        if rank not in self._parts:
+            parts = read_parts(self.file(rank))
+            self._check_parts(rank, parts)
+            self._parts[rank] = {name: parts[name] for name in self.weights}
+        return self._parts[rank]
+
+    def _check_parts(self, rank: int, parts: dict[str, Part]) -> None:
+        strangers = sorted(parts.keys() - self.weights.keys())
+        if strangers:
+            raise UserError(
+                f"{self.file(rank)} holds {strangers[0]}, which the model does not have"
+            )
+        for weight in self.weights.values():
+            if weight.name not in parts:
+                raise UserError(f"{self.file(rank)} lacks {weight.name}")
+            self._check_part(rank, weight, parts[weight.name])
+
+    def _check_part(self, rank: int, weight: Weight, part: Part) -> None:
+        held = weight.slices(self.config, self.tp, rank)
+        shape = weight.shard_shape(self.config, self.tp, rank)
+        for what, found, right in (
+            ("the whole shape", part.whole_shape, weight.shape),
+            ("the slice", _bounds(part.held), _bounds(held)),
+            ("the shape", part.array.shape, shape),
+            ("the dtype", part.array.dtype.name, self.manifest.dtype),
+        ):
+            if found != right:
+                raise UserError(
+                    f"{self.file(rank)}: {weight.name} has {what} {found}, "
+                    f"but rank {rank} of {self.tp} should have {right}"
+                )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole shape of a weight."""
+        return self.weights[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype in which a weight is stored, the same for all."""
+        return DTYPES[self.manifest.dtype]
+
+    def read(
+        self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
+    ) -> np.ndarray:
+        """The part of the whole weight that `slices` cut out, put together from the ranks' files
+        in the stored dtype or, converted on the way, in `dtype`. Raises UserError where data do not
+        have their checksum; each rank's part of a weight is checked once."""
+        weight = self.weights[name]
+        axis = weight.axis or 0  # of an uncut weight, rank 0 holds all
+        start, stop, _ = slices[axis].indices(weight.shape[axis])
+        pieces = []
+        for rank in range(self.tp):
+            held = weight.slices(self.config, self.tp, rank)[axis]
+            upto = min(stop, held.stop)
+            if held.start <= start < upto:
+                rows = slice(start - held.start, upto - held.start)
+                pieces.append(self._checked(rank, name)[_with(slices, axis, rows)])
+                start = upto  # what several ranks hold is read from the first
+        dtype = self.dtype(name) if dtype is None else dtype
+        if not pieces:
+            return np.empty(weight.shape, dtype)[slices]
+        return np.concatenate(pieces, axis, dtype=dtype, casting="unsafe")
+
+    def _checked(self, rank: int, name: str) -> np.ndarray:
+        part = self.parts(rank)[name]
+        if (rank, name) not in self._checked_parts:
+            part.check()
+            self._checked_parts.add((rank, name))
+        return part.array.map()
+
+
+def _with(slices: tuple[slice, ...], axis: int, cut: slice) -> tuple[slice, ...]:
+    return slices[:axis] + (cut,) + slices[axis + 1 :]
+
+
+def _bounds(slices: tuple[slice, ...]) -> str:
+    return "[" + ", ".join(f"{cut.start}:{cut.stop}" for cut in slices) + "]"

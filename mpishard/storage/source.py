@@ -1,0 +1,36 @@
+"""Where weights come from: a Hugging Face directory or a shard directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpishard.errors import UserError
+from mpishard.storage.checkpoint import Checkpoint
+from mpishard.storage.directory import CONFIG
+from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
+
+Source = Checkpoint | ShardDirectory
+
+
+def open_source(path: str | Path) -> Source:
+    """The checkpoint or the shards in a directory, told apart by ``mpishard.json``.
+
+    Raises UserError where there is neither, and as `Checkpoint.open` and `ShardDirectory.open` do.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        problem = "is not a directory" if path.exists() else "does not exist"
+        raise UserError(
+            f"model {path} {problem}: give a local Hugging Face directory or a shard directory"
+        )
+    if (path / MANIFEST).exists():
+        return ShardDirectory.open(path)
+    if (path / UNFINISHED_MANIFEST).exists():
+        raise UserError(f"{path} is an interrupted conversion: run `mpishard shard` again")
+    if any(path.glob("rank-*.h5")):
+        raise UserError(f"{path} has rank files but no {MANIFEST}: the copy is incomplete")
+    if not (path / CONFIG).exists():
+        raise UserError(
+            f"{path} has neither {CONFIG} (a Hugging Face directory) nor {MANIFEST} (shards)"
+        )
+    return Checkpoint.open(path)

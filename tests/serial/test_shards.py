@@ -1,0 +1,524 @@
+"""Shard directories: what the files hold, how they are loaded, and how each fault is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny_models import VARIANTS, tiny_config, tiny_weights, write_checkpoint
+
+from mpishard.description.partition import weight_table
+from mpishard.errors import UserError
+from mpishard.storage import shards as shards_module
+from mpishard.storage.convert import convert
+from mpishard.storage.inspection import describe, stored_bytes, verify
+from mpishard.storage.shards import ShardDirectory
+from mpishard.storage.source import open_source
+from mpishard.storage.weights import check_fits, load_weights
+
+VARIANT, TP = "llama-uneven", 3
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+DOWN_PROJ = "model.layers.2.mlp.down_proj.weight"
+NORM = "model.norm.weight"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def shard(directory: Path, tp: int = TP, dtype: str = "float32", variant: str = VARIANT) -> Path:
+    """A new shard directory of a tiny model."""
+    checkpoint = write_checkpoint(variant, directory / "model")
+    out = directory / f"shards-{tp}-{dtype}"
+    convert(open_source(checkpoint), out, tp, dtype)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shard(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture
+def directory(sound: Path, tmp_path: Path) -> Path:
+    """Shards of the tiny model to be damaged."""
+    return shutil.copytree(sound, tmp_path / "shards")
+
+
+def rank_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank:05d}-of-{TP:05d}.h5"
+
+
+def refusal(use: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        use()
+    return str(error.value)
+
+
+def damage(path: Path, name: str, element: int = 3) -> None:
+    """Flips the lowest bit of one number's first byte, as a failing disk would."""
+    with h5py.File(path) as file:
+        offset = file[name].id.get_offset() + 4 * element
+    with open(path, "r+b") as raw:
+        raw.seek(offset)
+        byte = raw.read(1)[0]
+        raw.seek(offset)
+        raw.write(bytes([byte ^ 1]))
+
+
+def edit_manifest(directory: Path, **changes: Any) -> None:
+    path = directory / "mpishard.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# What the files hold.
+
+
+def test_the_directory_is_what_the_contract_says(directory):
+    assert {path.name for path in directory.iterdir()} == {
+        *("config.json", "mpishard.json"),
+        *(f"rank-0000{rank}-of-00003.h5" for rank in range(3)),
+    }
+    manifest = json.loads((directory / "mpishard.json").read_text())
+    assert manifest.keys() == {"format_version", "conversion", "source", "dtype", "mapping"}
+    assert manifest["format_version"] == 1 and manifest["dtype"] == "float32"
+    assert manifest["mapping"] == {"tp": 3, "ep": 1, "ranks": 3}
+    assert manifest["source"].endswith("model")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files_describe_themselves_and_are_contiguous_and_page_aligned(tmp_path, dtype):
+    directory = shard(tmp_path, dtype=dtype)
+    manifest = json.loads((directory / "mpishard.json").read_text())
+    config, whole = tiny_config(VARIANT), tiny_weights(VARIANT)
+    for rank in range(TP):
+        with h5py.File(rank_file(directory, rank)) as file:
+            attributes = dict(file.attrs)
+            assert json.loads(attributes.pop("config")) == json.loads(
+                (directory / "config.json").read_text()
+            )
+            assert attributes == {
+                "format_version": 1,
+                "conversion": manifest["conversion"],
+                "dtype": dtype,
+                **{"tp": 3, "ep": 1, "ranks": 3, "rank": rank},
+            }
+            assert set(file) == set(whole)
+            for weight in weight_table(config):
+                dataset = file[weight.name]
+                assert list(dataset.attrs["names"]) == [weight.name]
+                assert tuple(dataset.attrs["shape"]) == weight.shape
+                assert dataset.attrs["dtype"] == dtype
+                assert dataset.dtype == ("<f4" if dtype == "float32" else "<u2")
+                assert dataset.chunks is None and dataset.id.get_offset() % 4096 == 0
+                cut = tuple(map(slice, dataset.attrs["start"], dataset.attrs["stop"]))
+                assert cut == weight.slices(config, TP, rank)
+                np.testing.assert_array_equal(
+                    dataset[()].view(DTYPES[dtype]), whole[weight.name][cut].astype(DTYPES[dtype])
+                )
+
+
+# Loading.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_the_stored_dtype_are_mapped(tmp_path, dtype):
+    source = open_source(shard(tmp_path, dtype=dtype))
+    whole = tiny_weights(VARIANT, DTYPES[dtype])
+    before = len(os.listdir("/dev/fd"))
+    for rank in range(TP):
+        weights = load_weights(source, TP, rank, DTYPES[dtype])
+        assert list(weights) == [weight.name for weight in weight_table(source.config)]
+        for weight in weight_table(source.config):
+            part = weights[weight.name]
+            assert type(part) is np.ndarray and part.dtype == DTYPES[dtype]
+            assert not part.flags.owndata and not part.flags.writeable and part.flags.aligned
+            cut = weight.slices(source.config, TP, rank)
+            np.testing.assert_array_equal(part, whole[weight.name][cut])
+    # One map for all weights of a rank: each keeps a file open, of which a process may have few.
+    assert len(os.listdir("/dev/fd")) <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [("bfloat16", np.float32), ("bfloat16", np.float64), ("float32", np.float64)],
+)
+def test_weights_in_another_dtype_are_converted(tmp_path, stored, dtype):
+    source = open_source(shard(tmp_path, dtype=stored))
+    whole = tiny_weights(VARIANT, dtype)
+    for rank in range(TP):
+        weights = load_weights(source, TP, rank, dtype)
+        for weight in weight_table(source.config):
+            part = weights[weight.name]
+            assert part.dtype == dtype and part.flags.writeable
+            cut = weight.slices(source.config, TP, rank)
+            np.testing.assert_array_equal(part, whole[weight.name][cut])
+
+
+def test_loading_does_not_read_the_weights(directory):
+    for rank in range(TP):
+        damage(rank_file(directory, rank), Q_PROJ)
+    load_weights(open_source(directory), TP, 0, np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ranks_with_nothing_to_hold(tmp_path, monkeypatch, dtype):
+    sizes = {"vocab_size": 3, "intermediate_size": 2, "num_hidden_layers": 1}
+    monkeypatch.setitem(VARIANTS, "narrow", VARIANTS["llama-mqa"] | sizes)
+    source = open_source(shard(tmp_path, 8, variant="narrow"))
+    weights = load_weights(source, 8, 7, dtype)
+    assert weights["model.embed_tokens.weight"].shape == (0, 56)
+    assert weights["model.layers.0.mlp.down_proj.weight"].shape == (56, 0)
+    assert all(part.dtype == dtype for part in weights.values())
+    verify(source)
+
+
+def test_slices_of_the_whole_are_put_together_from_all_files(sound):
+    source, whole = ShardDirectory.open(sound), tiny_weights(VARIANT)
+    for name, array in whole.items():
+        assert source.shape(name) == array.shape and source.dtype(name) == np.float32
+        for axis, length in enumerate(array.shape):
+            for cut in (slice(0, length), slice(length // 3 - 1, length - 2), slice(4, 4)):
+                slices = tuple(
+                    cut if i == axis else slice(0, size) for i, size in enumerate(array.shape)
+                )
+                np.testing.assert_array_equal(source.read(name, slices), array[slices])
+    narrow = source.read(Q_PROJ, (slice(5, 40), slice(2, 9)), ml_dtypes.bfloat16)
+    assert narrow.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(narrow, whole[Q_PROJ][5:40, 2:9])
+
+
+def test_slices_of_what_several_ranks_hold_come_once(tmp_path):
+    source = open_source(shard(tmp_path, tp=7))  # 7 ranks share 3 key/value heads
+    name = "model.layers.1.self_attn.k_proj.weight"
+    everything = source.read(name, (slice(0, 12), slice(0, 24)))
+    np.testing.assert_array_equal(everything, tiny_weights(VARIANT)[name])
+
+
+def test_another_layout_is_refused_with_both_ways_out(directory):
+    source = open_source(directory)
+    for use in (lambda: check_fits(source, 2), lambda: load_weights(source, 2, 0)):
+        message = refusal(use)
+        assert "--tp 3" in message and "--tp 2" in message
+        assert "mpirun -n 3 mpishard" in message
+        assert f"mpishard shard {directory} OUT --tp 2" in message
+    assert "12 query heads" in refusal(lambda: check_fits(source, 13))
+
+
+# Faults of the files.
+
+
+def test_a_missing_file(directory):
+    rank_file(directory, 1).unlink()
+    message = refusal(lambda: open_source(directory))
+    assert "should hold 3 rank files" in message and "2 are there" in message
+    assert "rank-00001-of-00003.h5 is missing" in message
+
+
+def test_a_surplus_file(directory):
+    shutil.copy(rank_file(directory, 1), directory / "rank-00003-of-00004.h5")
+    message = refusal(lambda: open_source(directory))
+    assert "4 are there" in message and "rank-00003-of-00004.h5 is not one of them" in message
+
+
+@pytest.mark.parametrize("left", [0, 10, 2000, -4096, -1])
+def test_a_truncated_file(directory, left):
+    path = rank_file(directory, 1)
+    path.write_bytes(path.read_bytes()[:left])
+    message = refusal(lambda: open_source(directory))
+    assert str(path) in message and "truncated" in message
+
+
+def test_swapped_files(directory):
+    first, second = rank_file(directory, 0), rank_file(directory, 1)
+    first.rename(directory / "aside")
+    second.rename(first)
+    (directory / "aside").rename(second)
+    message = refusal(lambda: open_source(directory))
+    assert f"{first} says rank 1, but 0 belongs here" in message and "swapped" in message
+
+
+def test_a_file_of_another_conversion(directory, tmp_path):
+    other = shard(tmp_path)
+    shutil.copy(rank_file(other, 2), directory)
+    message = refusal(lambda: open_source(directory))
+    ids = [json.loads((d / "mpishard.json").read_text())["conversion"] for d in (other, directory)]
+    assert str(rank_file(directory, 2)) in message and "another conversion" in message
+    assert f"says conversion {ids[0]}, but {ids[1]}" in message
+
+
+def test_another_format_version(directory):
+    edit_manifest(directory, format_version=2)
+    message = refusal(lambda: open_source(directory))
+    assert "mpishard.json has format version 2" in message and "reads version 1" in message
+
+
+def test_another_format_version_of_a_file(directory):
+    with h5py.File(rank_file(directory, 1), "r+") as file:
+        file.attrs["format_version"] = 7
+    message = refusal(lambda: open_source(directory))
+    assert "rank-00001-of-00003.h5 has format version 7" in message and "version 1" in message
+
+
+@pytest.mark.parametrize("attribute", ["tp", "ranks", "ep"])
+def test_a_file_of_another_rank_count(directory, attribute):
+    right = {"tp": 3, "ranks": 3, "ep": 1}[attribute]
+    with h5py.File(rank_file(directory, 2), "r+") as file:
+        file.attrs[attribute] = 5
+    message = refusal(lambda: open_source(directory))
+    assert f"rank-00002-of-00003.h5 says {attribute} 5, but {right} belongs here" in message
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"tp": 2, "ep": 1, "ranks": 3},
+        {"tp": 3, "ep": 2, "ranks": 3},
+        {"tp": 3, "ep": 1, "ranks": 3, "pp": 2},
+        {"tp": "3", "ep": 1, "ranks": "3"},
+        {"tp": 0, "ep": 1, "ranks": 0},
+        [3, 1, 3],
+    ],
+)
+def test_a_mapping_that_cannot_be(directory, mapping):
+    edit_manifest(directory, mapping=mapping)
+    message = refusal(lambda: open_source(directory))
+    assert str(mapping) in message and "ep 1 and ranks equal to tp" in message
+
+
+def test_a_manifest_for_other_files(directory):
+    edit_manifest(directory, mapping={"tp": 2, "ep": 1, "ranks": 2})
+    message = refusal(lambda: open_source(directory))
+    assert "should hold 2 rank files" in message and "3 are there" in message
+
+
+@pytest.mark.parametrize("field", ["conversion", "source", "dtype", "mapping"])
+def test_a_manifest_that_lacks_a_field(directory, field):
+    path = directory / "mpishard.json"
+    content = json.loads(path.read_text())
+    del content[field]
+    path.write_text(json.dumps(content))
+    message = refusal(lambda: open_source(directory))
+    assert str(path) in message and f"lacks '{field}'" in message
+
+
+def test_a_manifest_with_an_unknown_dtype(directory):
+    edit_manifest(directory, dtype="int8")
+    message = refusal(lambda: open_source(directory))
+    assert "dtype is 'int8'" in message and "bfloat16" in message
+
+
+def test_malformed_json(directory):
+    (directory / "mpishard.json").write_text("{\n")
+    assert "mpishard.json is not valid JSON" in refusal(lambda: open_source(directory))
+
+
+def test_rank_files_without_a_manifest(directory):
+    (directory / "mpishard.json").unlink()
+    assert "no mpishard.json" in refusal(lambda: open_source(directory))
+
+
+def test_the_configuration_of_another_model(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    message = refusal(lambda: open_source(directory))
+    assert "another model configuration" in message and "rank-00000" in message
+
+
+def test_a_configuration_written_in_another_order_is_the_same(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=8))
+    open_source(directory)
+
+
+def test_a_file_that_is_no_shard(directory):
+    rank_file(directory, 0).write_bytes(b"not HDF5 at all" * 100)
+    assert "not a shard file" in refusal(lambda: open_source(directory))
+
+
+# Faults of the data: found by --verify, and wherever the data are read and not only mapped.
+
+
+def uses(directory: Path) -> list[Callable[[], object]]:
+    source = ShardDirectory.open(directory)
+    return [
+        lambda: verify(source),
+        lambda: load_weights(source, TP, 1, np.float64),
+        lambda: source.read(DOWN_PROJ, (slice(0, 24), slice(0, 41))),
+    ]
+
+
+@pytest.mark.parametrize("use", range(3))
+def test_a_flipped_bit(directory, use):
+    path = rank_file(directory, 1)
+    damage(path, DOWN_PROJ)
+    with h5py.File(path) as file:
+        stored = file[DOWN_PROJ].attrs["crc32"]
+    message = refusal(uses(directory)[use])
+    assert f"{path} is damaged: {DOWN_PROJ} has checksum" in message
+    assert f"{stored:08x} was stored" in message and message.count(f"{stored:08x}") == 1
+
+
+def test_a_flipped_bit_does_not_survive_resharding(directory, tmp_path):
+    damage(rank_file(directory, 1), DOWN_PROJ)
+    message = refusal(lambda: convert(open_source(directory), tmp_path / "out", 2))
+    assert "is damaged" in message and not (tmp_path / "out").exists()
+
+
+def edit_dataset(path: Path, name: str, **attributes: Any) -> None:
+    with h5py.File(path, "r+") as file:
+        file[name].attrs.update(attributes)
+
+
+def test_a_wrong_slice(directory):
+    edit_dataset(rank_file(directory, 1), Q_PROJ, start=[0, 0], stop=[16, 24])
+    message = refusal(lambda: load_weights(open_source(directory), TP, 1))
+    assert message == refusal(lambda: describe(open_source(directory)))
+    assert f"{rank_file(directory, 1)}: {Q_PROJ} has the slice [0:16, 0:24]" in message
+    assert "rank 1 of 3 should have [16:32, 0:24]" in message
+
+
+def test_a_wrong_whole_shape(directory):
+    edit_dataset(rank_file(directory, 1), Q_PROJ, shape=[96, 24])
+    message = refusal(lambda: verify(open_source(directory)))
+    assert f"{Q_PROJ} has the whole shape (96, 24)" in message and "(48, 24)" in message
+
+
+def test_a_dataset_of_another_shape_or_dtype(directory):
+    path = rank_file(directory, 0)
+    with h5py.File(path, "r+") as file:
+        attributes = dict(file[NORM].attrs)
+        del file[NORM]
+        file.create_dataset(NORM, data=np.zeros(25, np.float32)).attrs.update(attributes)
+    message = refusal(lambda: verify(open_source(directory)))
+    assert f"{NORM} has the shape (25,)" in message and "(24,)" in message
+    with h5py.File(path, "r+") as file:
+        del file[NORM]
+        dataset = file.create_dataset(NORM, data=np.zeros(24, np.uint16))
+        dataset.attrs.update(attributes | {"dtype": "bfloat16"})
+    message = refusal(lambda: verify(open_source(directory)))
+    assert f"{NORM} has the dtype bfloat16" in message and "float32" in message
+
+
+def test_a_missing_and_a_surplus_dataset(directory):
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        file.move(NORM, "model.norm.bias")
+    assert "holds model.norm.bias, which" in refusal(lambda: verify(open_source(directory)))
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        del file["model.norm.bias"]
+    message = refusal(lambda: verify(open_source(directory)))
+    assert f"rank-00000-of-00003.h5 lacks {NORM}" in message
+
+
+def test_a_dataset_without_a_checksum(directory):
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        del file[NORM].attrs["crc32"]
+    message = refusal(lambda: load_weights(open_source(directory), TP, 0))
+    assert "rank-00000-of-00003.h5" in message and "crc32" in message
+
+
+def test_a_dataset_that_was_compressed(directory):
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        data, attributes = file[NORM][()], dict(file[NORM].attrs)
+        del file[NORM]
+        file.create_dataset(NORM, data=data, compression="gzip").attrs.update(attributes)
+    message = refusal(lambda: load_weights(open_source(directory), TP, 0))
+    assert f"{NORM} is not stored contiguously" in message
+
+
+def test_ranks_that_disagree_on_what_they_share(directory, tmp_path):
+    path = rank_file(directory, 2)
+    damage(path, NORM)
+    message = refusal(lambda: verify(open_source(directory)))
+    computed = int(message.split("has checksum ")[1][:8], 16)
+    edit_dataset(path, NORM, crc32=computed)
+    message = refusal(lambda: verify(open_source(directory)))
+    assert f"{path}: {NORM} has checksum {computed:08x}" in message
+    assert "rank-00000-of-00003.h5" in message
+
+
+def test_a_table_that_does_not_cover_the_model(directory, monkeypatch):
+    monkeypatch.setattr(shards_module, "uncovered", lambda config, tp: [Q_PROJ])
+    message = refusal(lambda: open_source(directory))
+    assert f"tp 3 leaves parts of {Q_PROJ} on no rank" in message
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_damage_anywhere_in_a_file_goes_unnoticed(directory, seed):
+    """Bits flipped at random: the answer is a UserError or the right weights, never others."""
+    path, whole = rank_file(directory, 1), tiny_weights(VARIANT)
+    content = path.read_bytes()
+    occupied = np.flatnonzero(np.frombuffer(content, np.uint8))
+    random = np.random.default_rng(seed)
+    for place in random.choice(occupied, 8):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        try:
+            source = ShardDirectory.open(directory)
+            verify(source)
+        except UserError as error:
+            assert str(path) in str(error)
+            continue
+        for name, array in whole.items():
+            cut = tuple(slice(0, length) for length in array.shape)
+            np.testing.assert_array_equal(source.read(name, cut), array)
+
+
+# Inspection.
+
+
+def test_verify_reads_all_and_says_how_far_it_is(sound, tmp_path):
+    checkpoint = open_source(write_checkpoint(VARIANT, tmp_path, "float16"))
+    parameters = sum(array.size for array in tiny_weights(VARIANT).values())
+    assert stored_bytes(checkpoint) == 2 * parameters
+    assert stored_bytes(open_source(sound)) > 4 * parameters  # norms are on every rank
+    for source in (checkpoint, open_source(sound)):
+        steps: list[int] = []
+        verify(source, steps.append)
+        assert sum(steps) == stored_bytes(source) and len(steps) > 20
+
+
+def test_values_that_are_not_finite(tmp_path, monkeypatch):
+    weights = tiny_weights(VARIANT)
+    weights[DOWN_PROJ][3, 40] = np.inf
+    monkeypatch.setattr("tiny_models.tiny_weights", lambda variant, dtype: weights)
+    directory = shard(tmp_path)
+    for path, file in ((tmp_path / "model", "model.safetensors"), (directory, "rank-00002")):
+        source = open_source(path)
+        message = refusal(partial(verify, source))
+        assert file in message and f"{DOWN_PROJ} has values that are infinite" in message
+
+
+def test_description_of_shards(sound):
+    text = "\n".join(describe(open_source(sound)))
+    manifest = json.loads((sound / "mpishard.json").read_text())
+    parameters = sum(array.size for array in tiny_weights(VARIANT).values())
+    for fact in ("llama", "12 query, 3 key/value", f"{parameters:,} parameters", "float32"):
+        assert fact in text
+    assert manifest["conversion"] in text and manifest["source"] in text and "--tp 3" in text
+    size = rank_file(sound, 1).stat().st_size
+    row = next(line for line in text.splitlines() if "rank-00001-of-00003.h5" in line)
+    tensors = len(tiny_weights(VARIANT))
+    assert row.split() == [
+        *("1", "rank-00001-of-00003.h5", f"{size:,}", f"{tensors}"),
+        *("4-7", "1", "14-27", "24-47"),
+    ]
+
+
+def test_description_of_a_checkpoint(tmp_path):
+    directory = write_checkpoint("qwen3-mixed", tmp_path, "bfloat16", shards=2)
+    lines = describe(open_source(directory))
+    text = "\n".join(lines)
+    for fact in ("qwen3", "bfloat16", "window 5 in 1 of 3 layers", "rope default", "vocabulary"):
+        assert fact in text
+    tensors = len(tiny_weights("qwen3-mixed"))
+    rows = [line.split() for line in lines if "safetensors" in line]
+    assert [row[0] for row in rows] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert sum(int(row[2]) for row in rows) == tensors
