@@ -26,12 +26,14 @@ commands of the same names do.
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Sampling", "UserError", "load"]
+__all__ = ["Completion", "Model", "Sampling", "Scores", "UserError", "load"]
 
 # Imported when asked for: the command line sets the number of threads before NumPy is loaded.
 _HOMES = {
+    "Completion": "mpishard.api",
     "Model": "mpishard.api",
     "Sampling": "mpishard.engine.sampling",
+    "Scores": "mpishard.api",
     "UserError": "mpishard.errors",
     "load": "mpishard.api",
 }

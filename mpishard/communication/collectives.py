@@ -25,9 +25,7 @@ LIMIT = 2**31 - 1
 SUM, MAX, MIN = MPI.SUM, MPI.MAX, MPI.MIN
 
 
-def all_reduce(
-    x: np.ndarray, group: Group, op: MPI.Op = SUM, limit: int = LIMIT
-) -> np.ndarray:
+def all_reduce(x: np.ndarray, group: Group, op: MPI.Op = SUM, limit: int = LIMIT) -> np.ndarray:
     """The sum (or `op`) of every rank's `x`, on every rank. MPI_Allreduce."""
     started = perf_counter()
     whole = np.asarray(x, order="C")

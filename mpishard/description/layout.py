@@ -113,7 +113,7 @@ def make_layout(world: int, tp: int = 1, dp: int | None = None, command: str = "
     if dp is None:
         if world % tp:
             raise UserError(
-                f"--tp {tp} does not divide the {world} ranks that were started: "
+                f"--tp {tp} does not divide the {_ranks(world)} started: "
                 f"run `mpirun -n {_nearest_multiple(world, tp)} {command}`"
             )
         dp = world // tp
@@ -124,6 +124,10 @@ def make_layout(world: int, tp: int = 1, dp: int | None = None, command: str = "
             f"{'was' if world == 1 else 'were'} started: run `mpirun -n {layout.world} {command}`"
         )
     return layout
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank that was" if number == 1 else f"{number} ranks that were"
 
 
 def _nearest_multiple(world: int, tp: int) -> int:

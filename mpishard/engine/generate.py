@@ -125,9 +125,7 @@ def generate(
     return answers
 
 
-def _admit(
-    model: Decoder, waiting: deque[Request], running: list[_Running]
-) -> list[_Running]:
+def _admit(model: Decoder, waiting: deque[Request], running: list[_Running]) -> list[_Running]:
     """The requests that enter in this step, taken off `waiting`."""
     entering: list[_Running] = []
     tokens = len(running)

@@ -46,7 +46,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         limits = [
-            ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more"),
+            ("temperature", self.temperature, self._can_divide(), "0 (greedy) or at least 1e-6"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (no filter) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
@@ -55,6 +55,10 @@ class Sampling:
         for name, value, valid, range_ in limits:
             if not valid:
                 raise UserError(f"{name} {value} is out of range: it must be {range_}")
+
+    def _can_divide(self) -> bool:
+        """Whether logits over the temperature stay finite."""
+        return self.temperature == 0 or 1e-6 <= self.temperature < np.inf
 
     @property
     def greedy(self) -> bool:

@@ -163,4 +163,3 @@ def test_more_requests_than_run_at_once(comm: MPI.Intracomm, monkeypatch: pytest
         model = Recorder(toy("llama-gqa", mesh))
         assert [answer.ids for answer in generate(model, requests)] == expected
         assert max(len(step.segments) for step in model.steps) == 3
-

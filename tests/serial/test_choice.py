@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -102,9 +104,10 @@ def test_noise_is_the_same_on_every_machine():
 @pytest.mark.parametrize(
     "field, value, right",
     [
-        ("temperature", -0.1, "0 or more"),
-        ("temperature", float("nan"), "0 or more"),
-        ("temperature", float("inf"), "0 or more"),
+        ("temperature", -0.1, "0 (greedy) or at least 1e-6"),
+        ("temperature", float("nan"), "0 (greedy) or at least 1e-6"),
+        ("temperature", float("inf"), "0 (greedy) or at least 1e-6"),
+        ("temperature", 1e-310, "0 (greedy) or at least 1e-6"),
         ("top_k", -1, "0 (no filter) or more"),
         ("top_p", 0, "above 0 and at most 1"),
         ("top_p", 1.01, "above 0 and at most 1"),
@@ -113,7 +116,7 @@ def test_noise_is_the_same_on_every_machine():
         ("seed", -1, "0 to 2**64 - 1"),
     ],
 )
-def test_values_out_of_range_are_refused(field: str, value: float, right: str):
+def test_values_out_of_range_are_refused(field: str, value: Any, right: str):
     with pytest.raises(UserError) as refused:
         Sampling(**{field: value})
     assert str(refused.value) == f"{field} {value} is out of range: it must be {right}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (0, 8), (
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("outputs, inputs", SHAPES)
-def test_linear(dtype: type, outputs: int, inputs: int):
+def test_linear(dtype: Any, outputs: int, inputs: int):
     random = np.random.RandomState(outputs + inputs)
     w_OI = random.standard_normal((outputs, inputs)).astype(dtype)
     bias_O = random.standard_normal(outputs).astype(dtype)

@@ -1,0 +1,339 @@
+"""The Python interface: load a model under a communicator and a layout, generate, score.
+
+    import mpishard
+
+    model = mpishard.load("data/cpython-4m")
+    for completion in model.generate(["def read(self", "class Set"], max_tokens=32):
+        print(completion.text)
+
+That is one rank, without mpirun. On several, hand the communicator over and say how it is divided;
+each rank then holds its part of the model, and every call below is collective: all ranks of the
+communicator make it, in the same order and with the same arguments.
+
+    # mpirun -n 4 python -m mpi4py script.py
+    import mpishard
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD  # or any other intracommunicator
+    model = mpishard.load("data/cpython-4m", comm, tp=2, dp=2)
+    completions = model.generate(["def read(self", "class Set"])  # the same on all ranks
+    for scores in model.logits([[1, 2, 3], [4, 5]]):  # on rank 0; None on the others
+        if scores is not None:
+            print(scores.logits.shape)
+
+What depends on a rank's own files fails on all ranks if it fails on one. What else fails on one
+rank alone would leave the others waiting for it: ``python -m mpi4py`` ends them too, and so does
+`mpishard.launch.run`, which also gives each rank its share of the cores. Without that, set
+OPENBLAS_NUM_THREADS: every rank would otherwise start as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import resource
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+from mpishard.arithmetic.packed import pack
+from mpishard.communication.collectives import all_reduce, gather
+from mpishard.communication.mesh import Mesh
+from mpishard.description.config import ModelConfig
+from mpishard.description.layout import Layout, block_sizes, check_tensor_parallel, make_layout
+from mpishard.engine.generate import Answer, Request, Timing, check_request, generate
+from mpishard.engine.sampling import Sampling
+from mpishard.errors import UserError
+from mpishard.model import Decoder
+from mpishard.parallel.data import collect, deal
+from mpishard.storage.shards import ShardDirectory
+from mpishard.storage.source import Source, open_source
+from mpishard.storage.weights import load_weights
+from mpishard.text import TOKENIZER, Growing, Text
+
+DTYPES = {"float32": np.float32, "float64": np.float64}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with.
+
+    `text` ends before a stop string and is None if the model has no tokenizer; `output_ids`
+    include the token that ended the answer. `finish_reason` is "stop" (an end-of-sequence token or
+    a stop string) or "length" (of `max_tokens`, or of the model's positions).
+    """
+
+    prompt: str | list[int]
+    text: str | None
+    output_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The `logits` after each token of one sequence, (tokens, vocab), and where asked for the
+    residual stream entering each layer and after the final norm: layers + 1 arrays (tokens,
+    hidden). All are of the model's compute dtype."""
+
+    logits: np.ndarray
+    hidden: list[np.ndarray]
+
+
+@dataclass
+class Model:
+    """A model loaded on this rank, and the mesh it is divided over."""
+
+    path: Path
+    config: ModelConfig
+    mesh: Mesh
+    decoder: Decoder
+
+    @cached_property
+    def text(self) -> Text:
+        """The model's tokenizer; UserError if it has none."""
+        return Text(self.path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model can take and give text."""
+        return (self.path / TOKENIZER).is_file()
+
+    def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
+        """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
+        that a text opens. Raises UserError as `Text` does, and TypeError for ids that are not
+        integers."""
+        if isinstance(prompt, str):
+            return self.text.chat(prompt) if chat else self.text.encode(prompt)
+        if chat:
+            raise UserError("chat takes the text that opens a conversation, not token ids")
+        return [operator.index(token) for token in prompt]
+
+    def check(self, ids: Sequence[int], what: str) -> None:
+        """Refuse token ids that the model cannot take (UserError); `what` names them."""
+        check_request(self.decoder, list(ids), what)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        chat: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        on_finish: Callable[[int], None] | None = None,
+        timing: Timing | None = None,
+    ) -> list[Completion]:
+        """The completions of all `prompts` (texts or token ids), in their order, on every rank.
+
+        Greedy unless `sampling` says otherwise. `on_text` is called with ``(prompt's place, text)``
+        as text appears and `on_finish` with the places of finished prompts, both on the ranks of
+        the replica that serves the prompt; `timing` is added to, for that replica.
+
+        Raises UserError for a prompt that is empty, too long, or has ids beyond the vocabulary,
+        and where text is asked of a model without a tokenizer.
+        """
+        if max_tokens < 1:
+            raise UserError(f"max_tokens {max_tokens} must be at least 1")
+        if isinstance(stop, str) or "" in stop:
+            raise UserError(f"stop {stop!r} must be a list of texts, none of them empty")
+        encoded = [self.encode(prompt, chat) for prompt in prompts]
+        for place, ids in enumerate(encoded):
+            self.check(ids, f"prompt {place + 1}")
+        mine = deal(len(encoded), self.mesh)
+        # Asked of every rank, so that all raise if there is none.
+        text = self.text if self.has_tokenizer or stop or on_text else None
+        texts = {
+            place: Growing(text, encoded[place], stop, _writer(on_text, place))
+            for place in mine
+            if text
+        }
+        eos = frozenset() if ignore_eos else frozenset(self.config.eos_ids)
+        requests = [
+            Request(
+                index=place,
+                ids=encoded[place],
+                max_tokens=max_tokens,
+                sampling=sampling or Sampling(),
+                eos_ids=eos,
+                stopped=texts[place].follow if stop or on_text else None,
+            )
+            for place in mine
+        ]
+
+        def finish(request: Request, answer: Answer) -> None:
+            if request.index in texts:
+                texts[request.index].follow(answer.ids)
+                texts[request.index].finish()
+            if on_finish:
+                on_finish(request.index)
+
+        answers = generate(self.decoder, requests, on_finish=finish, timing=timing)
+        results = [_as_json(answer, texts.get(answer.index)) for answer in answers]
+        merged = map(json.loads, collect(results, len(encoded), self.mesh))
+        return [
+            Completion(
+                prompt=prompt if isinstance(prompt, str) else ids,
+                prompt_tokens=len(ids),
+                completion_tokens=len(result["output_ids"]),
+                **result,
+            )
+            for prompt, ids, result in zip(prompts, encoded, merged, strict=True)
+        ]
+
+    def logits(
+        self, sequences: Sequence[str | Sequence[int]], hidden_states: bool = False
+    ) -> Iterator[Scores | None]:
+        """The scores of each sequence (token ids or text) in turn, on rank 0 of the mesh; None on
+        the other ranks, which must go through the iterator as well.
+
+        The replicas score as many sequences at a time as there are replicas, so that memory holds
+        no more. Raises UserError for a sequence that is empty, too long, or has ids beyond the
+        vocabulary.
+        """
+        encoded = [self.encode(sequence) for sequence in sequences]
+        for place, ids in enumerate(encoded):
+            self.check(ids, f"sequence {place + 1}")
+        return self._rounds(encoded, hidden_states)
+
+    def _rounds(self, sequences: list[list[int]], hidden_states: bool) -> Iterator[Scores | None]:
+        for first in range(0, len(sequences), self.mesh.dp.size):
+            together = sequences[first : first + self.mesh.dp.size]
+            mine = together[self.mesh.dp.rank] if self.mesh.dp.rank < len(together) else []
+            scores = self._score(np.array(mine, np.int64), hidden_states)
+            lengths = [len(ids) for ids in together]
+            lengths += [0] * (self.mesh.dp.size - len(together))
+            yield from self._gather_scores(scores, lengths, len(together))
+
+    def _score(self, ids_S: np.ndarray, hidden_states: bool) -> Scores:
+        """This replica's scores of one sequence, whole on rank 0 of the replica."""
+        config, tp = self.config, self.mesh.tp
+        hidden: list[np.ndarray] = []
+        sizes = block_sizes(config.vocab, tp.size)
+        if len(ids_S):
+            step = pack([(ids_S, self.decoder.new_cache(len(ids_S)))], all_logits=True)
+            observe = (lambda _, x_ND: hidden.append(x_ND)) if hidden_states else None
+            logits_Nv = self.decoder.forward(step, observe)
+        else:  # fewer sequences are left than there are replicas
+            logits_Nv = np.empty((0, sizes[tp.rank]), self.decoder.dtype)
+            count = config.layers + 1 if hidden_states else 0
+            hidden = [np.empty((0, config.hidden), self.decoder.dtype)] * count
+        logits_NV = gather(logits_Nv, tp, axis=1, sizes=sizes)
+        return Scores(logits_NV if logits_NV is not None else logits_Nv, hidden)
+
+    def _gather_scores(
+        self, scores: Scores, lengths: list[int], count: int
+    ) -> Iterator[Scores | None]:
+        """The `count` sequences' scores of one round, from the replicas that made them."""
+        if self.mesh.tp.rank != 0:
+            yield from [None] * count
+            return
+        everything = [scores.logits, *scores.hidden]
+        arrays = [gather(array, self.mesh.dp, sizes=lengths) for array in everything]
+        if self.mesh.dp.rank != 0:
+            yield from [None] * count
+            return
+        bounds = np.cumsum(lengths)[:-1]
+        split = [np.split(array, bounds) for array in arrays if array is not None]
+        for place in range(count):
+            yield Scores(split[0][place], [parts[place] for parts in split[1:]])
+
+    def peak_memory(self) -> int:
+        """The largest peak of resident memory, in bytes, of any rank."""
+        return int(all_reduce(np.array(_peak_memory()), self.mesh.world, MPI.MAX))
+
+
+def load(
+    path: str | Path,
+    comm: MPI.Intracomm = MPI.COMM_SELF,
+    tp: int | None = None,
+    dp: int | None = None,
+    compute_dtype: str = "float32",
+    command: Callable[[int], str] = lambda tp: "python …",
+) -> Model:
+    """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
+
+    `tp` is what the shards were made for, or 1, unless given, and `dp` what `tp` leaves of the
+    communicator. Everything is computed in `compute_dtype`, "float32" or "float64".
+
+    Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
+    not fit it. Its message then has the line to type: ``mpirun -n N`` and what `command` gives for
+    the right `tp`.
+    """
+    if compute_dtype not in DTYPES:
+        raise UserError(f"compute_dtype {compute_dtype!r} must be one of {', '.join(DTYPES)}")
+    with together(comm):
+        source = open_source(path)
+        layout = _layout(source, comm.size, tp, dp, command)
+    mesh = Mesh.split(comm, layout)
+    with together(comm):
+        weights = load_weights(source, layout.tp, mesh.tp.rank, DTYPES[compute_dtype])
+    return Model(Path(path), source.config, mesh, Decoder(source.config, weights, mesh))
+
+
+@contextmanager
+def together(comm: MPI.Intracomm) -> Iterator[None]:
+    """What is done within fails on all ranks of `comm` if it fails on one: a UserError of any rank
+    is raised, the lowest rank's, after all have come to the end."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = str(error)
+    messages = [message for message in comm.allgather(mine) if message is not None]
+    if messages:
+        raise UserError(messages[0])
+
+
+def _layout(
+    source: Source, ranks: int, tp: int | None, dp: int | None, command: Callable[[int], str]
+) -> Layout:
+    """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
+    if not isinstance(source, ShardDirectory):
+        tp = 1 if tp is None else tp
+        check_tensor_parallel(source.config, tp)
+        return make_layout(ranks, tp, dp, command(tp))
+    right = source.tp
+    line = f"`mpirun -n {right * (dp or max(1, ranks // right))} {command(right)}`"
+    if tp not in (None, right):
+        check_tensor_parallel(source.config, tp)
+        raise UserError(
+            f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run {line}, "
+            f"or make others with `mpishard shard {shlex.quote(str(source.path))} OUT --tp {tp}`"
+        )
+    if dp is None and ranks % right:
+        raise UserError(
+            f"{source.path} holds shards for --tp {right}, so the number of ranks must be a "
+            f"multiple of {right}, not {ranks}: run {line}"
+        )
+    return make_layout(ranks, right, dp, command(right))
+
+
+def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:
+    return lambda piece: on_text(place, piece) if on_text else None
+
+
+def _as_json(answer: Answer, text: Growing | None) -> bytes:
+    """What makes a Completion of one replica's answer, in a form that travels."""
+    stopped = text is not None and text.stopped
+    result = {
+        "text": None if text is None else str(text),
+        "output_ids": answer.ids,
+        "finish_reason": "stop" if stopped else answer.finish_reason,
+    }
+    return json.dumps(result).encode()
+
+
+def _peak_memory() -> int:
+    """The peak of this process's resident memory in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,258 @@
+"""The command line: what may be typed. What the commands do stands in `mpishard.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import mpishard
+from mpishard import launch
+from mpishard.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TP_FLAGS = ("--tp", "--tensor-parallel-size")
+DP_FLAGS = ("--dp", "--data-parallel-size")
+
+
+def main() -> int:
+    """Run the command that was typed; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # As tokenizers write it, whatever the locale; file names may have stray bytes.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    return launch.run(lambda world: run_command(sys.argv, world))
+
+
+def run_command(argv: Sequence[str], world: MPI.Intracomm) -> None:
+    """Run the command `argv`, program included, on the ranks of `world`. Raises UserError for a
+    wrong call or bad input, and SystemExit after printing help."""
+    args = make_parser().parse_args(argv[1:])
+    from mpishard import commands  # only now: NumPy reads the number of threads when loaded
+
+    args.retyped = lambda tp: retyped(argv, tp)
+    getattr(commands, args.command)(args, world)
+
+
+def retyped(argv: Sequence[str], tp: int) -> str:
+    """The command line `argv` as it is to be typed for another `tp`: its --tp, if any, changed."""
+    is_module = Path(argv[0]).name == "__main__.py"
+    words = ["python", "-m", "mpishard"] if is_module else ["mpishard"]
+    for before, word in zip(argv, argv[1:], strict=False):
+        flag, equals, _ = word.partition("=")
+        if before in TP_FLAGS:
+            word = str(tp)
+        elif equals and flag in TP_FLAGS:
+            word = f"{flag}={tp}"
+        words.append(word)
+    return shlex.join(words)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a UserError's one message, and that takes no flag twice
+    unless it is meant to be repeated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.register("action", None, Once)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+class Once(argparse.Action):
+    """Stores the value of a flag, and refuses a second one: none is ever silently ignored."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.given: argparse.Namespace | None = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.given is namespace:
+            raise argparse.ArgumentError(self, "given twice")
+        self.given = namespace
+        setattr(namespace, self.dest, values)
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1, from the command line."""
+    number = integer(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def integer(text: str) -> int:
+    """A whole number from the command line."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="mpishard",
+        description="Every parallelism of LLM inference, in NumPy over MPI.",
+        epilog="Start with several ranks: mpirun -n 4 mpishard generate MODEL --tp 2 --dp 2 …",
+    )
+    parser.add_argument("--version", action="version", version=mpishard.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_shard(commands)
+    _add_inspect(commands)
+    _add_generate(commands)
+    _add_logits(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_command(commands, name: str, summary: str) -> Parser:
+    command = commands.add_parser(name, help=summary, description=summary)
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face or a shard directory")
+    return command
+
+
+def _add_layout(command: Parser) -> None:
+    layout = command.add_argument_group("layout")
+    layout.add_argument(
+        *TP_FLAGS, type=count, default=None, metavar="N",
+        help="ranks that share one replica of the model (default: 1, or what the shards say)",
+    )  # fmt: skip
+    layout.add_argument(
+        *DP_FLAGS, type=count, default=None, metavar="N",
+        help="replicas that share the requests (default: what --tp leaves of the ranks)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--compute-dtype", choices=("float32", "float64"), default="float32",
+        help="float64 tells rounding from mistakes (default: float32)",
+    )  # fmt: skip
+
+
+def _add_shard(commands) -> None:
+    command = _add_command(commands, "shard", "Cut a model into one HDF5 file for each rank.")
+    command.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
+    command.add_argument(
+        *TP_FLAGS, type=count, required=True, metavar="N",
+        help="ranks to cut the model for",
+    )  # fmt: skip
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the stored weights; float32 is mapped into memory without a copy "
+        "(default: float32)",
+    )  # fmt: skip
+
+
+def _add_inspect(commands) -> None:
+    command = _add_command(commands, "inspect", "Say what a model or shard directory holds.")
+    command.add_argument(
+        "--verify", action="store_true", help="read every weight and check all that can be checked"
+    )
+
+
+def _add_generate(commands) -> None:
+    command = _add_command(commands, "generate", "Complete one or more prompts.")
+    command.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT",
+        help="may be given several times; - takes all of standard input as it is",
+    )  # fmt: skip
+    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object a line instead of text"
+    )
+    sampling = command.add_argument_group(
+        "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
+    )
+    sampling.add_argument(
+        "--max-tokens", "--max-new-tokens", type=count, default=128, metavar="N",
+        help="tokens to generate at most (default: 128)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--temperature", type=number, default=0.0, metavar="X", help="0 is greedy (default: 0)"
+    )
+    sampling.add_argument(
+        "--top-k", type=integer, default=0, metavar="N", help="keep the N likeliest tokens (0: all)"
+    )
+    sampling.add_argument(
+        "--top-p", type=number, default=1.0, metavar="X",
+        help="keep the fewest tokens whose probabilities reach X (default: 1, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--min-p", type=number, default=0.0, metavar="X",
+        help="keep tokens at least X times as probable as the likeliest (default: 0, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--seed", type=integer, default=0, metavar="N", help="of the random numbers (default: 0)"
+    )
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
+    )
+    _add_layout(command)
+
+
+def _add_logits(commands) -> None:
+    command = _add_command(commands, "logits", "Score given tokens.")
+    command.add_argument(
+        "--input", required=True, metavar="IN.jsonl",
+        help='lines of {"id": "a", "input_ids": [1, 2]} or {"id": "a", "prompt": "text"}',
+    )  # fmt: skip
+    command.add_argument(
+        "--output", required=True, metavar="OUT.npz",
+        help="one float32 array (tokens, vocab) for each id",
+    )  # fmt: skip
+    command.add_argument(
+        "--hidden-states", action="store_true",
+        help="also ID.hidden.L, (tokens, hidden): the residual stream entering layer L and, for "
+        "the last L, after the final norm",
+    )  # fmt: skip
+    _add_layout(command)
+
+
+def _add_bench(commands) -> None:
+    command = _add_command(
+        commands, "bench", "Measure prompt and generation speed against this machine's limits."
+    )
+    command.add_argument(
+        "--prompt-tokens", type=count, default=512, metavar="N", help="(default: 512)"
+    )
+    command.add_argument(
+        "--max-tokens", type=count, default=32, metavar="N",
+        help="tokens to generate in each sequence (default: 32)",
+    )  # fmt: skip
+    command.add_argument(
+        "--batch", type=count, nargs="+", default=[1, 8], metavar="N",
+        help="sequences of each replica at once (default: 1 8)",
+    )  # fmt: skip
+    command.add_argument(
+        "--repeat", type=count, default=3, metavar="N", help="runs to take the best of (default: 3)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_layout(command)

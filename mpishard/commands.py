@@ -1,0 +1,326 @@
+"""What the commands do. Results go to standard output or the output file, everything else to
+standard error, from one rank only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from tqdm import tqdm
+
+from mpishard import bench as benchmark
+from mpishard.api import Completion, Model, Scores, load, together
+from mpishard.communication.collectives import MAX, all_reduce
+from mpishard.engine.generate import Timing
+from mpishard.engine.sampling import Sampling
+from mpishard.errors import UserError
+from mpishard.launch import reaches_terminal, threads_per_rank
+from mpishard.parallel.data import deal
+from mpishard.storage.convert import Conversion
+from mpishard.storage.inspection import describe, stored_bytes, verify
+from mpishard.storage.source import open_source
+
+FIELDS = ("id", "input_ids", "prompt")  # of a line of sequences to score
+
+STDIN_PATIENCE = 5.0  # seconds
+
+
+def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard shard``: the ranks share the files to be written."""
+    with together(world):
+        conversion = Conversion(open_source(args.model), args.out, args.tp, args.dtype)
+        if world.rank == 0:
+            conversion.prepare()
+    with _bar(world, conversion.worker_bytes(world.rank, world.size), "writing", "B") as advance:
+        conversion.write(world.rank, world.size, advance)
+    world.Barrier()
+    with together(world):
+        if world.rank == 0:
+            conversion.finish()
+    if world.rank == 0:
+        _say(f"{args.out}: {conversion.total_bytes / 1e6:.1f} MB for {args.tp} ranks")
+
+
+def inspect(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard inspect``: one rank does it, however many were started."""
+    if world.rank != 0:
+        return
+    source = open_source(args.model)
+    print("\n".join(describe(source)), flush=True)
+    if args.verify:
+        with _bar(world, stored_bytes(source), "verifying", "B") as advance:
+            verify(source, advance)
+        print("verified: every element of every weight is there and sound")
+
+
+def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard generate``: streams the text of one prompt; prints several in their order."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    if "" in args.stop:
+        raise UserError("--stop '' is empty: give the text that ends an answer")
+    model = _load(args, world)
+    prompts = _read_prompts(args.prompt, world)
+    streams = len(prompts) == 1 and not args.json
+    timing, started = Timing(), perf_counter()
+    mine = len(deal(len(prompts), model.mesh))
+    with _bar(world, 0 if streams else mine, "prompts", "prompt") as advance:
+        completions = model.generate(
+            prompts,
+            max_tokens=args.max_tokens,
+            sampling=sampling,
+            stop=args.stop,
+            ignore_eos=args.ignore_eos,
+            chat=args.chat,
+            on_text=_write_text if streams else None,
+            on_finish=lambda place: advance(1),
+            timing=timing,
+        )
+    seconds = perf_counter() - started
+    if streams:
+        print(flush=True)
+    else:
+        _print_completions(completions, args.json)
+    _summary(model, timing, seconds)
+
+
+def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard logits``: every array is written as soon as it is there; the file appears under
+    its name when it is complete."""
+    lines = _read_sequences(Path(args.input), args.hidden_states)
+    with together(world):
+        if world.rank == 0:
+            _check_output(Path(args.output), Path(args.input))
+    model = _load(args, world)
+    sequences = [_encode_line(model, line, where) for where, line in lines]
+    names = [line["id"] for _, line in lines]
+    started = perf_counter()
+    scores = model.logits(sequences, args.hidden_states)
+    with _bar(world, len(sequences), "scoring", "sequence") as advance:
+        if world.rank == 0:
+            _write_scores(Path(args.output), names, scores, advance)
+        else:
+            for _ in scores:
+                pass
+    seconds = perf_counter() - started
+    tokens = sum(map(len, sequences)) if world.rank == 0 else 0  # counted once for all replicas
+    _summary(model, Timing(prompt_tokens=tokens, prompt_seconds=seconds), seconds)
+
+
+def bench(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard bench``: prints one table, or one JSON object."""
+    model = _load(args, world)
+    report = benchmark.measure(model, args.prompt_tokens, args.max_tokens, args.batch, args.repeat)
+    if world.rank == 0:
+        print(json.dumps(report) if args.json else benchmark.table(report))
+
+
+def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
+    """The model, and one line on how it runs."""
+    model = load(args.model, world, args.tp, args.dp, args.compute_dtype, args.retyped)
+    if world.rank == 0:
+        vendor, version = MPI.get_vendor()
+        _say(
+            f"{model.path}: {model.mesh.layout}, {args.compute_dtype}, threads per rank: "
+            f"{threads_per_rank()}, {vendor} {'.'.join(map(str, version))}"
+        )
+    return model
+
+
+def _read_prompts(given: list[str], world: MPI.Intracomm) -> list[str]:
+    """The prompts, ``-`` replaced by standard input, which the launcher gives to rank 0 only."""
+    if "-" not in given:
+        return given
+    if given.count("-") > 1:
+        raise UserError("--prompt - is given twice, but standard input can be read only once")
+    content: bytes = world.bcast(_read_stdin() if world.rank == 0 else None)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt -: standard input is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+    return [text if prompt == "-" else prompt for prompt in given]
+
+
+def _read_stdin() -> bytes:
+    """All of standard input. Says that it waits where nothing comes, because the mpirun of some
+    Open MPI 5 keeps it to itself (github.com/openpmix/prrte/issues/2373)."""
+    if sys.stdin is None:  # it was closed before the program began
+        return b""
+    if not select.select([sys.stdin], [], [], STDIN_PATIENCE)[0]:
+        _say(
+            "--prompt -: waiting for standard input, up to its end; if there is one, this mpirun "
+            "does not pass it on: give the text itself after --prompt"
+        )
+    return sys.stdin.buffer.read()
+
+
+def _print_completions(completions: list[Completion], as_json: bool) -> None:
+    for place, completion in enumerate(completions):
+        if as_json:
+            print(json.dumps({"id": place, **asdict(completion)}, ensure_ascii=False))
+        else:
+            print(f"=== {completion.prompt}\n{completion.text}\n")
+    sys.stdout.flush()
+
+
+def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL file of sequences to score, each with the words for where it stands;
+    UserError for a line that is not one, or whose arrays would have the names of another's."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--input {path} cannot be read: {problem}") from None
+    lines, ids = [], set()
+    for number, text in enumerate(content.split("\n"), 1):
+        if text.strip():
+            where = f"{path} line {number}"
+            line = _parse_line(text, where)
+            if line["id"] in ids:
+                raise UserError(f"{where} has the id {line['id']!r} of an earlier line")
+            ids.add(line["id"])
+            lines.append((where, line))
+    if not lines:
+        raise UserError(f"--input {path} has no line to score")
+    for where, line in lines:
+        before, hidden, _ = line["id"].rpartition(".hidden.")
+        if hidden_states and hidden and before in ids:
+            raise UserError(
+                f"{where}: the id {line['id']!r} is also the name of a hidden state of {before!r}"
+            )
+    return lines
+
+
+def _parse_line(text: str, where: str) -> dict[str, Any]:
+    """One line's fields, its id as a string."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    name = line.get("id") if isinstance(line, dict) else None
+    if type(name) not in (str, int) or "\0" in str(name):
+        raise UserError(f'{where} must be an object with an "id", not {text.strip()[:60]}')
+    unknown = sorted(line.keys() - set(FIELDS))
+    if unknown:
+        known = ", ".join(f'"{field}"' for field in FIELDS)
+        raise UserError(f'{where} has the unknown field "{unknown[0]}"; known are {known}')
+    ids, prompt = line.get("input_ids"), line.get("prompt")
+    if (ids is None) == (prompt is None):
+        raise UserError(f'{where} must have either "input_ids" or "prompt"')
+    if prompt is not None and not isinstance(prompt, str):
+        raise UserError(f'{where}: "prompt" must be a string, not {json.dumps(prompt)[:60]}')
+    if ids is not None and not (isinstance(ids, list) and all(type(one) is int for one in ids)):
+        raise UserError(
+            f'{where}: "input_ids" must be a list of integers, not {json.dumps(ids)[:60]}'
+        )
+    return line | {"id": str(name)}
+
+
+def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
+    given = line["input_ids"] if line.get("prompt") is None else line["prompt"]
+    try:
+        ids = model.encode(given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    model.check(ids, where)
+    return ids
+
+
+def _check_output(target: Path, source: Path) -> None:
+    """Refuse what cannot become the output file, before any work."""
+    folder = target.parent
+    if target.is_dir():
+        raise UserError(f"--output {target} is a directory: give the name of a file")
+    if not folder.is_dir():
+        raise UserError(f"--output {target}: there is no directory {folder}; make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output {target}: the directory {folder} cannot be written to")
+    if target.exists() and target.samefile(source):
+        raise UserError(f"--output {target} is the --input: give another name")
+
+
+def _write_scores(
+    target: Path, names: list[str], scores: Iterator[Scores | None], advance: Any
+) -> None:
+    """Write the .npz archive `target`, which bears another name until it is complete."""
+    temporary = target.with_name(target.name + ".incomplete")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, score in zip(names, scores, strict=True):
+                assert score is not None  # on this rank they all arrive
+                _write_array(archive, name, score.logits)
+                for layer, x_SD in enumerate(score.hidden):
+                    _write_array(archive, f"{name}.hidden.{layer}", x_SD)
+                advance(1)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Add one float32 array to an .npz archive, as numpy.savez does, without the others."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, array.astype(np.float32, copy=False), allow_pickle=False)
+
+
+def _write_text(_: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _summary(model: Model, timing: Timing, seconds: float) -> None:
+    """One line on how it went, of all replicas together; time in communication is rank 0's."""
+    mesh = model.mesh
+    share = 100 * mesh.ledger.seconds / seconds
+    tokens = np.array([timing.prompt_tokens, timing.generated_tokens])
+    longest = np.array([timing.prompt_seconds, timing.generation_seconds])
+    prompt, generated = all_reduce(tokens, mesh.dp)
+    prompt_seconds, generation_seconds = all_reduce(longest, mesh.dp, MAX)
+    peak = model.peak_memory()
+    if mesh.world.rank != 0:
+        return
+    parts = [_rate("prompt", prompt, prompt_seconds)]
+    if generated:
+        parts.append(_rate("generation", generated, generation_seconds))
+    parts.append(f"communication: {share:.0f} % of the time")
+    parts.append(f"peak memory: at most {peak / 2**20:.0f} MiB per rank")
+    _say("; ".join(parts))
+
+
+def _rate(what: str, tokens: int, seconds: float) -> str:
+    return f"{what}: {tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+@contextmanager
+def _bar(world: MPI.Intracomm, total: int, what: str, unit: str) -> Iterator[Any]:
+    """A progress bar of rank 0's work where standard error reaches a terminal; yields what
+    advances it."""
+    with tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        leave=False,
+        disable=world.rank != 0 or total == 0 or not reaches_terminal(),
+    ) as bar:
+        yield bar.update

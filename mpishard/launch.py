@@ -1,0 +1,258 @@
+"""The edge where a process becomes a rank: threads, MPI's start, and how a job ends.
+
+NumPy must not be imported before `start`, because its BLAS reads the number of threads once, when
+it is loaded; mpi4py does not import it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from mpishard.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# Seconds after which a rank that failed no longer waits for the others to end as well.
+AGREEMENT_SECONDS = 1.0
+
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+# Where launchers say how many ranks they started, in all and on this node, and which one this is.
+WORLD_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+NODE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "srun")
+
+
+def start() -> MPI.Intracomm:
+    """MPI started, and the threads of this rank's BLAS set to its share of the cores: the world.
+
+    Raises UserError if there is no MPI, or if the launcher announces another number of ranks than
+    MPI has found.
+    """
+    cores = allowed_cores()
+    # A launcher that binds each rank to cores of its own is itself allowed on all of theirs.
+    if _announced(NODE_VARIABLES) > len(cores | allowed_cores(os.getppid())):
+        _let_waiting_ranks_sleep()
+    mpi = _start_mpi()
+    world = mpi.COMM_WORLD
+    check_launcher(world.size)
+    if not any(name in os.environ for name in THREAD_VARIABLES):
+        node = world.Split_type(mpi.COMM_TYPE_SHARED)
+        threads = share_of_cores(cores, node.allgather(cores))
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+        node.Free()
+    return world
+
+
+def allowed_cores(process: int = 0) -> set[int]:
+    """The cores that a process may run on, none if it cannot be asked; 0 is this process."""
+    if not hasattr(os, "sched_getaffinity"):  # not Linux
+        return set(range(os.cpu_count() or 1))
+    try:
+        return os.sched_getaffinity(process)
+    except OSError:
+        return set()
+
+
+def share_of_cores(mine: set[int], everyones: list[set[int]]) -> int:
+    """How many threads a rank may have that is allowed on the cores `mine`, where `everyones` are
+    those of all ranks of the node: each core is shared by the ranks allowed on it. At least 1."""
+    share = sum(Fraction(1, sum(core in cores for cores in everyones)) for core in mine)
+    return max(1, int(share))
+
+
+def threads_per_rank() -> int:
+    """The threads that this rank's BLAS takes."""
+    chosen = _announced(THREAD_VARIABLES)  # read as BLAS reads them
+    return chosen or len(allowed_cores())
+
+
+def check_launcher(size: int) -> None:
+    """Refuse to run as one of several separate jobs of one rank, which is what a launcher of
+    another MPI than the one mpi4py has loaded starts (UserError)."""
+    announced = _announced(WORLD_VARIABLES, size)
+    if announced != size:
+        raise UserError(
+            f"the launcher started {announced} ranks, but MPI found {size}: mpirun belongs to "
+            "another MPI than the library that mpi4py loaded; use the mpirun beside this Python "
+            f"({Path(sys.executable).with_name('mpirun')}) or install mpi4py for your MPI"
+        )
+
+
+def reaches_terminal() -> bool:
+    """Whether what is written to standard error appears on a terminal: directly, or by way of the
+    launcher, which passes on what its ranks write, if it is on this machine."""
+    if sys.stderr.isatty():
+        return True
+    try:
+        return os.readlink(f"/proc/{_launcher()}/fd/2").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+def _launcher() -> int | None:
+    """The process id of the launcher that started this process, None if none did on this machine.
+    Raises OSError without Linux's /proc."""
+    process = os.getppid()
+    while process > 1:
+        # "PID (name) state parent …", where a name may hold anything.
+        facts = Path(f"/proc/{process}/stat").read_text()
+        before, _, after = facts.rpartition(")")
+        if before.partition("(")[2] in LAUNCHERS:
+            return process
+        process = int(after.split()[1])
+    return None
+
+
+def run(main: Callable[[MPI.Intracomm], None]) -> int:
+    """`main`, called with the world; the exit status of the job.
+
+    An exception on any rank ends all of them with one message: status 2 after a UserError, 1
+    after anything else, with its traceback where it is a fault of the program.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # launchers do not say which rank was killed by a signal, nor where
+    try:
+        world = start()
+    except UserError as error:
+        if not _announced(RANK_VARIABLES):  # of jobs that do not know of each other, the first
+            _report(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    alarm = world.Dup()  # a private context: no message of the program can match its messages
+    if world.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # results come from one rank only
+    status, message = _attempt(main, world)
+    return _end_together(alarm, status, message)
+
+
+def _attempt(main: Callable[[MPI.Intracomm], None], world: MPI.Intracomm) -> tuple[int, str]:
+    """The exit status that `main` deserves, and the message, if any, that explains it."""
+    where = f" on rank {world.rank} of {world.size}" if world.size > 1 else ""
+    try:
+        main(world)
+        sys.stdout.flush()
+    except SystemExit as end:  # --help and --version
+        return (1, end.code) if isinstance(end.code, str) else ((end.code or 0) & 255, "")
+    except UserError as error:
+        return 2, str(error)
+    except KeyboardInterrupt:
+        return 130, "interrupted"
+    except BrokenPipeError:  # the reader of our output has left
+        return 1, ""
+    except MemoryError as error:
+        return 1, f"out of memory{where}: {error}"
+    except OSError as error:
+        return 1, f"the system refused{where}: {error}"
+    except BaseException:
+        return 1, f"a fault of the program{where}:\n{traceback.format_exc()}"
+    return 0, ""
+
+
+def _end_together(alarm: MPI.Intracomm, status: int, message: str) -> int:
+    """The exit status of the job, after one of the ranks that failed has printed its message.
+
+    Where all ranks come here, they exchange their statuses and return, so that MPI ends in order
+    and the launcher has nothing to add. Where some do not come they would wait for a rank that
+    failed for ever: it aborts them.
+
+    The first to fail speaks, because the others may have failed only in consequence; it gives
+    notice of that to all. Of several that fail before they hear from each other the lowest speaks.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _flush_or_discard()
+    others = [rank for rank in range(alarm.size) if rank != alarm.rank]
+    speaks = status != 0 and not _notice_from(others, alarm)
+    notices = [alarm.Isend(b"", rank) for rank in others if speaks]
+    outcomes = bytearray(2 * alarm.size)
+    exchange = alarm.Iallgather(bytes([status, speaks]), outcomes)
+    deadline = time.monotonic() + (AGREEMENT_SECONDS if status else math.inf)
+    while not exchange.Test():
+        if time.monotonic() > deadline:
+            _abort(alarm, status, message if speaks else "")
+        time.sleep(0.002)
+    speakers = [rank for rank in range(alarm.size) if outcomes[2 * rank + 1]]
+    for rank in speakers:
+        if rank != alarm.rank:
+            alarm.Recv(bytearray(0), rank)
+    for notice in notices:
+        notice.Wait()
+    if alarm.rank in speakers[:1]:
+        _report(message)
+    return outcomes[2 * speakers[0]] if speakers else 0
+
+
+def _abort(alarm: MPI.Intracomm, status: int, message: str) -> None:
+    """End all ranks, after printing `message`, unless a rank that comes first is about to."""
+    if message and not _notice_from(range(alarm.rank), alarm):
+        _report(message)
+    else:
+        time.sleep(AGREEMENT_SECONDS)  # the end comes within that time from the rank that speaks
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has lines of its own for this
+    alarm.Abort(status)
+
+
+def _notice_from(ranks: Iterable[int], alarm: MPI.Intracomm) -> bool:
+    """Whether one of `ranks` has failed and is about to say so. MPI may need a first look to take
+    in what has arrived, and find it only at the second."""
+    return any([alarm.Iprobe(rank) for rank in ranks for _ in range(5)])
+
+
+def _report(message: str) -> None:
+    if message:
+        sys.stderr.write(f"mpishard: error: {message}\n")  # at once; print would write it in pieces
+
+
+def _flush_or_discard() -> None:
+    """Write out the rest of standard output, or forget it: else Python would try once more, at
+    its very end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _announced(variables: tuple[str, ...], otherwise: int = 0) -> int:
+    """The number with which the first of these environment variables begins that has one."""
+    for name in variables:
+        if number := re.match(r"\d+", os.environ.get(name, "")):
+            return int(number[0])
+    return otherwise
+
+
+def _start_mpi() -> ModuleType:
+    with warnings.catch_warnings():
+        # `check_launcher` refuses what this warns of.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment")
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            problem = " ".join(str(error).split())
+            raise UserError(
+                f"mpi4py cannot load an MPI library ({problem}): install an MPI, "
+                "for example with `pip install mpich`, and use its mpirun"
+            ) from None
+    return MPI
+
+
+def _let_waiting_ranks_sleep() -> None:
+    """With more ranks than cores a rank that polls takes the core from one that computes."""
+    os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")  # MPICH
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # Open MPI

@@ -1,0 +1,1 @@
+"""Tests of whole commands, as a user types them."""

@@ -1,0 +1,66 @@
+"""Real commands, as a user types them, and what is to be said of every one that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+from mpi_runner import run_mpi
+
+from mpishard.cli import run_command
+from mpishard.errors import UserError
+
+# The model that commands are tried on: tiny, with 8 query and 4 key/value heads and odd widths, so
+# that every division is uneven.
+VARIANT = "llama-gqa"
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def mpishard(n: int | None, *words: object, **options: Any) -> Finished:
+    """What ``mpirun -n N mpishard WORDS`` answers; without mpirun if `n` is None."""
+    return run_mpi(n, ["-m", "mpishard", *map(_word, words)], **options)
+
+
+def answered(n: int | None, *words: object, **options: Any) -> str:
+    """The standard output of a command that succeeds."""
+    finished = mpishard(n, *words, **options)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def completions(n: int | None, *words: object, **options: Any) -> list[dict[str, Any]]:
+    """The answers of ``mpishard generate --json``."""
+    lines = answered(n, "generate", *words, "--json", **options).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def refusal(n: int | None, *words: object, **options: Any) -> str:
+    """The one sentence with which a command refuses what was typed: it ends with status 2, and
+    says nothing else that looks like an error or a result."""
+    finished = mpishard(n, *words, **options)
+    report = f"status {finished.returncode}\n{finished.stdout}\n{finished.stderr}"
+    assert finished.returncode == 2, report
+    assert "Traceback" not in finished.stderr, report
+    messages = [line for line in finished.stderr.splitlines() if line.startswith("mpishard:")]
+    assert len(messages) == 1 and messages[0].startswith("mpishard: error: "), report
+    assert finished.stdout == "" or "BAD TERMINATION" in finished.stdout, report
+    return messages[0].removeprefix("mpishard: error: ")
+
+
+def refusal_here(*words: object) -> str:
+    """The same sentence, of a command run in this process: for the many that differ in nothing
+    else."""
+    with pytest.raises(UserError) as refused:
+        run_command(["mpishard", *map(str, words)], MPI.COMM_SELF)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def _word(word: object) -> str | os.PathLike[str]:
+    return word if isinstance(word, Path) else str(word)

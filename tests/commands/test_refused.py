@@ -1,0 +1,206 @@
+"""Wrong calls and bad input: one sentence each, which says what would be right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import write_checkpoint
+
+from commands.shell import mpishard, refusal, refusal_here
+
+RUN = "python -m mpishard"
+
+
+# The number of ranks
+
+
+def test_ranks_that_tp_does_not_divide(model):
+    words = ["generate", model, "--prompt", "it's a", "--tp", "2"]
+    message = refusal(3, *words)
+    line = f"`mpirun -n 2 {RUN} generate {model} --prompt 'it'\"'\"'s a' --tp 2`"
+    assert message == f"--tp 2 does not divide the 3 ranks that were started: run {line}"
+
+
+def test_the_line_to_type_is_right(model):
+    """It is typed."""
+    message = refusal(None, "generate", model, "--prompt", "a b", "--tp", 3, "--max-tokens", 2)
+    before, line, after = message.split("`")
+    assert before == "--tp 3 does not divide the 1 rank that was started: run " and after == ""
+    mpirun, n, ranks, *program = shlex.split(line)
+    assert [mpirun, n, *program[:3]] == ["mpirun", "-n", "python", "-m", "mpishard"]
+    finished = mpishard(int(ranks), *program[3:])
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_layout_of_other_ranks(model):
+    message = refusal(2, "logits", model, "--input", "I", "--output", "O", "--tp", 2, "--dp", 2)
+    assert "I cannot be read" in message, "what is cheap to check comes first"
+    message = refusal(2, "bench", model, "--tp", 2, "--dp", 2)
+    line = f"`mpirun -n 4 {RUN} bench {model} --tp 2 --dp 2`"
+    assert message == f"--tp 2 --dp 2 needs 4 ranks but 2 were started: run {line}"
+
+
+def test_shards_for_other_ranks(shards):
+    path = shards(4)
+    message = refusal(2, "generate", path, "--prompt", "a", "--tp", 2)
+    line = f"`mpirun -n 4 {RUN} generate {path} --prompt a --tp 4`"
+    other = f"`mpishard shard {path} OUT --tp 2`"
+    assert message == (
+        f"{path} holds shards for --tp 4, not for --tp 2: run {line}, or make others with {other}"
+    )
+    message = refusal_here("generate", path, "--prompt", "a")
+    line = f"`mpirun -n 4 mpishard generate {path} --prompt a`"
+    assert message == (
+        f"{path} holds shards for --tp 4, so the number of ranks must be a multiple of 4, "
+        f"not 1: run {line}"
+    )
+    message = refusal_here("generate", path, "--prompt", "a", "--tensor-parallel-size=2", "--dp=3")
+    line = f"mpirun -n 12 mpishard generate {path} --prompt a --tensor-parallel-size=4 --dp=3"
+    assert f"run `{line}`" in message
+    message = refusal_here("generate", path, "--prompt", "a", "--dp", "2")
+    assert f"run `mpirun -n 8 mpishard generate {path} --prompt a --dp 2`" in message
+
+
+def test_more_ranks_than_query_heads(model, shards):
+    for path in (model, shards(2)):
+        message = refusal_here("generate", path, "--prompt", "a", "--tp", 9)
+        assert message.startswith("--tp 9 is more than the model's 8 query heads")
+        assert message.endswith("use --tp 1 to 8")
+
+
+# What was typed
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--temperature -1", "temperature -1.0 is out of range: it must be 0 (greedy) or at"),
+        ("--temperature inf", "temperature inf is out of range"),
+        ("--top-k -1", "top_k -1 is out of range"),
+        ("--top-p 0", "top_p 0.0 is out of range: it must be above 0 and at most 1"),
+        ("--top-p 1.01", "top_p 1.01 is out of range"),
+        ("--min-p 2", "min_p 2.0 is out of range: it must be 0 to 1"),
+        ("--seed -1", "seed -1 is out of range: it must be 0 to 2**64 - 1"),
+        ("--seed 18446744073709551616", "seed 18446744073709551616 is out of range"),
+        ("--stop=", "--stop '' is empty"),
+        ("--cp 2", "unrecognized arguments: --cp 2"),
+    ],
+)
+def test_options_out_of_range(model, words, sentence):
+    assert sentence in refusal_here("generate", model, "--prompt", "a", *words.split())
+
+
+def test_a_wrong_call_on_several_ranks(model):
+    assert refusal(3, "generate", model) == (
+        "the following arguments are required: --prompt; see `mpishard generate --help`"
+    )
+
+
+def test_help_is_printed_once():
+    finished = mpishard(3, "generate", "--help")
+    assert finished.returncode == 0 and finished.stderr == ""
+    assert finished.stdout.count("usage: mpishard generate") == 1
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    "prompts, sentence",
+    [
+        (["a", ""], "prompt 2 is empty: it has no token, and at least one is needed"),
+        (["a" * 65], "prompt 1 has 65 tokens, but the model has only 64 positions; shorten it"),
+        (["a", "\udcff"], "is not valid text: character 0 is no character of Unicode"),
+    ],
+)
+def test_prompts_that_cannot_be_completed(model, prompts, sentence):
+    assert sentence in refusal_here("generate", model, *(f"--prompt={one}" for one in prompts))
+
+
+def test_an_empty_prompt_on_several_ranks(model):
+    message = refusal(4, "generate", model, "--prompt", "a", "--prompt", "", "--tp", 2)
+    assert message.startswith("prompt 2 is empty")
+
+
+def test_a_model_that_cannot_speak(model, tmp_path):
+    bare = write_checkpoint("llama-mha", tmp_path / "bare")
+    message = refusal(2, "generate", bare, "--prompt", "a", "--tp", 2)
+    assert message.startswith(f"{bare}/tokenizer.json does not exist: text needs the model's")
+    shutil.copy(model / "tokenizer.json", bare)
+    message = refusal_here("generate", bare, "--prompt", "a", "--chat")
+    assert message.startswith(f"--chat needs a chat template, but {bare} has neither")
+
+
+# Models
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A checkpoint of two files, to be damaged."""
+    return write_checkpoint("llama-mha", tmp_path / "model", shards=2)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    message = refusal(4, "generate", tmp_path / "none", "--prompt", "a")
+    assert message.startswith(f"model {tmp_path}/none does not exist: give a local Hugging Face")
+    (tmp_path / "file").touch()
+    assert "file is not a directory" in refusal_here("inspect", tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "has neither config.json" in refusal_here("inspect", tmp_path / "empty")
+
+
+def test_a_safetensors_file_that_is_missing_or_cut_short(copy):
+    file = copy / "model-00002-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    message = refusal(2, "generate", copy, "--prompt", "a")
+    assert message.startswith(f"{file} (") and "is truncated or damaged" in message
+    file.unlink()
+    assert refusal_here("inspect", copy).startswith(f"{file} is missing")
+
+
+def rewrite(copy: Path, change) -> None:
+    """Change the tensors of the second file."""
+    file = copy / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+NORM = "model.norm.weight"
+
+
+def test_a_tensor_that_is_missing_or_misshapen(copy):
+    rewrite(copy, lambda tensors: tensors.update({NORM: np.ones(47, np.float32)}))
+    message = refusal(2, "generate", copy, "--prompt", "a")
+    assert f"{NORM} has shape (47,), but config.json calls for (48,)" in message
+    rewrite(copy, lambda tensors: tensors.pop(NORM))
+    assert f"lacks {NORM}" in refusal_here("inspect", copy)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({"hidden_act": "swish_squared"}, "swish_squared"),
+        ({"num_attention_heads": "eight"}, "num_attention_heads"),
+    ],
+)
+def test_a_configuration_that_is_not_implemented(copy, change, sentence):
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    message = refusal_here("generate", copy, "--prompt", "a")
+    assert str(file) in message and sentence in message
+
+
+def test_malformed_json(copy):
+    (copy / "config.json").write_text('{"vocab_size": 61,\n "x": }')
+    message = refusal(2, "generate", copy, "--prompt", "a")
+    assert message == (f"{copy}/config.json is not valid JSON: Expecting value at line 2, column 7")

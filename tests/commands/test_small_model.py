@@ -1,0 +1,55 @@
+"""The trained model of data/, as the README shows it: from the checkpoint and from shards, alone
+and on several ranks, it writes what the oracle writes, and that can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from commands.shell import answered, completions
+from mpishard.reference import Reference
+from mpishard.storage.checkpoint import Checkpoint
+from mpishard.text import Text
+
+MODEL = Path(__file__).parents[2] / "data" / "cpython-4m"
+PROMPTS = ["def read(self", "The module provides"]
+MANY = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def right() -> list[list[int]]:
+    """The oracle's greedy continuations."""
+    checkpoint, text = Checkpoint.open(MODEL), Text(MODEL)
+    weights = {name: np.array(array.map()) for name, array in checkpoint.arrays.items()}
+    oracle = Reference(checkpoint.config, weights, np.float32)
+    return [oracle.greedy(text.encode(prompt), TOKENS) for prompt in PROMPTS]
+
+
+def check(answers: list[dict], right: list[list[int]]) -> None:
+    for answer, ids in zip(answers, right, strict=True):
+        length = answer["completion_tokens"]
+        assert answer["output_ids"] == ids[:length]
+        assert length == TOKENS or answer["finish_reason"] == "stop"
+        letters = sum(letter.isalpha() or letter.isspace() for letter in answer["text"])
+        assert letters > len(answer["text"]) / 2 > TOKENS / 2
+
+
+@pytest.mark.parametrize("tp, dp", [(1, 1), (2, 2), (3, 1)])
+def test_the_checkpoint_answers(right, tp, dp):
+    check(completions(tp * dp, MODEL, *MANY, "--max-tokens", TOKENS, "--tp", tp), right)
+
+
+def test_its_shards_answer_the_same(right, tmp_path):
+    answered(2, "shard", MODEL, tmp_path / "tp4", "--tp", 4, "--dtype", "bfloat16")
+    answered(2, "shard", tmp_path / "tp4", tmp_path / "tp2", "--tp", 2)
+    for tp in (4, 2):
+        check(completions(tp, tmp_path / f"tp{tp}", *MANY, "--max-tokens", TOKENS), right)
+
+
+def test_it_can_be_talked_to():
+    words = ["--prompt", "What is a generator?", "--chat", "--max-tokens", 12]
+    said = answered(2, "generate", MODEL, *words, "--tp", 2)
+    assert said == completions(None, MODEL, *words)[0]["text"] + "\n"

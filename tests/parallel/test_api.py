@@ -1,0 +1,221 @@
+"""The Python interface, under communicators of every size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from tiny_models import VARIANTS, write_checkpoint
+from tiny_text import write_speaker
+from toys import layouts, oracle
+
+import mpishard
+from mpishard.api import together
+from mpishard.engine.generate import Timing
+
+pytestmark = pytest.mark.ranks
+
+VARIANT = "llama-gqa"
+IDS = [[1, 5, 66, 0, 9, 3], [2], [3, 3, 3], [40, 41, 7, 9], [66, 11]]
+PROMPTS = ["the in", "def on(a):\n", "é"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model for every rank, each in a directory of its own."""
+    return write_speaker(VARIANT, tmp_path_factory.mktemp("model"))
+
+
+def each_layout(path: Path, comm: MPI.Intracomm, **options) -> list[mpishard.Model]:
+    return [
+        mpishard.load(path, comm, layout.tp, layout.dp, **options) for layout in layouts(comm.size)
+    ]
+
+
+def same_everywhere(value: object, comm: MPI.Intracomm) -> bool:
+    return all(other == value for other in comm.allgather(value))
+
+
+# Generating
+
+
+def test_every_layout_gives_every_rank_the_same_answers(path, comm):
+    alone = mpishard.load(path).generate([*PROMPTS, *IDS], max_tokens=6)
+    assert [answer.prompt for answer in alone] == [*PROMPTS, *IDS]
+    assert [answer.prompt_tokens for answer in alone[3:]] == list(map(len, IDS))
+    for model in each_layout(path, comm):
+        answers = model.generate([*PROMPTS, *IDS], max_tokens=6)
+        assert answers == alone
+        assert same_everywhere(answers, comm)
+
+
+def test_greedy_tokens_are_the_oracles(path, comm):
+    for model in each_layout(path, comm, compute_dtype="float64"):
+        answers = model.generate(IDS, max_tokens=5, ignore_eos=True)
+        assert [a.output_ids for a in answers] == [oracle(VARIANT).greedy(ids, 5) for ids in IDS]
+
+
+def test_text_and_ends_are_told_to_the_replica_that_makes_them(path, comm):
+    for model in each_layout(path, comm):
+        on_text, ends = Mock(), list[int]()
+        answers = model.generate(
+            PROMPTS,
+            max_tokens=8,
+            sampling=mpishard.Sampling(temperature=1, seed=3),
+            stop=["x"],
+            on_text=on_text,
+            on_finish=ends.append,
+        )
+        mine = set(range(len(PROMPTS))[model.mesh.dp.rank :: model.mesh.dp.size])
+        assert set(ends) == mine and len(ends) == len(mine)
+        told = dict.fromkeys(mine, "")
+        for place, piece in (call.args for call in on_text.call_args_list):
+            told[place] += piece
+        assert told == {place: answers[place].text for place in mine}
+
+
+def test_the_time_is_that_of_the_replica(path, comm):
+    for model in each_layout(path, comm):
+        timing = Timing()
+        answers = model.generate(IDS, max_tokens=4, ignore_eos=True, timing=timing)
+        mine = answers[model.mesh.dp.rank :: model.mesh.dp.size]
+        assert timing.prompt_tokens == sum(answer.prompt_tokens for answer in mine)
+        assert timing.generated_tokens == sum(answer.completion_tokens - 1 for answer in mine)
+
+
+@pytest.mark.ranks(1, 3)
+def test_nothing_to_do(path, comm):
+    model = mpishard.load(path, comm)
+    assert model.generate([]) == []
+    assert list(model.logits([])) == []
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path, comm):
+    model = mpishard.load(write_checkpoint("llama-mqa", tmp_path / "bare"), comm)
+    assert not model.has_tokenizer
+    (answer,) = model.generate([np.array([1, 2, 3])], max_tokens=3, ignore_eos=True)
+    assert answer.prompt == [1, 2, 3] and answer.text is None
+    assert answer.completion_tokens == len(answer.output_ids) == 3
+    for unreadable in ({"stop": ["x"]}, {"on_text": print}):
+        with pytest.raises(mpishard.UserError, match="tokenizer.json does not exist"):
+            model.generate([[1, 2, 3]], **unreadable)
+
+
+# Scoring
+
+
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_scores_are_the_oracles_on_the_first_rank(path, comm, hidden_states):
+    """Also where the sequences do not divide evenly over the replicas."""
+    right = [oracle(VARIANT).forward(ids) for ids in IDS]
+    for model in each_layout(path, comm, compute_dtype="float64"):
+        scores = [*model.logits(IDS, hidden_states), *model.logits(IDS[:1], hidden_states)]
+        assert len(scores) == len(IDS) + 1
+        if comm.rank:
+            assert scores == [None] * (len(IDS) + 1)
+            continue
+        for score, (logits_SV, hidden) in zip(scores, [*right, right[0]], strict=True):
+            assert score is not None
+            np.testing.assert_allclose(score.logits, logits_SV, rtol=0, atol=1e-9)
+            assert len(score.hidden) == (len(hidden) if hidden_states else 0)
+            for x_SD, right_SD in zip(score.hidden, hidden, strict=False):
+                np.testing.assert_allclose(x_SD, right_SD, rtol=0, atol=1e-9)
+
+
+@pytest.mark.ranks(2)
+def test_text_can_be_scored(path, comm):
+    model = mpishard.load(path, comm, tp=2)
+    (of_text,), (of_ids,) = model.logits(["the"]), model.logits([model.text.encode("the")])
+    if comm.rank == 0:
+        assert np.array_equal(of_text.logits, of_ids.logits)
+
+
+# Communicators
+
+
+@pytest.mark.ranks(2, 3, 8)
+def test_a_part_of_the_ranks_can_have_a_model_of_its_own(path, comm):
+    half = comm.Split(comm.rank % 2)
+    model = mpishard.load(path, half, tp=half.size)
+    prompts = PROMPTS[: 1 + comm.rank % 2]  # the other half has other work
+    answers = model.generate(prompts, max_tokens=5)
+    assert answers == mpishard.load(path).generate(prompts, max_tokens=5)
+    half.Free()
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_layout_follows_from_what_is_left_open(path, comm):
+    assert (mpishard.load(path, comm).mesh.layout.tp, comm.size) == (1, comm.size)
+    assert mpishard.load(path, comm).mesh.layout.dp == comm.size
+    assert mpishard.load(path, comm, tp=2).mesh.layout.dp == comm.size // 2
+    with pytest.raises(mpishard.UserError, match="run `mpirun -n 3 python …`"):
+        mpishard.load(path, comm, tp=3, dp=1)
+
+
+# Failing
+
+
+@pytest.mark.ranks(2, 3, 8)
+def test_what_fails_on_one_rank_fails_on_all(path, comm):
+    mine = path if comm.rank != 1 else path / "none"
+    with pytest.raises(mpishard.UserError, match="none does not exist"):
+        mpishard.load(mine, comm)
+
+
+@pytest.mark.ranks(1, 4)
+def test_of_several_failures_the_lowest_ranks_is_raised(comm):
+    with pytest.raises(mpishard.UserError, match=f"rank {comm.size // 2}"), together(comm):
+        if comm.rank >= comm.size // 2:
+            raise mpishard.UserError(f"rank {comm.rank}")
+    with together(comm):
+        pass
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (lambda model: model.generate(["a", ""]), "prompt 2 is empty"),
+        (lambda model: model.generate([[1, 67]]), "prompt 1 has token id 67"),
+        (lambda model: model.generate([[1] * 65]), "prompt 1 has 65 tokens"),
+        (lambda model: model.generate(["a"], max_tokens=0), "max_tokens 0 must be at least 1"),
+        (lambda model: model.generate(["a"], stop=["b", ""]), "none of them empty"),
+        (lambda model: model.generate(["a"], stop="b"), "stop 'b' must be a list"),
+        (lambda model: model.generate([[1]], chat=True), "not token ids"),
+        (lambda model: model.logits([[1], []]), "sequence 2 is empty"),
+        (lambda model: model.logits([[-1]]), "sequence 1 has token id -1"),
+    ],
+)
+def test_a_wrong_call_is_refused_and_the_next_one_works(
+    path, comm, wrong: Callable[[mpishard.Model], object], sentence: str
+):
+    model = mpishard.load(path, comm)
+    with pytest.raises(mpishard.UserError, match=sentence):
+        wrong(model)
+    assert len(model.generate(["a"], max_tokens=1)) == 1
+
+
+@pytest.mark.ranks(1)
+def test_ids_are_integers(path, comm):
+    with pytest.raises(TypeError):
+        mpishard.load(path, comm).generate([[1.0, 2.0]])
+
+
+@pytest.mark.ranks(1)
+def test_the_compute_dtype_is_one_of_two(path, comm):
+    with pytest.raises(mpishard.UserError, match="'float16' must be one of float32, float64"):
+        mpishard.load(path, comm, compute_dtype="float16")
+
+
+@pytest.mark.ranks(2)
+def test_memory_is_that_of_the_fullest_rank(path, comm):
+    model = mpishard.load(path, comm)
+    ballast = np.ones(comm.rank * 2**24)
+    peak = model.peak_memory()
+    assert same_everywhere(peak, comm) and peak > ballast.nbytes
+    assert VARIANTS[VARIANT]["vocab_size"] == model.config.vocab

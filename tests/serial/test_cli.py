@@ -1,0 +1,152 @@
+"""What may be typed, and the line to type instead."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+import mpishard
+from mpishard.cli import make_parser, retyped
+from mpishard.errors import UserError
+
+GENERATE = ["generate", "M", "--prompt", "a"]
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return make_parser().parse_args(words)
+
+
+def test_what_a_command_does_unless_told_otherwise():
+    generate = vars(parse(*GENERATE))
+    assert generate == {
+        "command": "generate",
+        "model": "M",
+        "prompt": ["a"],
+        "chat": False,
+        "json": False,
+        "max_tokens": 128,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "seed": 0,
+        "stop": [],
+        "ignore_eos": False,
+        "tp": None,
+        "dp": None,
+        "compute_dtype": "float32",
+    }
+    assert vars(parse("shard", "M", "OUT", "--tp", "2"))["dtype"] == "float32"
+    assert parse("inspect", "M").verify is False
+    assert parse("logits", "M", "--input", "I", "--output", "O").hidden_states is False
+    bench = parse("bench", "M")
+    assert (bench.prompt_tokens, bench.max_tokens) == (512, 32)
+    assert (bench.batch, bench.repeat) == ([1, 8], 3)
+
+
+@pytest.mark.parametrize(
+    "command", ["generate M --prompt a", "logits M --input I --output O", "bench M"]
+)
+def test_layout_flags_are_the_same_everywhere(command):
+    long = "--tensor-parallel-size=2 --data-parallel-size 3 --compute-dtype float64"
+    args = parse(*command.split(), *long.split())
+    assert (args.tp, args.dp, args.compute_dtype) == (2, 3, "float64")
+    args = parse(*command.split(), "--tp", "2", "--dp=3")
+    assert (args.tp, args.dp) == (2, 3)
+
+
+def test_some_flags_may_be_repeated():
+    args = parse(*GENERATE, "--prompt", "-", "--stop", "x", "--stop=y")
+    assert args.prompt == ["a", "-"] and args.stop == ["x", "y"]
+
+
+def test_other_names_of_a_flag():
+    assert parse(*GENERATE, "--max-new-tokens", "7").max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--tp", "2", "--tp", "4"], "argument --tp/--tensor-parallel-size: given twice"),
+        (["--tp", "2", "--tensor-parallel-size=2"], "--tensor-parallel-size: given twice"),
+        (["--seed", "1", "--seed", "1"], "argument --seed: given twice"),
+        (["--tp", "0"], "--tp/--tensor-parallel-size: 0 must be at least 1"),
+        (["--dp", "-2"], "--dp/--data-parallel-size: -2 must be at least 1"),
+        (["--tp", "two"], "--tensor-parallel-size: 'two' is not a whole number"),
+        (["--tp", "1.5"], "'1.5' is not a whole number"),
+        (["--max-tokens", "0"], "argument --max-tokens/--max-new-tokens: 0 must be at least 1"),
+        (["--max-tokens", "9" * 5000], "is not a whole number"),
+        (["--temperature", "warm"], "argument --temperature: 'warm' is not a number"),
+        (["--temperature", "nan"], "argument --temperature: 'nan' is not a number"),
+        (["--top-p", "nan"], "argument --top-p: 'nan' is not a number"),
+        (["--compute-dtype", "float16"], "argument --compute-dtype: invalid choice: 'float16'"),
+        (["--cp", "2"], "unrecognized arguments: --cp 2"),
+        (["--sequence-parallel"], "unrecognized arguments: --sequence-parallel"),
+        (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--stop"], "argument --stop: expected one argument"),
+        (["other"], "unrecognized arguments: other"),
+    ],
+)
+def test_what_cannot_be_typed(words, sentence):
+    with pytest.raises(UserError) as refusal:
+        parse(*GENERATE, *words)
+    assert sentence in str(refusal.value)
+    assert str(refusal.value).endswith("--help`")
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("", "required: COMMAND; see `mpishard --help`"),
+        ("generat M", "invalid choice: 'generat' (choose from"),
+        ("generate M", "required: --prompt; see `mpishard generate --help`"),
+        ("generate --prompt a", "required: MODEL"),
+        ("shard M OUT", "required: --tp/--tensor-parallel-size"),
+        ("shard M --tp 2", "required: OUT"),
+        ("shard M OUT --tp 2 --dtype float16", "argument --dtype: invalid choice: 'float16'"),
+        ("logits M --input I", "required: --output"),
+        ("bench M --batch 1 0", "argument --batch: 0 must be at least 1"),
+        ("bench M --repeat 0", "argument --repeat: 0 must be at least 1"),
+    ],
+)
+def test_what_is_missing_or_wrong(line, sentence):
+    with pytest.raises(UserError) as refusal:
+        parse(*line.split())
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("command", ["", "shard", "inspect", "generate", "logits", "bench"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*command.split(), "--help")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mpishard {command}".strip())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        parse("--version")
+    assert capsys.readouterr().out == f"{mpishard.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "typed, right",
+    [
+        ("generate M --tp 2 --prompt a", "generate M --tp 4 --prompt a"),
+        ("generate M --tp=2 --dp 3", "generate M --tp=4 --dp 3"),
+        ("bench M --tensor-parallel-size 2", "bench M --tensor-parallel-size 4"),
+        ("bench M --tensor-parallel-size=2", "bench M --tensor-parallel-size=4"),
+        ("bench M", "bench M"),
+    ],
+)
+def test_the_line_for_another_tp(typed, right):
+    assert retyped(["/usr/bin/mpishard", *typed.split()], 4) == f"mpishard {right}"
+    module = "/lib/mpishard/__main__.py"
+    assert retyped([module, *typed.split()], 4) == f"python -m mpishard {right}"
+
+
+def test_the_line_can_be_pasted_into_a_shell():
+    assert retyped(["mpishard", "generate", "my model", "--prompt", "it's"], 1) == (
+        "mpishard generate 'my model' --prompt 'it'\"'\"'s'"
+    )

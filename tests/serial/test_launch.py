@@ -1,0 +1,281 @@
+"""The edge of the program: cores and threads, the launcher, and how jobs of several ranks end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from mpi_runner import Launch, run_mpi
+
+from mpishard import launch
+from mpishard.errors import UserError
+
+PROGRAM = """
+import sys, time
+from mpishard.errors import UserError
+from mpishard.launch import run
+
+def main(world):
+    rank = world.rank
+    {body}
+
+sys.exit(run(main))
+"""
+
+# Each rank says so when it is ready to be killed or interrupted, and then works with the others.
+ENDLESS = "sys.stderr.write('ready\\n')\n    while True: world.Barrier()"
+
+
+def program(body: str) -> list[str]:
+    """Arguments of a Python whose ranks run `body`."""
+    return ["-c", PROGRAM.format(body=body)]
+
+
+def errors_in(output: str) -> list[str]:
+    """The lines that report an error."""
+    return [line for line in output.splitlines() if line.startswith("mpishard: error:")]
+
+
+def ended(body: str, n: int | None = 3) -> subprocess.CompletedProcess[str]:
+    """How `n` ranks end that run `body`. They are to end within seconds."""
+    return run_mpi(n, program(body), timeout=30)
+
+
+# Cores and threads
+
+
+def test_cores_are_shared_by_the_ranks_allowed_on_them():
+    assert launch.share_of_cores({0, 1, 2, 3}, [{0, 1, 2, 3}] * 2) == 2
+    assert launch.share_of_cores({0, 1, 2, 3}, [{0, 1, 2, 3}] * 3) == 1
+    assert launch.share_of_cores({0, 1}, [{0, 1}, {2, 3}]) == 2, "bound ranks share nothing"
+    assert launch.share_of_cores({0}, [{0}] * 4) == 1, "a rank cannot have less than a thread"
+    assert launch.share_of_cores({0, 1, 2}, [{0, 1, 2}, {2}]) == 2
+
+
+THREADS = """
+import os, sys
+from mpishard.launch import start
+world = start()
+assert "numpy" not in sys.modules
+names = ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MPIR_CVAR_ENABLE_HEAVY_YIELD"]
+if world.rank == 0:
+    print(*[os.environ.get(name) for name in names])
+"""
+UNSET = dict.fromkeys(
+    (*launch.THREAD_VARIABLES, "MPIR_CVAR_ENABLE_HEAVY_YIELD", "OMPI_MCA_mpi_yield_when_idle")
+)
+
+
+def settings(n: int | None, **environment: str) -> list[str]:
+    """Threads and heavy yield of rank 0 of `n`, in a bare environment with these changes."""
+    run = run_mpi(n, ["-c", THREADS], env={**UNSET, **environment})
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_a_rank_takes_its_share_of_the_cores_and_waits_awake_while_there_are_enough():
+    cores = len(os.sched_getaffinity(0))
+    assert settings(None) == [f"{cores}", f"{cores}", "None"]
+    if cores > 1:
+        assert settings(2) == [f"{cores // 2}", f"{cores // 2}", "None"]
+
+
+def test_ranks_sleep_while_they_wait_when_there_are_more_of_them_than_cores():
+    assert settings(len(os.sched_getaffinity(0)) + 1) == ["1", "1", "1"]
+
+
+def test_what_the_user_has_set_stays():
+    assert settings(None, OMP_NUM_THREADS="3") == ["None", "3", "None"]
+    crowd = len(os.sched_getaffinity(0)) + 1
+    assert settings(crowd, MPIR_CVAR_ENABLE_HEAVY_YIELD="0")[2] == "0"
+
+
+def test_the_announced_number_is_what_a_variable_begins_with(monkeypatch):
+    """Slurm writes the tasks of each node as "2(x3),1"."""
+    monkeypatch.setenv("SIZE", "2(x3),1")
+    assert launch._announced(("ABSENT", "SIZE")) == 2
+    assert launch._announced(("ABSENT",), 7) == 7
+
+
+# The launcher
+
+
+def test_the_launcher_and_the_library_must_agree(monkeypatch):
+    for name in launch.WORLD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    launch.check_launcher(1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    launch.check_launcher(4)
+    with pytest.raises(UserError, match="the launcher started 4 ranks, but MPI found 1"):
+        launch.check_launcher(1)
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (2, 0)])
+@pytest.mark.parametrize("family", ["PMI", "OMPI_COMM_WORLD"])
+def test_separate_jobs_of_one_rank_are_refused_by_one_message(family, rank, lines):
+    """What the launcher of another MPI starts; the first of them speaks for all."""
+    other = {f"{family}_SIZE": "4", f"{family}_RANK": str(rank)}
+    run = run_mpi(None, ["-m", "mpishard", "inspect", "anything"], env=other)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == run.stderr.count("the launcher started 4 ranks") == lines
+
+
+def test_a_python_without_mpi():
+    missing = {"MPI4PY_LIBMPI": "/missing/libmpi.so"}
+    run = run_mpi(None, ["-m", "mpishard", "inspect", "anything"], env=missing)
+    assert run.returncode == 2
+    assert run.stderr.startswith("mpishard: error: mpi4py cannot load an MPI library")
+    assert run.stderr.count("\n") == 1 and "pip install mpich" in run.stderr
+
+
+# How jobs end
+
+
+def test_ranks_that_succeed():
+    run = ended("print('result of', rank)")
+    assert run.returncode == 0
+    assert run.stdout == "result of 0\n", "results come from one rank only"
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "code, status, message",
+    [("", 0, ""), ("3", 3, ""), ("256", 0, ""), ("'done'", 1, "mpishard: error: done\n")],
+)
+def test_ranks_that_exit(code, status, message):
+    run = ended(f"sys.exit({code})", 2 if code == "3" else None)
+    assert (run.returncode, run.stderr) == (status, message)
+
+
+def test_ranks_that_fail_alike_end_in_order_with_one_message():
+    run = ended("raise UserError('no model')")
+    assert run.returncode == 2
+    assert errors_in(run.stderr) == ["mpishard: error: no model"]
+    assert "BAD TERMINATION" not in run.stdout and "Abort" not in run.stderr
+
+
+def test_a_rank_that_fails_when_the_others_have_finished_ends_in_order():
+    run = ended("if rank == 1: time.sleep(0.3); raise UserError('late')")
+    assert run.returncode == 2
+    assert errors_in(run.stderr) == ["mpishard: error: late"]
+    assert "BAD TERMINATION" not in run.stdout and "Abort" not in run.stderr
+
+
+@pytest.mark.parametrize("waiting", ["world.Barrier()", "world.recv()", "time.sleep(60)"])
+def test_a_rank_that_fails_alone_ends_those_that_wait(waiting):
+    started = time.monotonic()
+    run = ended(f"if rank == 1: raise UserError('alone')\n    {waiting}")
+    assert run.returncode != 0
+    assert errors_in(run.stderr) == ["mpishard: error: alone"]
+    assert time.monotonic() - started < 10
+
+
+def test_some_ranks_that_fail_each_for_itself_end_with_one_message():
+    run = ended("if rank: raise UserError('several')\n    world.Barrier()", 4)
+    assert run.returncode != 0
+    assert errors_in(run.stderr) == ["mpishard: error: several"]
+
+
+def test_the_message_is_that_of_the_rank_that_failed_first():
+    """The others may have failed only because of it."""
+    run = ended("time.sleep(0.3 * (2 - rank)); raise UserError(f'rank {rank}')")
+    assert run.returncode == 2
+    assert errors_in(run.stderr) == ["mpishard: error: rank 2"]
+
+
+def test_a_fault_of_the_program_shows_where_it_is():
+    run = ended("if rank == 2: 1 / 0\n    world.Barrier()")
+    assert run.returncode != 0
+    assert errors_in(run.stderr) == ["mpishard: error: a fault of the program on rank 2 of 3:"]
+    assert run.stderr.count("Traceback") == 1
+    assert "ZeroDivisionError: division by zero" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("raise MemoryError('Unable to allocate 12 GiB')", "out of memory: Unable to allocate"),
+        ("raise OSError(28, 'No space left')", "the system refused: [Errno 28] No space left"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_fault_of_the_program(fault, message):
+    run = ended(fault, None)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"mpishard: error: {message}")
+    assert "Traceback" not in run.stderr
+
+
+def test_standard_output_that_cannot_be_written():
+    with (
+        open("/dev/full", "w") as full,
+        Launch(None, program("print('result')"), stdout=full, stderr=subprocess.PIPE) as job,
+    ):
+        _, err = job.process.communicate(timeout=30)
+    assert job.process.returncode == 1
+    assert err == "mpishard: error: the system refused: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly():
+    body = "[print('line', flush=True) for _ in range(100000)]"
+    pipe = subprocess.PIPE
+    with Launch(None, program(body), stdout=pipe, stderr=pipe) as job:
+        assert job.process.stdout and job.process.stderr
+        assert job.process.stdout.readline() == "line\n"
+        job.process.stdout.close()
+        assert job.process.wait(30) == 1
+        assert job.process.stderr.read() == ""
+
+
+@contextmanager
+def working(n: int | None) -> Iterator[Launch]:
+    """`n` ranks that have begun to work together and will not stop."""
+    pipe = subprocess.PIPE
+    with Launch(n, program(ENDLESS), stdout=pipe, stderr=pipe) as job:
+        assert job.process.stderr
+        for _ in range(n or 1):
+            assert job.process.stderr.readline() == "ready\n"
+        yield job
+
+
+def test_a_rank_that_is_killed_ends_the_job():
+    with working(3) as job:
+        os.kill(job.pid(1), signal.SIGKILL)
+        assert job.process.wait(10) != 0
+
+
+def test_an_interrupt_ends_the_job_with_one_message():
+    """Ctrl-C reaches the launcher, and through it every rank."""
+    with working(3) as job:
+        job.process.send_signal(signal.SIGINT)
+        _, err = job.process.communicate(timeout=15)
+        assert job.process.returncode != 0
+        assert "Traceback" not in err
+        assert len(errors_in(err)) <= 1  # some launchers pass on nothing after an interrupt
+
+
+def test_an_interrupt_without_a_launcher():
+    with working(None) as job:
+        job.process.send_signal(signal.SIGINT)
+        _, err = job.process.communicate(timeout=15)
+        assert err == "mpishard: error: interrupted\n"
+        assert job.process.returncode == 130
+
+
+def test_the_message_reaches_the_terminal_of_the_launcher():
+    """A rank writes to a pipe, whose other end is at a terminal or not."""
+    script = "import sys; from mpishard.launch import reaches_terminal; print(reaches_terminal())"
+    assert run_mpi(1, ["-c", script]).stdout == "False\n"
+    terminal, end = os.openpty()
+    try:
+        with Launch(1, ["-c", script], stdout=subprocess.PIPE, stderr=end) as job:
+            assert job.process.communicate(timeout=30)[0] == "True\n"
+        with Launch(None, ["-c", script], stdout=subprocess.PIPE, stderr=end) as job:
+            assert job.process.communicate(timeout=30)[0] == "True\n"
+    finally:
+        os.close(terminal)
+        os.close(end)
