@@ -1,0 +1,21 @@
+"""How the tests run, and what they have at hand.
+
+- ``pytest`` runs everything: serial tests in its own process, and for each number of ranks one
+  ``mpirun -n N`` with all tests of that size. ``pytest -k np4`` runs those on four ranks.
+- ``mpirun -n 4 python -m pytest --with-mpi`` runs the tests on four ranks, without the controller.
+- ``@pytest.mark.ranks`` on a test (or ``pytestmark = pytest.mark.ranks`` in a module) makes it a
+  multi-rank test, on 1, 2, 3, 4 and 8 ranks; ``@pytest.mark.ranks(2, 4, timeout=20)`` chooses.
+  Every rank runs the whole test. It may take the fixtures ``comm``, a communicator of its own, and
+  ``ranks``, the number of ranks. ``tmp_path`` differs from rank to rank; ``mpi_tmp_path``, of
+  pytest-mpi, is rank 0's on all.
+- ``from mpi_runner import run_mpi`` runs a real command under mpirun, in a serial test:
+  ``run_mpi(4, ["-m", "mpishard", "generate", …])`` answers with returncode, stdout and stderr;
+  ``run_mpi(None, …)`` goes without mpirun. ``Launch`` is the same as a running process, whose
+  ranks a test can stop or kill.
+- The mpirun beside the running Python is taken, else the one on the PATH; ``$MPISHARD_MPIRUN``
+  (a command with its options) overrides both.
+
+Files of tests need names of their own, whatever folder they are in.
+"""
+
+pytest_plugins = ["mpi_runner.plugin"]
