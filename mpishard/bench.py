@@ -3,16 +3,15 @@
 Both are measured in the same process and in turn, on all ranks at the same time:
 
 prompt       B prompts of random tokens in one step, to the choice of each one's next token
+product      after each: flops of ``x @ w.T`` in a second, with weights of the model's own shapes
 generation   steps that feed one token to each of B sequences, to the choice of the next (greedy)
-bandwidth    bytes of large matrices that matrix-vector products read in a second
-product      flops of ``x @ w.T`` in a second, with weights of the model's own shapes
+bandwidth    after each: bytes of large matrices that matrix-vector products read in a second
 
 A step reads every weight of its rank once and multiplies it with every token, and so takes at least
 as long as the slower of the two needs. That is the limit printed beside each speed. It counts the
 weights alone: attention's own products, the KV cache and communication make the distance to it.
 
-The limits take moments to measure and the steps seconds, so that on a busy machine the limits find
-a quiet moment more easily, and the shares come out too small.
+Every figure is a median. Step and limit alternate, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -45,15 +44,13 @@ NODE_WORKING_SET = 512 * 2**20
 RANK_WORKING_SET = 64 * 2**20
 # Rows of `x` in the product whose rate is measured, unless the prompt is longer.
 PRODUCT_ROWS = 512
-# The machine's limits are short to measure: so many times in each turn.
-PASSES = 3
 
 
 @dataclass(frozen=True)
 class Run:
     """Some steps on end that feed each of `batch` sequences the tokens at positions `start` to
-    `stop` - 1: the seconds of a step on the slowest rank, and what this rank entered in its ledger
-    in a step."""
+    `stop` - 1: the seconds of the median step on the slowest rank, those that the machine's limit
+    took this rank in between, and what this rank entered in its ledger in a step."""
 
     phase: str  # "prompt" or "generation"
     batch: int  # sequences of each replica
@@ -61,6 +58,7 @@ class Run:
     stop: int
     steps: int
     seconds: float
+    limit_seconds: float
     entries: list[tuple[str, str, Entry]]
 
     @property
@@ -72,8 +70,8 @@ class Run:
 def measure(
     model: Model, prompt_tokens: int, max_tokens: int, batches: list[int], repeat: int
 ) -> dict[str, Any]:
-    """The figures of `table`, for each number of sequences per replica in `batches`: the best of
-    `repeat` rounds after one to warm up.
+    """The figures of `table`, for each number of sequences per replica in `batches`: the median
+    of `repeat` rounds after one to warm up.
 
     Collective, and complete on rank 0 of the mesh: what is said of one rank is said of the slowest
     or fullest, except the collectives, which are rank 0's. Clears the mesh's ledger. Raises
@@ -81,20 +79,20 @@ def measure(
     """
     _check(model, prompt_tokens, max_tokens, batches, repeat)
     world, decoder = model.mesh.world, model.decoder
-
-    def run_all() -> list[Run]:
-        return [run for batch in batches for run in _run(model, batch, prompt_tokens, max_tokens)]
-
-    run_all()
+    for batch in batches:
+        _run(model, batch, prompt_tokens, max_tokens, _nothing, _nothing)
     peak = model.peak_memory()  # before the matrices below take memory that is not the model's
-    matrices = _matrices_beyond_cache(model)
-    rows = max(PRODUCT_ROWS, prompt_tokens)
-    rounds, bandwidth, rate = [], 0.0, 0.0
-    for _ in range(repeat):
-        rounds.append(run_all())
-        bandwidth = max(bandwidth, _bandwidth(matrices, world))
-        rate = max(rate, _product_rate(decoder.layers[0], rows, world))
-    best = [min(same, key=lambda run: run.seconds) for same in zip(*rounds, strict=True)]
+    multiply, flops = _products(decoder.layers[0], max(PRODUCT_ROWS, prompt_tokens))
+    walk, walked = _matrix_vector_products(model)
+    speeds, bandwidths, rates = [], [], []
+    for batch in batches:
+        rounds = [
+            _run(model, batch, prompt_tokens, max_tokens, multiply, walk) for _ in range(repeat)
+        ]
+        prompt, generation = (_median(runs) for runs in zip(*rounds, strict=True))
+        rates.append(flops / prompt.limit_seconds)
+        bandwidths.append(walked / generation.limit_seconds)
+        speeds += [_row(model, run, bandwidths[-1], rates[-1]) for run in (prompt, generation)]
 
     shard = model.config, model.mesh.tp.size, model.mesh.tp.rank
     cache = decoder.new_cache(prompt_tokens + max_tokens)
@@ -104,7 +102,7 @@ def measure(
         (cache.k.nbytes + cache.v.nbytes) * max(batches),
     ]
     weights, read, cached = (int(n) for n in all_reduce(np.array(held), world, MAX))
-    slowest = all_reduce(np.array([bandwidth, rate]), world, MIN)
+    slowest = all_reduce(np.array([np.median(bandwidths), np.median(rates)]), world, MIN)
     return _environment(model) | {
         "prompt_tokens": prompt_tokens,
         "max_tokens": max_tokens,
@@ -115,7 +113,7 @@ def measure(
         "read_bytes": read,
         "kv_cache_bytes": cached,
         "peak_memory_bytes": peak,
-        "speeds": [_row(model, run, bandwidth, rate) for run in best],
+        "speeds": speeds,
     }
 
 
@@ -190,33 +188,64 @@ def _check(
         )
 
 
-def _run(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> tuple[Run, Run]:
-    """One prompt step of `batch` sequences and the `max_tokens` generation steps after it."""
+def _run(
+    model: Model,
+    batch: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    multiply: Callable[[], None],
+    walk: Callable[[], None],
+) -> tuple[Run, Run]:
+    """One prompt step of `batch` sequences and the `max_tokens` generation steps after it, followed
+    by the work that measures the limit of each: `multiply` and `walk`."""
     decoder, mesh = model.decoder, model.mesh
     caches = [decoder.new_cache(prompt_tokens + max_tokens) for _ in range(batch)]
 
     def feed(ids_BS: np.ndarray) -> np.ndarray:
         logits_Bv = decoder.forward(pack(list(zip(ids_BS, caches, strict=True))))
         draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
-        return np.array(choose(logits_Bv, draws, decoder.first_id, mesh))[:, np.newaxis]
+        return np.array(choose(logits_Bv, draws, decoder.config.vocab, mesh))[:, np.newaxis]
 
-    def timed(phase: str, ids_BS: np.ndarray, steps: int) -> tuple[Run, np.ndarray]:
+    def timed(
+        phase: str, ids_BS: np.ndarray, steps: int, limit: Callable[[], None]
+    ) -> tuple[Run, np.ndarray]:
         start = caches[0].length
         mesh.ledger.clear()
-        mesh.world.comm.Barrier()
-        started = perf_counter()
+        seconds, limit_seconds = [], []
         for _ in range(steps):
+            started = _start_together(mesh.world)
             ids_BS = feed(ids_BS)
-        seconds = (perf_counter() - started) / steps
+            seconds.append(perf_counter() - started)
+            started = _start_together(mesh.world)
+            limit()
+            limit_seconds.append(perf_counter() - started)
         entries = [(what, group, _per_step(e, steps)) for what, group, e in mesh.ledger]
-        slowest = float(all_reduce(np.array(seconds), mesh.world, MAX))
-        return Run(phase, batch, start, caches[0].length, steps, slowest, entries), ids_BS
+        slowest = float(all_reduce(np.array(np.median(seconds)), mesh.world, MAX))
+        stop, median = caches[0].length, float(np.median(limit_seconds))
+        return Run(phase, batch, start, stop, steps, slowest, median, entries), ids_BS
 
     random = np.random.default_rng(mesh.dp.rank)  # the same on all ranks of a replica
     prompts_BS = random.integers(model.config.vocab, size=(batch, prompt_tokens))
-    prompt, first_B1 = timed("prompt", prompts_BS, 1)
-    generation, _ = timed("generation", first_B1, max_tokens)
+    prompt, first_B1 = timed("prompt", prompts_BS, 1, multiply)
+    generation, _ = timed("generation", first_B1, max_tokens, walk)
     return prompt, generation
+
+
+def _start_together(world: Group) -> float:
+    """The time at which all ranks have come here."""
+    world.comm.Barrier()
+    return perf_counter()
+
+
+def _median(runs: Sequence[Run]) -> Run:
+    """The run of median seconds, with the median of what the limit took in all of them."""
+    middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+    limit_seconds = float(np.median([run.limit_seconds for run in runs]))
+    return replace(middle, limit_seconds=limit_seconds)
+
+
+def _nothing() -> None:
+    """Work of no length, while warming up."""
 
 
 def _per_step(entry: Entry, steps: int) -> Entry:
@@ -228,30 +257,25 @@ def _per_step(entry: Entry, steps: int) -> Entry:
     )
 
 
-def _matrices_beyond_cache(model: Model) -> np.ndarray:
-    """Square matrices too large together to stay in this rank's part of the caches: (n, I, I)."""
+def _matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
+    """Work that reads matrices too large together to stay in this rank's part of the caches, and
+    their bytes."""
     node = model.mesh.world.comm.Split_type(MPI.COMM_TYPE_SHARED)
     bytes_of_rank = max(RANK_WORKING_SET, NODE_WORKING_SET // node.size)
     node.Free()
     side, dtype = 2048, model.decoder.dtype
     count = max(1, bytes_of_rank // (side * side * dtype.itemsize))
-    return np.ones((count, side, side), dtype)
-
-
-def _bandwidth(matrices: np.ndarray, world: Group) -> float:
-    """Bytes that matrix-vector products of this rank read in a second, all ranks at work."""
-    x_I = np.ones(matrices.shape[2], matrices.dtype)
+    matrices, x_I = np.ones((count, side, side), dtype), np.ones(side, dtype)
 
     def walk() -> None:
         for w_OI in matrices:
             w_OI @ x_I
 
-    return matrices.nbytes / _best_seconds(walk, world)
+    return walk, matrices.nbytes
 
 
-def _product_rate(layer: Layer, rows: int, world: Group) -> float:
-    """Flops in a second of plain products of `rows` tokens with a layer's weights, all ranks at
-    work."""
+def _products(layer: Layer, rows: int) -> tuple[Callable[[], None], int]:
+    """Work that multiplies `rows` tokens with a layer's weights plainly, and its flops."""
     attention, ffn = layer.attention, layer.ffn
     weights = [attention.q, attention.k, attention.v, attention.o, ffn.gate, ffn.up, ffn.down]
     x_by_width = {w_OI.shape[1]: np.ones((rows, w_OI.shape[1]), w_OI.dtype) for w_OI in weights}
@@ -260,17 +284,7 @@ def _product_rate(layer: Layer, rows: int, world: Group) -> float:
         for w_OI in weights:
             x_by_width[w_OI.shape[1]] @ w_OI.T
 
-    return 2 * rows * sum(w_OI.size for w_OI in weights) / _best_seconds(multiply, world)
-
-
-def _best_seconds(work: Callable[[], None], world: Group) -> float:
-    best = math.inf
-    for _ in range(PASSES):
-        world.comm.Barrier()
-        started = perf_counter()
-        work()
-        best = min(best, perf_counter() - started)
-    return best
+    return multiply, 2 * rows * sum(w_OI.size for w_OI in weights)
 
 
 def _row(model: Model, run: Run, bandwidth: float, rate: float) -> dict[str, Any]:
@@ -289,6 +303,8 @@ def _row(model: Model, run: Run, bandwidth: float, rate: float) -> dict[str, Any
         "tokens_per_second": tokens / run.seconds,
         "limit_tokens_per_second": tokens / least_seconds,
         "share_of_limit": least_seconds / run.seconds,
+        "bandwidth_bytes_per_second": bandwidth,
+        "product_flops_per_second": rate,
         "product_flops": int(most[0]),
         "attention_flops": int(most[1]),
         "share_in_communication": sum(e.seconds for _, _, e in run.entries) / run.seconds,

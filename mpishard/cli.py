@@ -252,7 +252,7 @@ def _add_bench(commands) -> None:
         help="sequences of each replica at once (default: 1 8)",
     )  # fmt: skip
     command.add_argument(
-        "--repeat", type=count, default=3, metavar="N", help="runs to take the best of (default: 3)"
+        "--repeat", type=count, default=3, metavar="N", help="rounds, for medians (default: 3)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     _add_layout(command)

@@ -86,14 +86,19 @@ class Decoder:
         return rope.kind == "dynamic" and length > rope.original_positions
 
     def turn(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary cosines and sines of the step's tokens, two (N, 1, J) arrays."""
+        """Rotary cosines, (N, 1, 1, J), and sines, (N, 1, 2, J), of the step's tokens, as
+        `mpishard.arithmetic.rotary.rotate` takes them."""
         angles_NJ = step.positions_N[:, np.newaxis] * self._angles_J
         for segment in step.segments:
             if self.depends_on_length(segment.cache.length):
                 angles_J = _dynamic_frequencies(self.config, segment.cache.length)
                 angles_NJ[segment.new] = step.positions_N[segment.new, np.newaxis] * angles_J
-        cos_NJ, sin_NJ = np.cos(angles_NJ) * self._amplitude, np.sin(angles_NJ) * self._amplitude
-        return cos_NJ.astype(self.dtype)[:, np.newaxis], sin_NJ.astype(self.dtype)[:, np.newaxis]
+        angles_N11J = angles_NJ[:, np.newaxis, np.newaxis]
+        sin_N11J = np.sin(angles_N11J) * self._amplitude
+        return (
+            (np.cos(angles_N11J) * self._amplitude).astype(self.dtype),
+            np.concatenate([-sin_N11J, sin_N11J], axis=2, dtype=self.dtype, casting="same_kind"),
+        )
 
 
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -29,22 +29,35 @@ def attend(
     S, h, K = q_ShK.shape
     g, T, _ = k_gTK.shape
     q_SgrK = (q_ShK * q_ShK.dtype.type(scale)).reshape(S, g, h // g, K)
-    out_SgrK = np.empty_like(q_SgrK)
-    lse_Sgr = np.empty(q_SgrK.shape[:-1], q_ShK.dtype)
+    blocks = []
     for start in range(0, S, QUERY_BLOCK):
-        block = slice(start, min(start + QUERY_BLOCK, S))
-        first, last = T - S + block.start, T - S + block.stop - 1  # positions of the queries
+        stop = min(start + QUERY_BLOCK, S)
+        first, last = T - S + start, T - S + stop - 1  # positions of the queries
         lowest = max(0, first - window + 1) if window else 0
         seen = slice(lowest, last + 1)
         hidden_ST = _hidden(first, last, lowest, window)
-        scores_of_a_head = (last + 1 - first) * (h // g) * (last + 1 - lowest)
+        scores_of_a_head = (stop - start) * (h // g) * (last + 1 - lowest)
         together = max(1, CACHED_SCORES // scores_of_a_head)
-        for head in range(0, g, together):
-            heads = slice(head, head + together)
-            out_SgrK[block, heads], lse_Sgr[block, heads] = _attend_block(
-                q_SgrK[block, heads], k_gTK[heads, seen], v_gTK[heads, seen], hidden_ST
+        parts = [
+            _attend_block(
+                q_SgrK[start:stop, head : head + together],
+                k_gTK[head : head + together, seen],
+                v_gTK[head : head + together, seen],
+                hidden_ST,
             )
+            for head in range(0, g, together)
+        ]
+        blocks.append(_joined(parts, axis=1))
+    out_SgrK, lse_Sgr = _joined(blocks, axis=0)
     return out_SgrK.reshape(S, h, K), lse_Sgr.reshape(S, h)
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and log-sum-exps of several parts as one array each; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return np.concatenate(outs, axis), np.concatenate(lses, axis)
 
 
 def _attend_block(

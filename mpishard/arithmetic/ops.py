@@ -10,8 +10,10 @@ import numpy as np
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """`x` scaled to a root mean square of 1 along its last axis, times `weight`
     (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    mean_square = np.square(x).sum(axis=-1, keepdims=True) / x.shape[-1]
-    return x / np.sqrt(mean_square + eps) * weight
+    mean_square = np.vecdot(x, x) / x.shape[-1]
+    normed = x / np.sqrt(mean_square + eps)[..., np.newaxis]
+    normed *= weight
+    return normed
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -72,11 +72,11 @@ def yarn_attention_factor(factor: float, mscale: float | None, mscale_all: float
     return temperature(1.0)
 
 
-def rotate(x_NhK: np.ndarray, cos_N1J: np.ndarray, sin_N1J: np.ndarray) -> np.ndarray:
-    """`x_NhK` with each pair of each head turned by its position's angle."""
-    half = x_NhK.shape[-1] // 2
-    first_NhJ, second_NhJ = x_NhK[..., :half], x_NhK[..., half:]
-    turned_NhK = np.empty_like(x_NhK)
-    turned_NhK[..., :half] = first_NhJ * cos_N1J - second_NhJ * sin_N1J
-    turned_NhK[..., half:] = second_NhJ * cos_N1J + first_NhJ * sin_N1J
-    return turned_NhK
+def rotate(x_NhK: np.ndarray, cos_N11J: np.ndarray, sin_N12J: np.ndarray) -> np.ndarray:
+    """`x_NhK` with each pair of each head turned by its position's angle. The sines come twice, as
+    they are added to the two halves of a head: ``(-sin, sin)``."""
+    N, h, K = x_NhK.shape
+    halves_Nh2J = x_NhK.reshape(N, h, 2, K // 2)
+    turned_Nh2J = halves_Nh2J * cos_N11J
+    turned_Nh2J += halves_Nh2J[:, :, ::-1] * sin_N12J
+    return turned_Nh2J.reshape(N, h, K)

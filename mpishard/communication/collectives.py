@@ -30,10 +30,8 @@ def all_reduce(x: np.ndarray, group: Group, op: MPI.Op = SUM, limit: int = LIMIT
     started = perf_counter()
     whole = np.asarray(x, order="C")
     total = np.empty_like(whole)
-    source, target = whole.reshape(-1), total.reshape(-1)
-    for start in range(0, whole.size, limit):
-        piece = slice(start, start + limit)
-        group.comm.Allreduce(source[piece], target[piece], op)
+    for source, target in zip(_flat_pieces(whole, limit), _flat_pieces(total, limit), strict=True):
+        group.comm.Allreduce(source, target, op)
     p = group.size
     _enter("all_reduce", group, x.nbytes, 2 * (p - 1) / p * x.nbytes, started)
     return total
@@ -133,9 +131,8 @@ def broadcast(x: np.ndarray, group: Group, limit: int = LIMIT) -> np.ndarray:
     """Rank 0's `x`, on every rank; elsewhere `x` gives the shape and type. MPI_Bcast."""
     started = perf_counter()
     copy = np.array(x, order="C")
-    flat = copy.reshape(-1)
-    for start in range(0, copy.size, limit):
-        group.comm.Bcast(flat[start : start + limit], root=0)
+    for piece in _flat_pieces(copy, limit):
+        group.comm.Bcast(piece, root=0)
     p = group.size
     _enter("broadcast", group, x.nbytes, (p - 1) / p * x.nbytes, started)
     return copy
@@ -143,6 +140,14 @@ def broadcast(x: np.ndarray, group: Group, limit: int = LIMIT) -> np.ndarray:
 
 def _enter(operation: str, group: Group, payload: int, wire: float, started: float) -> None:
     group.ledger.add(operation, group.name, payload, wire, perf_counter() - started)
+
+
+def _flat_pieces(x: np.ndarray, limit: int) -> list[np.ndarray]:
+    """`x` itself or, where it has more than `limit` elements, views of its consecutive parts."""
+    if x.size <= limit:
+        return [x]
+    flat = x.reshape(-1)
+    return [flat[start : start + limit] for start in range(0, x.size, limit)]
 
 
 def _counts(sizes: Sequence[int] | None, mine: int, group: Group) -> list[int]:

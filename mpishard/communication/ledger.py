@@ -19,6 +19,7 @@ broadcast          the array, n                (p-1)/p n
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,11 +38,11 @@ class Ledger:
     """The entries of this rank, by operation and group: ``ledger["all_reduce", "tp"].calls``."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], Entry] = {}
+        self._entries: defaultdict[tuple[str, str], Entry] = defaultdict(Entry)
 
     def add(self, operation: str, group: str, payload: int, wire: float, seconds: float) -> None:
         """Enter one call."""
-        entry = self._entries.setdefault((operation, group), Entry())
+        entry = self._entries[operation, group]
         entry.calls += 1
         entry.payload_bytes += payload
         entry.wire_bytes += wire
