@@ -144,12 +144,13 @@ def test_ranks_that_succeed():
 
 
 @pytest.mark.parametrize(
-    "code, status, message",
-    [("", 0, ""), ("3", 3, ""), ("256", 0, ""), ("'done'", 1, "mpishard: error: done\n")],
+    "code, status, errors",
+    [("", 0, []), ("3", 3, []), ("256", 0, []), ("'done'", 1, ["mpishard: error: done"])],
 )
-def test_ranks_that_exit(code, status, message):
+def test_ranks_that_exit(code, status, errors):
     run = ended(f"sys.exit({code})", 2 if code == "3" else None)
-    assert (run.returncode, run.stderr) == (status, message)
+    assert (run.returncode, errors_in(run.stderr)) == (status, errors)
+    assert "Traceback" not in run.stderr
 
 
 def test_ranks_that_fail_alike_end_in_order_with_one_message():
