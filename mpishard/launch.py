@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -126,6 +127,7 @@ def run(main: Callable[[MPI.Intracomm], None]) -> int:
     An exception on any rank ends all of them with one message: status 2 after a UserError, 1
     after anything else, with its traceback where it is a fault of the program.
     """
+    sys.unraisablehook = _interrupt_later
     if not faulthandler.is_enabled():
         faulthandler.enable()  # launchers do not say which rank was killed by a signal, nor where
     try:
@@ -218,6 +220,16 @@ def _notice_from(ranks: Iterable[int], alarm: MPI.Intracomm) -> bool:
 def _report(message: str) -> None:
     if message:
         sys.stderr.write(f"mpishard: error: {message}\n")  # at once; print would write it in pieces
+
+
+def _interrupt_later(unraisable: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that hit a callback in which Python cannot raise, and would only report it, comes
+    once more a moment later."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _flush_or_discard() -> None:

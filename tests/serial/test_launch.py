@@ -280,3 +280,18 @@ def test_the_message_reaches_the_terminal_of_the_launcher():
     finally:
         os.close(terminal)
         os.close(end)
+
+
+def test_ctrl_c_in_a_callback_is_not_lost():
+    """There Python cannot raise it; it would print a traceback and go on."""
+    body = (
+        "class Callback:\n"
+        "        def __del__(self): __import__('signal').raise_signal(2)\n"
+        "    Callback()\n"
+        "    time.sleep(20)"
+    )
+    started = time.monotonic()
+    run = ended(body, None)
+    assert run.returncode == 130
+    assert run.stderr == "mpishard: error: interrupted\n"
+    assert time.monotonic() - started < 10, "it waited for the end of the sleep"
