@@ -69,7 +69,12 @@ class Checkpoint:
     ) -> np.ndarray:
         """A copy of the part of a weight that `slices` cut out, in the stored dtype or, converted
         on the way, in `dtype`."""
-        return np.array(self.arrays[name].map()[slices], dtype, order="C")
+        return np.array(self.view(name, slices), dtype, order="C")
+
+    def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """The part of a weight that `slices` cut out, as it lies in the file; nothing is read
+        until it is touched."""
+        return self.arrays[name].map()[slices]
 
 
 def _read_headers(directory: Path) -> dict[str, Header]:
