@@ -3,14 +3,16 @@
 The key to the names of arrays, everywhere in the package. An array's name ends in its dimensions:
 
 ====  ==============================  ====  ===================================
-N     tokens of the step, packed      D     model width (residual stream)
-M     tokens whose logits are wanted  H     query heads
-S     positions of one sequence       G     key/value heads
-      in this step                    K     width of a head
-T     positions of one sequence       J     K / 2, the pairs of a head
-      in the cache                    F     feed-forward width
-C     candidates for the next token   V     vocabulary
-R     ranks of a group                1     an axis of length 1
+W     tokens of the step, packed      D     model width (residual stream)
+N     those of them that this rank    H     query heads
+      of context parallelism has      G     key/value heads
+M     tokens whose logits are wanted  K     width of a head
+S     positions of one sequence       J     K / 2, the pairs of a head
+      in this step                    F     feed-forward width
+T     positions of one sequence       V     vocabulary
+      in the cache                    C     candidates for the next token
+P     (token, head) pairs             R     ranks of a group
+1     an axis of length 1
 ====  ==============================  ====  ===================================
 
 Upper case is the whole dimension, lower case this rank's shard of it, and two rules follow:

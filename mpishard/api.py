@@ -36,7 +36,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -47,7 +47,16 @@ from mpishard.arithmetic.packed import pack
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
-from mpishard.description.layout import Layout, block_sizes, check_tensor_parallel, make_layout
+from mpishard.description.layout import (
+    MOST_POSITIONS,
+    SWITCHES,
+    Layout,
+    block_sizes,
+    check_degrees,
+    check_flash_decoding,
+    check_tensor_parallel,
+    make_layout,
+)
 from mpishard.engine.generate import Answer, Request, Timing, check_request, generate
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
@@ -132,18 +141,22 @@ class Model:
         on_text: Callable[[int, str], None] | None = None,
         on_finish: Callable[[int], None] | None = None,
         timing: Timing | None = None,
+        prefill_chunk: int | None = None,
     ) -> list[Completion]:
         """The completions of all `prompts` (texts or token ids), in their order, on every rank.
 
         Greedy unless `sampling` says otherwise. `on_text` is called with ``(prompt's place, text)``
         as text appears and `on_finish` with the places of finished prompts, both on the ranks of
-        the replica that serves the prompt; `timing` is added to, for that replica.
+        the replica that serves the prompt; `timing` is added to, for that replica. Prompts of more
+        than `prefill_chunk` tokens enter in several steps.
 
         Raises UserError for a prompt that is empty, too long, or has ids beyond the vocabulary,
         and where text is asked of a model without a tokenizer.
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens} must be at least 1")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
         if isinstance(stop, str) or "" in stop:
             raise UserError(f"stop {stop!r} must be a list of texts, none of them empty")
         encoded = [self.encode(prompt, chat) for prompt in prompts]
@@ -177,7 +190,9 @@ class Model:
             if on_finish:
                 on_finish(request.index)
 
-        answers = generate(self.decoder, requests, on_finish=finish, timing=timing)
+        answers = generate(
+            self.decoder, requests, on_finish=finish, timing=timing, prefill_chunk=prefill_chunk
+        )
         results = [_as_json(answer, texts.get(answer.index)) for answer in answers]
         merged = map(json.loads, collect(results, len(encoded), self.mesh))
         return [
@@ -216,30 +231,40 @@ class Model:
 
     def _score(self, ids_S: np.ndarray, hidden_states: bool) -> Scores:
         """This replica's scores of one sequence, whole on rank 0 of the replica."""
-        config, tp = self.config, self.mesh.tp
+        decoder, mesh = self.decoder, self.mesh
         hidden: list[np.ndarray] = []
-        sizes = block_sizes(config.vocab, tp.size)
-        if len(ids_S):
-            step = pack([(ids_S, self.decoder.new_cache(len(ids_S)))], all_logits=True)
-            observe = (lambda _, x_ND: hidden.append(x_ND)) if hidden_states else None
-            logits_Nv = self.decoder.forward(step, observe)
-        else:  # fewer sequences are left than there are replicas
-            logits_Nv = np.empty((0, sizes[tp.rank]), self.decoder.dtype)
-            count = config.layers + 1 if hidden_states else 0
-            hidden = [np.empty((0, config.hidden), self.decoder.dtype)] * count
-        logits_NV = gather(logits_Nv, tp, axis=1, sizes=sizes)
-        return Scores(logits_NV if logits_NV is not None else logits_Nv, hidden)
+        if not len(ids_S):  # fewer sequences are left than there are replicas
+            count = self.config.layers + 1 if hidden_states else 0
+            no_rows = np.empty((0, self.config.hidden), decoder.dtype)
+            return Scores(np.empty((0, self.config.vocab), decoder.dtype), [no_rows] * count)
+        step = pack([(ids_S, decoder.new_cache(len(ids_S)))], decoder.division, all_logits=True)
+
+        def observe(_: int, x_nD: np.ndarray) -> None:
+            hidden.append(decoder.whole(x_nD, step))
+
+        logits_Nv = decoder.forward(step, observe if hidden_states else None)
+        sizes = block_sizes(self.config.vocab, mesh.tp.size)
+        logits_NV = gather(logits_Nv, mesh.tp, axis=1, sizes=sizes)
+        if logits_NV is None:
+            return Scores(logits_Nv, hidden)
+        rows_WV = gather(logits_NV, mesh.cp, sizes=[len(place) for place in step.places])
+        if rows_WV is None:
+            return Scores(logits_NV, hidden)
+        logits_WV = np.empty_like(rows_WV)
+        logits_WV[np.concatenate(step.places)] = rows_WV
+        return Scores(logits_WV, hidden)
 
     def _gather_scores(
         self, scores: Scores, lengths: list[int], count: int
     ) -> Iterator[Scores | None]:
         """The `count` sequences' scores of one round, from the replicas that made them."""
-        if self.mesh.tp.rank != 0:
+        mesh = self.mesh
+        if (mesh.cp.rank, mesh.tp.rank) != (0, 0):
             yield from [None] * count
             return
         everything = [scores.logits, *scores.hidden]
-        arrays = [gather(array, self.mesh.dp, sizes=lengths) for array in everything]
-        if self.mesh.dp.rank != 0:
+        arrays = [gather(array, mesh.dp, sizes=lengths) for array in everything]
+        if mesh.dp.rank != 0:
             yield from [None] * count
             return
         bounds = np.cumsum(lengths)[:-1]
@@ -259,25 +284,48 @@ def load(
     dp: int | None = None,
     compute_dtype: str = "float32",
     command: Callable[[int], str] = lambda tp: "python …",
+    *,
+    cp: int = 1,
+    max_positions: int | None = None,
+    **switches: bool | int | str | None,
 ) -> Model:
     """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
 
-    `tp` is what the shards were made for, or 1, unless given, and `dp` what `tp` leaves of the
-    communicator. Everything is computed in `compute_dtype`, "float32" or "float64".
+    `tp` is what the shards were made for, or 1, unless given, and `dp` what `tp` and `cp` leave of
+    the communicator. `switches` are the other fields of `mpishard.description.layout.Layout`:
+    ``sequence_parallel=True``, ``flash_decoding=True``, ``prefill="all-gather"`` … Everything is
+    computed in `compute_dtype`, "float32" or "float64". `max_positions` stands in for the number
+    of positions that the configuration allows, whatever the model was trained for.
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it. Its message then has the line to type: ``mpirun -n N`` and what `command` gives for
-    the right `tp`.
+    the right `tp`. Raises TypeError for a switch that does not exist or is of another type.
     """
+    _check_arguments(switches)
     if compute_dtype not in DTYPES:
         raise UserError(f"compute_dtype {compute_dtype!r} must be one of {', '.join(DTYPES)}")
+    if max_positions is not None and not 1 <= max_positions <= MOST_POSITIONS:
+        raise UserError(f"max_positions {max_positions} must be 1 to {MOST_POSITIONS}")
     with together(comm):
         source = open_source(path)
-        layout = _layout(source, comm.size, tp, dp, command)
-    mesh = Mesh.split(comm, layout)
+        layout = _layout(source, comm.size, tp, dp, cp, command, switches)
+        config = source.config
+        if max_positions is not None:
+            config = replace(config, max_positions=max_positions)
+    mesh = Mesh.split(comm, layout, config)
     with together(comm):
         weights = load_weights(source, layout.tp, mesh.tp.rank, DTYPES[compute_dtype])
-    return Model(Path(path), source.config, mesh, Decoder(source.config, weights, mesh))
+    return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
+
+
+def _check_arguments(switches: dict[str, bool | int | str | None]) -> None:
+    """Refuse, with a TypeError, what no layout has, and what would pass for another type."""
+    for name, value in switches.items():
+        if name not in SWITCHES:
+            raise TypeError(f"load() has no argument {name!r}; switches are {', '.join(SWITCHES)}")
+        right = type(SWITCHES[name][1])
+        if not isinstance(value, right | None):
+            raise TypeError(f"{name} {value!r} must be of type {right.__name__}")
 
 
 @contextmanager
@@ -295,27 +343,38 @@ def together(comm: MPI.Intracomm) -> Iterator[None]:
 
 
 def _layout(
-    source: Source, ranks: int, tp: int | None, dp: int | None, command: Callable[[int], str]
+    source: Source,
+    ranks: int,
+    tp: int | None,
+    dp: int | None,
+    cp: int,
+    command: Callable[[int], str],
+    switches: dict[str, bool | int | str | None],
 ) -> Layout:
     """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
+    check_degrees(tp, dp, cp)
+    if tp is not None:
+        check_tensor_parallel(source.config, tp)
+    if switches.get("flash_decoding"):
+        check_flash_decoding(source.config)
     if not isinstance(source, ShardDirectory):
         tp = 1 if tp is None else tp
-        check_tensor_parallel(source.config, tp)
-        return make_layout(ranks, tp, dp, command(tp))
+        return make_layout(ranks, tp, dp, cp, command(tp), **switches)
     right = source.tp
-    line = f"`mpirun -n {right * (dp or max(1, ranks // right))} {command(right)}`"
+    replica = cp * right
+    line = f"`mpirun -n {replica * (dp or max(1, ranks // replica))} {command(right)}`"
     if tp not in (None, right):
-        check_tensor_parallel(source.config, tp)
         raise UserError(
             f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run {line}, "
             f"or make others with `mpishard shard {shlex.quote(str(source.path))} OUT --tp {tp}`"
         )
-    if dp is None and ranks % right:
+    if dp is None and ranks % replica:
+        cause = "so" if cp == 1 else f"so with --cp {cp}"
         raise UserError(
-            f"{source.path} holds shards for --tp {right}, so the number of ranks must be a "
-            f"multiple of {right}, not {ranks}: run {line}"
+            f"{source.path} holds shards for --tp {right}, {cause} the number of ranks must be a "
+            f"multiple of {replica}, not {ranks}: run {line}"
         )
-    return make_layout(ranks, right, dp, command(right))
+    return make_layout(ranks, right, dp, cp, command(right), **switches)
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

@@ -1,6 +1,6 @@
-"""How fast a model runs in its layout, and how fast this machine would let it run at most.
+"""How fast a model runs in its layout, in how much memory, and how fast this machine would let it.
 
-Both are measured in the same process and in turn, on all ranks at the same time:
+Speeds and limits are measured in the same process and in turn, on all ranks at the same time:
 
 prompt       B prompts of random tokens in one step, to the choice of each one's next token
 product      after each: flops of ``x @ w.T`` in a second, with weights of the model's own shapes
@@ -8,8 +8,14 @@ generation   steps that feed one token to each of B sequences, to the choice of 
 bandwidth    after each: bytes of large matrices that matrix-vector products read in a second
 
 A step reads every weight of its rank once and multiplies it with every token, and so takes at least
-as long as the slower of the two needs. That is the limit printed beside each speed. It counts the
-weights alone: attention's own products, the KV cache and communication make the distance to it.
+as long as the slower of the two needs. That is the first limit printed beside each speed: it is the
+whole of it where contexts are short. The second counts attention as well: the products of queries
+with the keys that they see and of probabilities with values, and in generation the bytes of keys
+and values that the step reads. What context parallelism, a divided cache or tensor parallelism
+leave to other ranks is counted there. Norms, softmax and communication make the distance to it.
+
+Memory is what NumPy allocated during a prompt's step (activations), of that the residual stream,
+and the KV cache; beside them the process's own peak.
 
 Every figure is a median. Step and limit alternate, so that other work on the machine slows both.
 """
@@ -18,6 +24,7 @@ from __future__ import annotations
 
 import math
 import os
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -27,94 +34,192 @@ import numpy as np
 from mpi4py import MPI
 
 from mpishard.api import Model
-from mpishard.arithmetic.packed import pack
+from mpishard.arithmetic.packed import KVCache, pack
 from mpishard.communication.collectives import MAX, MIN, all_reduce
-from mpishard.communication.ledger import Entry
+from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Group
 from mpishard.description.config import ModelConfig
-from mpishard.description.layout import query_heads_of
 from mpishard.description.partition import weight_table
-from mpishard.engine.sampling import Draw, Sampling, choose
+from mpishard.engine.generate import next_tokens
+from mpishard.engine.sampling import Draw, Sampling
 from mpishard.errors import UserError
-from mpishard.model import Layer
+from mpishard.model import Decoder, Layer
+from mpishard.parallel.attention import Attend
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
 NODE_WORKING_SET = 512 * 2**20
 RANK_WORKING_SET = 64 * 2**20
-# Rows of `x` in the product whose rate is measured, unless the prompt is longer.
+# Rows of `x` in the product whose rate is measured, however long the prompt: with more the rate
+# hardly rises, and the limit of a prompt of minutes is still taken in a second.
 PRODUCT_ROWS = 512
+# A limit is taken at least so often in a run, a prompt's after its one step.
+LIMITS_PER_RUN = 4
+# Tokens that the prompts to warm up have together at most.
+WARM_UP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step asks of a rank: flops of the products with weights and of attention's, bytes of
+    weights and of keys and values to be read."""
+
+    product_flops: int
+    attention_flops: int
+    weight_bytes: int
+    cache_bytes: int
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """What the step takes at least, attention left out."""
+        return max(self.weight_bytes / bandwidth, self.product_flops / rate)
+
+    def seconds_with_attention(self, bandwidth: float, rate: float) -> float:
+        """What the step takes at least."""
+        read = self.weight_bytes + self.cache_bytes
+        return max(read / bandwidth, (self.product_flops + self.attention_flops) / rate)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Some steps on end that feed each of `batch` sequences the tokens at positions `start` to
-    `stop` - 1: the seconds of the median step on the slowest rank, those that the machine's limit
-    took this rank in between, and what this rank entered in its ledger in a step."""
+    """Some steps on end that feed each of `batch` sequences its prompt or, after it, one token
+    each: the seconds of the median step on the slowest rank, those that the machine's limit took
+    this rank in between, and what this rank did in a step: the seconds it spent outside of
+    collectives, those of them in attention, and what it entered in its ledger."""
 
     phase: str  # "prompt" or "generation"
+    prompt_tokens: int  # of each sequence
     batch: int  # sequences of each replica
-    start: int
-    stop: int
     steps: int
     seconds: float
     limit_seconds: float
+    arithmetic_seconds: float
     entries: list[tuple[str, str, Entry]]
+    attention_seconds: float = 0.0  # of a prompt alone
 
     @property
     def tokens(self) -> int:
         """Tokens of a replica in one step."""
-        return self.batch * (self.stop - self.start) // self.steps
+        return self.batch * (self.prompt_tokens if self.phase == "prompt" else 1)
+
+
+class Watched(Decoder):
+    """A model that adds up the seconds which attention takes it, communication left out."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.__dict__.update(model.__dict__)
+        self.layers = [self._watched(layer) for layer in model.layers]
+        self.attention_seconds = 0.0
+
+    def _watched(self, layer: Layer) -> Layer:
+        attend = self._timed(layer.attention.attend)
+        return replace(layer, attention=replace(layer.attention, attend=attend))
+
+    def _timed(self, attend: Attend) -> Attend:
+        def timed(*arguments: Any) -> np.ndarray:
+            started = _arithmetic_clock(self.mesh.ledger)
+            out_NhK = attend(*arguments)
+            self.attention_seconds += _arithmetic_clock(self.mesh.ledger) - started
+            return out_NhK
+
+        return timed
+
+
+class Excerpt(Decoder):
+    """The first layer of each kind of a model, of which it has as many as it has windows."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.__dict__.update(model.__dict__)
+        windows = model.config.windows
+        self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
 
 
 def measure(
-    model: Model, prompt_tokens: int, max_tokens: int, batches: list[int], repeat: int
+    model: Model, prompt_tokens: Sequence[int], max_tokens: int, batches: list[int], repeat: int
 ) -> dict[str, Any]:
-    """The figures of `table`, for each number of sequences per replica in `batches`: the median
-    of `repeat` rounds after one to warm up.
+    """The figures of `table`, for each length of prompts in `prompt_tokens` and each number of
+    sequences per replica in `batches`: the median of `repeat` rounds, after one to warm up whose
+    prompts are short.
 
     Collective, and complete on rank 0 of the mesh: what is said of one rank is said of the slowest
     or fullest, except the collectives, which are rank 0's. Clears the mesh's ledger. Raises
     UserError for numbers below 1 and for more tokens than the model has positions.
     """
     _check(model, prompt_tokens, max_tokens, batches, repeat)
-    world, decoder = model.mesh.world, model.decoder
+    lengths = sorted(prompt_tokens)  # a process's peak can only grow
     for batch in batches:
-        _run(model, batch, prompt_tokens, max_tokens, _nothing, _nothing)
-    peak = model.peak_memory()  # before the matrices below take memory that is not the model's
-    multiply, flops = _products(decoder.layers[0], max(PRODUCT_ROWS, prompt_tokens))
+        short = min(lengths[0], max(1, WARM_UP_TOKENS // batch))
+        _run(model, batch, short, max_tokens, _nothing, _nothing)
+    loaded = model.peak_memory()
+    multiply, flops = _products(model.decoder.layers[0])
     walk, walked = _matrix_vector_products(model)
-    speeds, bandwidths, rates = [], [], []
-    for batch in batches:
-        rounds = [
-            _run(model, batch, prompt_tokens, max_tokens, multiply, walk) for _ in range(repeat)
-        ]
-        prompt, generation = (_median(runs) for runs in zip(*rounds, strict=True))
-        rates.append(flops / prompt.limit_seconds)
-        bandwidths.append(walked / generation.limit_seconds)
-        speeds += [_row(model, run, bandwidths[-1], rates[-1]) for run in (prompt, generation)]
+    speeds, memory, bandwidths, rates = [], [], [], []
+    for length in lengths:
+        for batch in batches:
+            rounds = [_run(model, batch, length, max_tokens, multiply, walk) for _ in range(repeat)]
+            prompts, generations = zip(*rounds, strict=True)
+            prompt, generation = _median(prompts), _median(generations)
+            rates.append(flops / prompt.limit_seconds)
+            bandwidths.append(walked / generation.limit_seconds)
+            limits = bandwidths[-1], rates[-1]
+            work = prompt_work(model.decoder, batch, length)
+            speeds.append(_row(model, prompt, work, *limits) | _balance(model, prompt))
+            work = generation_work(model.decoder, batch, length, length + max_tokens)
+            speeds.append(_row(model, generation, work, *limits))
+            # The matrices of the limits were there all the time, and are none of the model's.
+            peak = max(loaded, model.peak_memory() - walked)
+            arrays = _memory(model, batch, length, max_tokens)
+            memory.append({"prompt_tokens": length, "batch": batch, **arrays, "peak_bytes": peak})
 
-    shard = model.config, model.mesh.tp.size, model.mesh.tp.rank
-    cache = decoder.new_cache(prompt_tokens + max_tokens)
-    held = [
-        weight_bytes(*shard, decoder.dtype.itemsize),
-        read_bytes(*shard, decoder.dtype.itemsize),
-        (cache.k.nbytes + cache.v.nbytes) * max(batches),
-    ]
-    weights, read, cached = (int(n) for n in all_reduce(np.array(held), world, MAX))
+    world, shard = model.mesh.world, (*_shard(model.decoder), model.decoder.dtype.itemsize)
+    weights, read = all_reduce(np.array([weight_bytes(*shard), read_bytes(*shard)]), world, MAX)
     slowest = all_reduce(np.array([np.median(bandwidths), np.median(rates)]), world, MIN)
     return _environment(model) | {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": lengths,
         "max_tokens": max_tokens,
         "repeat": repeat,
         "bandwidth_bytes_per_second": float(slowest[0]),
         "product_flops_per_second": float(slowest[1]),
-        "weight_bytes": weights,
-        "read_bytes": read,
-        "kv_cache_bytes": cached,
-        "peak_memory_bytes": peak,
+        "weight_bytes": int(weights),
+        "read_bytes": int(read),
+        "memory": memory,
         "speeds": speeds,
     }
+
+
+def prompt_work(model: Decoder, batch: int, tokens: int) -> Work:
+    """What the step that feeds `batch` prompts of `tokens` tokens asks of this rank: its own tokens
+    meet its weights, and its query heads the keys of all ranks."""
+    config, division = model.config, model.division
+    own_S = division.tokens(0, tokens)[division.cp_rank]
+    wanted = int(np.count_nonzero(own_S == tokens - 1))
+    seen = batch * visible_keys(config, own_S, np.arange(tokens))
+    return Work(
+        product_flops=product_flops(*_shard(model), batch * len(own_S), batch * wanted),
+        attention_flops=_flops_per_key(config, division.heads[division.sharer]) * seen,
+        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize),
+        cache_bytes=0,
+    )
+
+
+def generation_work(model: Decoder, batch: int, start: int, stop: int) -> Work:
+    """What the mean of the steps that feed `batch` sequences one token each, at positions `start`
+    to `stop` - 1 after a prompt, asks of this rank: the query heads of all ranks that divide a
+    cache with it meet the keys that it keeps.
+
+    Of context-parallel ranks one has the tokens of a step and the others wait, so each is counted
+    as if it were its turn.
+    """
+    config, division = model.config, model.division
+    own = [division.tokens(*part)[division.cp_rank] for part in ((0, start), (start, stop))]
+    kept_T = np.concatenate([positions[division.kept(positions)] for positions in own])
+    seen = batch * visible_keys(config, np.arange(start, stop), kept_T) // (stop - start)
+    key_and_value = 2 * model.kv_heads * config.head_dim * model.dtype.itemsize
+    return Work(
+        product_flops=product_flops(*_shard(model), batch, batch),
+        attention_flops=_flops_per_key(config, sum(division.heads)) * seen,
+        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize),
+        cache_bytes=key_and_value * seen,
+    )
 
 
 def weight_bytes(config: ModelConfig, tp: int, rank: int, itemsize: int) -> int:
@@ -148,39 +253,47 @@ def product_flops(config: ModelConfig, tp: int, rank: int, tokens: int, wanted: 
     return flops
 
 
-def attention_flops(config: ModelConfig, tp: int, rank: int, start: int, stop: int) -> int:
-    """Floating-point operations of a rank's products of queries with keys and of probabilities
-    with values, for the tokens at positions `start` to `stop` - 1 of one sequence; hidden keys are
-    not counted."""
-    mine = query_heads_of(config, tp, rank)
-    seen_S = np.arange(start, stop) + 1
-    visible = sum(int(np.minimum(seen_S, window or stop).sum()) for window in config.windows)
-    return 4 * (mine.stop - mine.start) * config.head_dim * visible
+def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray) -> int:
+    """The pairs of a query at one of the positions `queries_S` and a key at one of `keys_T`, both
+    ascending, in which the query sees the key: those of all layers together."""
+    earlier_S = np.searchsorted(keys_T, queries_S, side="right")
+    pairs = 0
+    for window in config.windows:
+        left = 0 if window is None else np.searchsorted(keys_T, queries_S - window, side="right")
+        pairs += int((earlier_S - left).sum())
+    return pairs
 
 
 def table(report: dict[str, Any]) -> str:
     """A report of `measure` to read."""
-    return "\n".join(
-        [_heading(report), *_machine_lines(report), "", *_speed_lines(report)]
-        + ["", *_collective_lines(report)]
-    )
+    parts = [_speed_lines, _balance_lines, _memory_lines, _collective_lines]
+    lines = [_heading(report), *_machine_lines(report)]
+    for part in parts:
+        lines += ["", *part(report)]
+    return "\n".join(lines)
 
 
 def _check(
-    model: Model, prompt_tokens: int, max_tokens: int, batches: list[int], repeat: int
+    model: Model, prompt_tokens: Sequence[int], max_tokens: int, batches: list[int], repeat: int
 ) -> None:
-    numbers = [("--prompt-tokens", prompt_tokens), ("--max-tokens", max_tokens)]
+    numbers = [("--prompt-tokens", length) for length in prompt_tokens]
+    numbers += [("--max-tokens", max_tokens)]
     numbers += [("--batch", batch) for batch in batches] + [("--repeat", repeat)]
     for flag, value in numbers:
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
+    if not prompt_tokens:
+        raise UserError("--prompt-tokens must name at least one length")
     if not batches:
         raise UserError("--batch must name at least one number of sequences")
-    positions, both = model.config.max_positions, f"--prompt-tokens {prompt_tokens}"
-    both += f" and --max-tokens {max_tokens} need {prompt_tokens + max_tokens} positions"
-    if prompt_tokens + max_tokens > positions:
-        raise UserError(f"{both}, but {model.path} has only {positions}")
-    if model.decoder.depends_on_length(prompt_tokens + max_tokens):
+    longest = max(prompt_tokens)
+    needed, positions = longest + max_tokens, model.config.max_positions
+    both = f"--prompt-tokens {longest} and --max-tokens {max_tokens} need {needed} positions"
+    if needed > positions:
+        raise UserError(
+            f"{both}, but {model.path} has only {positions}; --max-positions {needed} allows them"
+        )
+    if model.decoder.depends_on_length(needed):
         trained = model.config.rope.original_positions
         raise UserError(
             f"{both}, but beyond {trained} the dynamic rope of {model.path} takes the whole "
@@ -196,45 +309,62 @@ def _run(
     multiply: Callable[[], None],
     walk: Callable[[], None],
 ) -> tuple[Run, Run]:
-    """One prompt step of `batch` sequences and the `max_tokens` generation steps after it, followed
-    by the work that measures the limit of each: `multiply` and `walk`."""
+    """One prompt step of `batch` sequences and the `max_tokens` generation steps after it, each
+    followed by the work that measures its limit: `multiply` and `walk`."""
     decoder, mesh = model.decoder, model.mesh
-    caches = [decoder.new_cache(prompt_tokens + max_tokens) for _ in range(batch)]
-
-    def feed(ids_BS: np.ndarray) -> np.ndarray:
-        logits_Bv = decoder.forward(pack(list(zip(ids_BS, caches, strict=True))))
-        draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
-        return np.array(choose(logits_Bv, draws, decoder.config.vocab, mesh))[:, np.newaxis]
+    caches = [decoder.new_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)]
 
     def timed(
-        phase: str, ids_BS: np.ndarray, steps: int, limit: Callable[[], None]
+        phase: str, decoder: Decoder, ids_BS: np.ndarray, steps: int, limit: Callable[[], None]
     ) -> tuple[Run, np.ndarray]:
-        start = caches[0].length
         mesh.ledger.clear()
         seconds, limit_seconds = [], []
         for _ in range(steps):
             started = _start_together(mesh.world)
-            ids_BS = feed(ids_BS)
+            ids_BS = _feed(decoder, caches, ids_BS)
             seconds.append(perf_counter() - started)
-            started = _start_together(mesh.world)
-            limit()
-            limit_seconds.append(perf_counter() - started)
+            for _ in range(math.ceil(LIMITS_PER_RUN / steps)):
+                started = _start_together(mesh.world)
+                limit()
+                limit_seconds.append(perf_counter() - started)
+        arithmetic_seconds = (sum(seconds) - mesh.ledger.seconds) / steps
         entries = [(what, group, _per_step(e, steps)) for what, group, e in mesh.ledger]
         slowest = float(all_reduce(np.array(np.median(seconds)), mesh.world, MAX))
-        stop, median = caches[0].length, float(np.median(limit_seconds))
-        return Run(phase, batch, start, stop, steps, slowest, median, entries), ids_BS
+        return Run(
+            phase=phase,
+            prompt_tokens=prompt_tokens,
+            batch=batch,
+            steps=steps,
+            seconds=slowest,
+            limit_seconds=float(np.median(limit_seconds)),
+            arithmetic_seconds=arithmetic_seconds,
+            entries=entries,
+        ), ids_BS
 
     random = np.random.default_rng(mesh.dp.rank)  # the same on all ranks of a replica
     prompts_BS = random.integers(model.config.vocab, size=(batch, prompt_tokens))
-    prompt, first_B1 = timed("prompt", prompts_BS, 1, multiply)
-    generation, _ = timed("generation", first_B1, max_tokens, walk)
-    return prompt, generation
+    watched = Watched(decoder)
+    prompt, first_B1 = timed("prompt", watched, prompts_BS, 1, multiply)
+    generation, _ = timed("generation", decoder, first_B1, max_tokens, walk)
+    return replace(prompt, attention_seconds=watched.attention_seconds), generation
+
+
+def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.ndarray:
+    """The token chosen after feeding each sequence its next tokens, ready to be fed: (B, 1)."""
+    step = pack(list(zip(ids_BS, caches, strict=True)), decoder.division)
+    draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
+    return np.array(next_tokens(decoder, step, draws))[:, np.newaxis]
 
 
 def _start_together(world: Group) -> float:
     """The time at which all ranks have come here."""
     world.comm.Barrier()
     return perf_counter()
+
+
+def _arithmetic_clock(ledger: Ledger) -> float:
+    """The time on a clock that stands still during collectives."""
+    return perf_counter() - ledger.seconds
 
 
 def _median(runs: Sequence[Run]) -> Run:
@@ -274,45 +404,96 @@ def _matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
     return walk, matrices.nbytes
 
 
-def _products(layer: Layer, rows: int) -> tuple[Callable[[], None], int]:
-    """Work that multiplies `rows` tokens with a layer's weights plainly, and its flops."""
+def _products(layer: Layer) -> tuple[Callable[[], None], int]:
+    """Work that multiplies PRODUCT_ROWS tokens with a layer's weights plainly, and its flops."""
     attention, ffn = layer.attention, layer.ffn
     weights = [attention.q, attention.k, attention.v, attention.o, ffn.gate, ffn.up, ffn.down]
-    x_by_width = {w_OI.shape[1]: np.ones((rows, w_OI.shape[1]), w_OI.dtype) for w_OI in weights}
+    widths = {w_OI.shape[1] for w_OI in weights}
+    x_by_width = {width: np.ones((PRODUCT_ROWS, width), attention.q.dtype) for width in widths}
 
     def multiply() -> None:
         for w_OI in weights:
             x_by_width[w_OI.shape[1]] @ w_OI.T
 
-    return multiply, 2 * rows * sum(w_OI.size for w_OI in weights)
+    return multiply, 2 * PRODUCT_ROWS * sum(w_OI.size for w_OI in weights)
 
 
-def _row(model: Model, run: Run, bandwidth: float, rate: float) -> dict[str, Any]:
-    """One line of the report; `bandwidth` and `rate` are this rank's own."""
-    mesh = model.mesh
-    shard = model.config, mesh.tp.size, mesh.tp.rank
-    flops = product_flops(*shard, run.tokens, run.batch)
-    attention = run.batch * attention_flops(*shard, run.start, run.stop) // run.steps
-    reading = read_bytes(*shard, model.decoder.dtype.itemsize) / bandwidth
-    most = all_reduce(np.array([flops, attention, max(reading, flops / rate)]), mesh.world, MAX)
-    least_seconds, tokens = float(most[2]), mesh.dp.size * run.tokens
+def _row(model: Model, run: Run, work: Work, bandwidth: float, rate: float) -> dict[str, Any]:
+    """One line of the report; `work`, `bandwidth` and `rate` are this rank's own."""
+    world = model.mesh.world
+    figures = [work.product_flops, work.attention_flops, work.cache_bytes]
+    flops, attention_flops, read = (int(n) for n in all_reduce(np.array(figures), world, MAX))
+    limits = [work.seconds(bandwidth, rate), work.seconds_with_attention(bandwidth, rate)]
+    least, with_attention = (float(s) for s in all_reduce(np.array(limits), world, MAX))
+    tokens = model.mesh.dp.size * run.tokens
+    communication = sum(entry.seconds for _, _, entry in run.entries)
     return {
         "phase": run.phase,
+        "prompt_tokens": run.prompt_tokens,
         "batch": run.batch,
         "seconds_per_step": run.seconds,
         "tokens_per_second": tokens / run.seconds,
-        "limit_tokens_per_second": tokens / least_seconds,
-        "share_of_limit": least_seconds / run.seconds,
+        "limit_tokens_per_second": tokens / least,
+        "share_of_limit": least / run.seconds,
+        "limit_with_attention_tokens_per_second": tokens / with_attention,
+        "share_of_limit_with_attention": with_attention / run.seconds,
         "bandwidth_bytes_per_second": bandwidth,
         "product_flops_per_second": rate,
-        "product_flops": int(most[0]),
-        "attention_flops": int(most[1]),
-        "share_in_communication": sum(e.seconds for _, _, e in run.entries) / run.seconds,
+        "product_flops": flops,
+        "attention_flops": attention_flops,
+        "kv_cache_bytes_read": read,
+        "share_in_communication": communication / (communication + run.arithmetic_seconds),
         "collectives": [
             {"operation": operation, "group": group, **vars(entry)}
             for operation, group, entry in run.entries
         ],
     }
+
+
+def _balance(model: Model, prompt: Run) -> dict[str, float]:
+    """How evenly a prompt's step was divided over all ranks, what attention's arithmetic took, and
+    how much of the exchange of keys and values was not hidden behind it."""
+    exchanged = [entry.seconds for what, _, entry in prompt.entries if what == "send_receive"]
+    seconds = [prompt.arithmetic_seconds, prompt.attention_seconds, sum(exchanged)]
+    least = all_reduce(np.array(seconds), model.mesh.world, MIN)
+    most = all_reduce(np.array(seconds), model.mesh.world, MAX)
+    return {
+        "least_arithmetic_seconds": float(least[0]),
+        "most_arithmetic_seconds": float(most[0]),
+        "attention_seconds": float(most[1]),
+        "send_receive_seconds": float(most[2]),
+    }
+
+
+def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> dict[str, int]:
+    """Bytes of the rank that has most of each: the KV caches, the residual stream between two
+    sub-layers, and all arrays that there are at once in a prompt's step beyond those before it.
+
+    These are seen in a step of its own, because tracing makes attention up to a third slower (the
+    trace's own small blocks scatter the heap, which then returns pages and asks for them again).
+    It goes through one layer of each kind, as all of a kind take the same.
+    """
+    excerpt, ids_S = Excerpt(model.decoder), np.zeros(prompt_tokens, np.int64)
+    caches = [excerpt.new_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)]
+    step, streams = pack([(ids_S, cache) for cache in caches], excerpt.division), [0]
+    tracemalloc.start()
+    excerpt.forward(step, lambda _, x_nD: streams.append(x_nD.nbytes))
+    _, activations = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    cached = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+    most = all_reduce(np.array([cached, max(streams), activations]), model.mesh.world, MAX)
+    names = ("kv_cache_bytes", "residual_stream_bytes", "activations_bytes")
+    return dict(zip(names, map(int, most), strict=True))
+
+
+def _shard(model: Decoder) -> tuple[ModelConfig, int, int]:
+    """What the counts of a rank's weights depend on."""
+    return model.config, model.mesh.tp.size, model.mesh.tp.rank
+
+
+def _flops_per_key(config: ModelConfig, heads: int) -> int:
+    """Of a query's product with a key and of the probability's with the value, in `heads` heads."""
+    return 4 * heads * config.head_dim
 
 
 def _environment(model: Model) -> dict[str, Any]:
@@ -343,31 +524,81 @@ def _heading(report: dict[str, Any]) -> str:
 
 
 def _machine_lines(report: dict[str, Any]) -> list[str]:
-    largest = max(row["batch"] for row in report["speeds"])
     return [
         "limits of each rank, all at work: matrix-vector products read "
         f"{report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, matrix products make "
         f"{report['product_flops_per_second'] / 1e9:.1f} Gflop/s",
-        f"memory of each rank, MB: weights {report['weight_bytes'] / 1e6:.1f}, of which a step "
-        f"reads {report['read_bytes'] / 1e6:.1f}; KV cache at batch {largest} "
-        f"{report['kv_cache_bytes'] / 1e6:.1f}; peak {report['peak_memory_bytes'] / 1e6:.1f}",
+        f"weights of each rank: {report['weight_bytes'] / 1e6:.1f} MB, of which a step reads "
+        f"{report['read_bytes'] / 1e6:.1f} MB",
     ]
 
 
+def _title(row: dict[str, Any], report: dict[str, Any]) -> str:
+    length = row["prompt_tokens"]
+    return (
+        f"prompt {length}"
+        if row["phase"] == "prompt"
+        else f"generation {report['max_tokens']} after {length}"
+    )
+
+
 def _speed_lines(report: dict[str, Any]) -> list[str]:
-    rows = [("", "batch", "tokens/s", "limit", "share", "ms/step", "communication")]
+    rows = [
+        ("", "batch", "tokens/s", "limit", "share", "with attention", "share", "ms/step")
+        + ("communication",)
+    ]
     for row in report["speeds"]:
         rows.append(
             (
-                f"{row['phase']} {report[_LENGTH[row['phase']]]}",
+                _title(row, report),
                 f"{row['batch']}",
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['limit_tokens_per_second']:.1f}",
-                f"{100 * row['share_of_limit']:.0f} %",
+                _percent(row["share_of_limit"]),
+                f"{row['limit_with_attention_tokens_per_second']:.1f}",
+                _percent(row["share_of_limit_with_attention"]),
                 f"{1e3 * row['seconds_per_step']:.2f}",
                 f"{100 * row['share_in_communication']:.1f} %",
             )
         )
+    return _aligned(rows)
+
+
+def _balance_lines(report: dict[str, Any]) -> list[str]:
+    rows = [
+        ("seconds of a step, all ranks", "batch", "arithmetic: least", "most", "apart")
+        + ("attention", "Gflop/s", "of products", "send_receive", "of step")
+    ]
+    for row in report["speeds"]:
+        if row["phase"] != "prompt":
+            continue
+        least, most = row["least_arithmetic_seconds"], row["most_arithmetic_seconds"]
+        rate = row["attention_flops"] / row["attention_seconds"]
+        rows.append(
+            (
+                _title(row, report),
+                f"{row['batch']}",
+                f"{least:.3f}",
+                f"{most:.3f}",
+                _percent(most / least - 1),
+                f"{row['attention_seconds']:.3f}",
+                f"{rate / 1e9:.1f}",
+                _percent(rate / row["product_flops_per_second"]),
+                f"{row['send_receive_seconds']:.3f}",
+                _percent(row["send_receive_seconds"] / row["seconds_per_step"]),
+            )
+        )
+    return _aligned(rows)
+
+
+def _memory_lines(report: dict[str, Any]) -> list[str]:
+    kinds = ("kv_cache", "residual_stream", "activations", "peak")
+    names = ["weights", *(kind.replace("_", " ") for kind in kinds)]
+    rows = [("memory of a rank, MB", "batch", *names)]
+    for row in report["memory"]:
+        figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
+        title = f"prompt {row['prompt_tokens']}, generation {report['max_tokens']}"
+        rows.append((title, f"{row['batch']}", *(f"{figure / 1e6:.1f}" for figure in figures)))
     return _aligned(rows)
 
 
@@ -377,7 +608,7 @@ def _collective_lines(report: dict[str, Any]) -> list[str]:
         for entry in row["collectives"]:
             rows.append(
                 (
-                    f"{row['phase']}: {entry['operation']}",
+                    f"{_title(row, report)}: {entry['operation']}",
                     f"{row['batch']}",
                     entry["group"],
                     f"{entry['calls']}",
@@ -389,7 +620,8 @@ def _collective_lines(report: dict[str, Any]) -> list[str]:
     return _aligned(rows)
 
 
-_LENGTH = {"prompt": "prompt_tokens", "generation": "max_tokens"}
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpishard
 from mpishard import launch
+from mpishard.description.layout import MERGES, ORDERS, PREFILLS
 from mpishard.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 TP_FLAGS = ("--tp", "--tensor-parallel-size")
 DP_FLAGS = ("--dp", "--data-parallel-size")
+CP_FLAGS = ("--cp", "--context-parallel-size")
 
 
 def main() -> int:
@@ -141,11 +143,43 @@ def _add_layout(command: Parser) -> None:
     layout = command.add_argument_group("layout")
     layout.add_argument(
         *TP_FLAGS, type=count, default=None, metavar="N",
-        help="ranks that share one replica of the model (default: 1, or what the shards say)",
+        help="ranks that divide the weights of a replica (default: 1, or what the shards say)",
+    )  # fmt: skip
+    layout.add_argument(
+        *CP_FLAGS, type=count, default=1, metavar="N",
+        help="ranks with the same weights that share each sequence (default: 1)",
     )  # fmt: skip
     layout.add_argument(
         *DP_FLAGS, type=count, default=None, metavar="N",
-        help="replicas that share the requests (default: what --tp leaves of the ranks)",
+        help="replicas that share the requests (default: what --tp and --cp leave of the ranks)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--sequence-parallel", action="store_true",
+        help="divide the residual stream's tokens over the ranks of --tp as well",
+    )  # fmt: skip
+    layout.add_argument(
+        "--flash-decoding", action="store_true",
+        help="divide the KV cache over the ranks of --tp that share a key/value head",
+    )  # fmt: skip
+    layout.add_argument(
+        "--cp-prefill", dest="prefill", choices=PREFILLS, default=None,
+        help="how keys and values reach the queries of other --cp ranks (default: ring)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--cp-order", dest="order", choices=ORDERS, default=None,
+        help="which tokens of a prompt a --cp rank has (default: zigzag, which balances the work)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--decode-merge", dest="merge", choices=MERGES, default=None,
+        help="how the parts of a divided cache are merged (default: reduce-scatter)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--kv-interleave", dest="interleave", type=count, default=None, metavar="N",
+        help="consecutive positions of a divided cache on the same rank (default: 1)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--max-positions", type=count, default=None, metavar="N",
+        help="positions to allow instead of those of config.json",
     )  # fmt: skip
     layout.add_argument(
         "--compute-dtype", choices=("float32", "float64"), default="float32",
@@ -184,6 +218,10 @@ def _add_generate(commands) -> None:
     command.add_argument(
         "--json", action="store_true", help="print one JSON object a line instead of text"
     )
+    command.add_argument(
+        "--prefill-chunk", type=count, default=None, metavar="N",
+        help="take prompts in by at most N tokens a step (default: whole)",
+    )  # fmt: skip
     sampling = command.add_argument_group(
         "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
     )
@@ -238,11 +276,12 @@ def _add_logits(commands) -> None:
 
 def _add_bench(commands) -> None:
     command = _add_command(
-        commands, "bench", "Measure prompt and generation speed against this machine's limits."
+        commands, "bench", "Measure speed, against this machine's limits, and memory."
     )
     command.add_argument(
-        "--prompt-tokens", type=count, default=512, metavar="N", help="(default: 512)"
-    )
+        "--prompt-tokens", type=count, nargs="+", default=[512], metavar="N",
+        help="lengths of the prompts, each measured on its own (default: 512)",
+    )  # fmt: skip
     command.add_argument(
         "--max-tokens", type=count, default=32, metavar="N",
         help="tokens to generate in each sequence (default: 32)",

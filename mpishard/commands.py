@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mpishard import bench as benchmark
 from mpishard.api import Completion, Model, Scores, load, together
 from mpishard.communication.collectives import MAX, all_reduce
+from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
@@ -86,6 +87,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
             on_text=_write_text if streams else None,
             on_finish=lambda place: advance(1),
             timing=timing,
+            prefill_chunk=args.prefill_chunk,
         )
     seconds = perf_counter() - started
     if streams:
@@ -128,7 +130,17 @@ def bench(args: argparse.Namespace, world: MPI.Intracomm) -> None:
 
 def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
     """The model, and one line on how it runs."""
-    model = load(args.model, world, args.tp, args.dp, args.compute_dtype, args.retyped)
+    model = load(
+        args.model,
+        world,
+        args.tp,
+        args.dp,
+        args.compute_dtype,
+        args.retyped,
+        cp=args.cp,
+        max_positions=args.max_positions,
+        **{name: getattr(args, name) for name in SWITCHES},
+    )
     if world.rank == 0:
         vendor, version = MPI.get_vendor()
         _say(

@@ -1,8 +1,9 @@
 """The decoder, written once and oblivious of the layout.
 
-The residual stream enters and leaves each sub-layer; how the weights are divided and what is
-communicated stands in `mpishard.parallel`. Model families differ only in which optional weights
-they have, what their rotary embedding is and which layers have a sliding window.
+The residual stream enters and leaves each sub-layer; how it and the weights are divided and what is
+communicated stands in `mpishard.parallel`, in the form that the layout chose. Model families differ
+only in which optional weights they have, what their rotary embedding is and which layers have a
+sliding window.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import numpy as np
 
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.ops import ACTIVATIONS, rms_norm
-from mpishard.arithmetic.packed import KVCache, Step
+from mpishard.arithmetic.packed import Division, KVCache, Step
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
-from mpishard.description.layout import block, kv_heads_of
+from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
 from mpishard.description.partition import weight_table
-from mpishard.parallel import tensor
+from mpishard.parallel import context, sequence, tensor
+from mpishard.parallel.attention import Attend, attention_of
 
-# Called with (layer, x_ND) for the residual stream entering each layer, and with the number of
-# layers for the stream after the final norm.
+# Called with (layer, x_nD) for this rank's tokens of the residual stream entering each layer, and
+# with the number of layers for the stream after the final norm.
 Observer = Callable[[int, np.ndarray], None]
 
 
@@ -49,35 +51,48 @@ class Decoder:
         self.embedding_vD = own["embedding"]
         self.norm = own["norm"]
         self.head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
-        self.layers = [_layer(config, number, fields) for number, fields in enumerate(layers)]
+        self.stream = sequence if mesh.layout.sequence_parallel else tensor
+        attend = attention_of(mesh.layout)
+        self.layers = [_layer(config, number, w, attend) for number, w in enumerate(layers)]
+        self.division = division_of(config, mesh)
         self.dtype = self.embedding_vD.dtype
         held = kv_heads_of(config, mesh.tp.size, mesh.tp.rank)
         self.kv_heads = held.stop - held.start
         self.first_id = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
         self._angles_J, self._amplitude = frequencies(config)
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for one sequence of up to `capacity` positions."""
+    def new_cache(self, capacity: int, first: int | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `capacity` positions, of which `first` (all
+        unless given) are fed in its first step."""
         config = self.config
-        return KVCache(config.layers, self.kv_heads, capacity, config.head_dim, self.dtype)
+        room = self.division.room(capacity if first is None else first, capacity)
+        if self.depends_on_length(capacity):  # any number of positions may be fed at once
+            room = max(room, len(self.division.tokens(0, capacity)[self.division.cp_rank]))
+        heads, width = self.kv_heads, config.head_dim
+        return KVCache(config.layers, heads, capacity, width, self.dtype, room)
 
     def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
-        """The logits of this rank's block of the vocabulary after each token that `step` wants:
-        (M, v)."""
-        eps = self.config.norm_eps
+        """The logits of this rank's block of the vocabulary after each of its tokens that `step`
+        wants: (M, v)."""
+        eps, stream, mesh = self.config.norm_eps, self.stream, self.mesh
         turn = self.turn(step)
-        x_ND = tensor.embed(step.ids_N, self.embedding_vD, self.first_id, self.mesh)
+        x_nD = stream.embed(step.ids_N, self.embedding_vD, self.first_id, mesh)
         for number, layer in enumerate(self.layers):
             if observe:
-                observe(number, x_ND)
-            h_ND = rms_norm(x_ND, layer.attention_norm, eps)
-            x_ND = x_ND + tensor.attention(h_ND, layer.attention, number, step, turn, self.mesh)
-            h_ND = rms_norm(x_ND, layer.ffn_norm, eps)
-            x_ND = x_ND + tensor.feed_forward(h_ND, layer.ffn, self.mesh)
+                observe(number, x_nD)
+            h_nD = rms_norm(x_nD, layer.attention_norm, eps)
+            x_nD = x_nD + stream.attention(h_nD, layer.attention, number, step, turn, mesh)
+            h_nD = rms_norm(x_nD, layer.ffn_norm, eps)
+            x_nD = x_nD + stream.feed_forward(h_nD, layer.ffn, step, mesh)
         if observe:
-            observe(len(self.layers), rms_norm(x_ND, self.norm, eps))
-        x_MD = rms_norm(x_ND[step.wanted_M], self.norm, eps)
+            observe(len(self.layers), rms_norm(x_nD, self.norm, eps))
+        x_MD = rms_norm(stream.pick(x_nD, step, mesh), self.norm, eps)
         return tensor.logits(x_MD, self.head_vD)
+
+    def whole(self, x_nD: np.ndarray, step: Step) -> np.ndarray:
+        """The residual stream of all the step's tokens, in the order of the sequences, from each
+        rank's: (W, D)."""
+        return context.whole(self.stream.whole(x_nD, step, self.mesh), step.places, self.mesh)
 
     def depends_on_length(self, length: int) -> bool:
         """Whether a sequence of `length` positions has other rotary frequencies than a shorter
@@ -90,8 +105,8 @@ class Decoder:
         `mpishard.arithmetic.rotary.rotate` takes them."""
         angles_NJ = step.positions_N[:, np.newaxis] * self._angles_J
         for segment in step.segments:
-            if self.depends_on_length(segment.cache.length):
-                angles_J = _dynamic_frequencies(self.config, segment.cache.length)
+            if self.depends_on_length(segment.known):
+                angles_J = _dynamic_frequencies(self.config, segment.known)
                 angles_NJ[segment.new] = step.positions_N[segment.new, np.newaxis] * angles_J
         angles_N11J = angles_NJ[:, np.newaxis, np.newaxis]
         sin_N11J = np.sin(angles_N11J) * self._amplitude
@@ -99,6 +114,22 @@ class Decoder:
             (np.cos(angles_N11J) * self._amplitude).astype(self.dtype),
             np.concatenate([-sin_N11J, sin_N11J], axis=2, dtype=self.dtype, casting="same_kind"),
         )
+
+
+def division_of(config: ModelConfig, mesh: Mesh) -> Division:
+    """How sequences and caches are divided over the ranks of a replica."""
+    layout, rank = mesh.layout, mesh.tp.rank
+    shared = layout.flash_decoding
+    ranks = sharers_of(config, layout.tp, rank)[1] if shared else range(rank, rank + 1)
+    held = [query_heads_of(config, layout.tp, sharer) for sharer in ranks]
+    return Division(
+        cp=layout.cp,
+        cp_rank=mesh.cp.rank,
+        order=layout.order,
+        heads=tuple(heads.stop - heads.start for heads in held),
+        sharer=rank - ranks.start,
+        interleave=layout.interleave,
+    )
 
 
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -143,7 +174,7 @@ def _by_field(
     return own, layers
 
 
-def _layer(config: ModelConfig, number: int, w: dict[str, np.ndarray]) -> Layer:
+def _layer(config: ModelConfig, number: int, w: dict[str, np.ndarray], attend: Attend) -> Layer:
     return Layer(
         attention_norm=w["attention_norm"],
         attention=tensor.Attention(
@@ -160,6 +191,7 @@ def _layer(config: ModelConfig, number: int, w: dict[str, np.ndarray]) -> Layer:
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             window=config.windows[number],
+            attend=attend,
         ),
         ffn_norm=w["ffn_norm"],
         ffn=tensor.FeedForward(

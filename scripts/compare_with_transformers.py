@@ -108,9 +108,9 @@ def feed_mpishard(model: mpishard.Model, batch: int) -> Feed:
     caches = [decoder.new_cache(ARGS.prompt_tokens + ARGS.max_tokens) for _ in range(batch)]
 
     def feed(ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits_BV = decoder.forward(pack(list(zip(ids_BS, caches, strict=True))))
+        logits_BV = decoder.forward(pack(list(zip(ids_BS, caches, strict=True)), decoder.division))
         draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
-        return np.array(choose(logits_BV, draws, decoder.first_id, decoder.mesh)), logits_BV
+        return np.array(choose(logits_BV, draws, decoder.config.vocab, decoder.mesh)), logits_BV
 
     return feed
 

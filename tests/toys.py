@@ -3,33 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 from mpi4py import MPI
 from tiny_models import VARIANTS, tiny_config, tiny_weights
 
-from mpishard.arithmetic.packed import Step
+from mpishard.arithmetic.packed import KVCache, Step
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import Layout, block_sizes
+from mpishard.description.config import ModelConfig
+from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, block_sizes
 from mpishard.description.partition import weight_table
 from mpishard.model import Decoder, Observer
+from mpishard.parallel import context
 from mpishard.reference import Reference
 
+FORMS = list(
+    product((True, False), (True, False), PREFILLS, ORDERS, MERGES, (1, 3))
+)  # sequence_parallel, flash_decoding, prefill, order, merge, interleave
 
-def layouts(ranks: int) -> list[Layout]:
-    """Every layout of `ranks` ranks."""
-    return [Layout(tp=tp, dp=ranks // tp) for tp in range(1, ranks + 1) if ranks % tp == 0]
+
+def degrees(ranks: int) -> list[Layout]:
+    """Every ``dp * cp * tp`` of `ranks` ranks, without any switch."""
+    sizes = range(1, ranks + 1)
+    return [
+        Layout(tp=tp, cp=cp, dp=ranks // (cp * tp))
+        for tp, cp in product(sizes, sizes)
+        if ranks % (cp * tp) == 0
+    ]
+
+
+def layouts(ranks: int, variant: str) -> list[Layout]:
+    """Layouts of `ranks` ranks that `variant` has heads for: without switches, and with one of the
+    96 combinations of forms. Two ranks take all degrees both ways. More ranks take turns: which
+    degrees, with or without, and which forms go round with the variant, so that over all variants
+    every form meets every degree."""
+    config, number = tiny_config(variant), list(VARIANTS).index(variant)
+    found = []
+    for place, layout in enumerate(degrees(ranks)):
+        if layout.tp > config.heads:
+            continue
+        if ranks > 2 and layout.dp > 1 and (number + place) % 4:
+            continue  # replicas are copies of fewer ranks' layouts
+        switched = _switched(layout, config, 37 * number + 29 * place + 11 * ranks)
+        if ranks <= 2 or switched == layout:
+            found += [layout] if switched == layout else [layout, switched]
+        else:
+            found.append(layout if (number + place) % 3 == 0 else switched)
+    return found
+
+
+def _switched(layout: Layout, config: ModelConfig, turn: int) -> Layout:
+    sp, flash, prefill, order, merge, interleave = FORMS[turn % len(FORMS)]
+    shares = config.heads > config.kv_heads
+    layout = replace(layout, sequence_parallel=sp, flash_decoding=flash and shares)
+    if layout.cp > 1:
+        layout = replace(layout, prefill=prefill, order=order)
+    if layout.divides_cache:
+        layout = replace(layout, merge=merge, interleave=interleave)
+    return layout
 
 
 def meshes(comm: MPI.Intracomm, variant: str) -> Iterator[Mesh]:
-    """A mesh of each layout of the ranks of `comm` that `variant` has query heads for."""
-    for layout in layouts(comm.size):
-        if layout.tp <= VARIANTS[variant]["num_attention_heads"]:
-            mesh = Mesh.split(comm, layout)
+    """A mesh of each of the `layouts` of the ranks of `comm`."""
+    for layout in layouts(comm.size, variant):
+        with mesh_of(comm, variant, layout) as mesh:
             yield mesh
-            mesh.tp.comm.Free()
-            mesh.dp.comm.Free()
+
+
+@contextmanager
+def mesh_of(comm: MPI.Intracomm, variant: str, layout: Layout) -> Iterator[Mesh]:
+    """The mesh of `layout` for `variant`, freed afterwards."""
+    mesh = Mesh.split(comm, layout, tiny_config(variant))
+    yield mesh
+    for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv):
+        group.comm.Free()
 
 
 def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:
@@ -44,16 +95,20 @@ def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:
 
 
 class Recorder(Decoder):
-    """A model that keeps every step it is fed, and what it answers."""
+    """A model that keeps every step it is fed, what it answers, and for each wanted token the
+    cache of its sequence and the sequence's length by then."""
 
     def __init__(self, model: Decoder) -> None:
         self.__dict__.update(model.__dict__)
         self.steps: list[Step] = []
         self.logits: list[np.ndarray] = []
+        self.asked: list[list[tuple[KVCache, int]]] = []
 
     def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
         self.steps.append(step)
         self.logits.append(super().forward(step, observe))
+        complete = [s for s in step.segments if s.known == s.cache.length]
+        self.asked.append([(segment.cache, segment.known) for segment in complete])
         return self.logits[-1]
 
 
@@ -62,8 +117,16 @@ def oracle(variant: str, dtype: type = np.float64) -> Reference:
     return Reference(tiny_config(variant), tiny_weights(variant), dtype)
 
 
-def whole_logits(logits_Mv: np.ndarray, model: Decoder) -> np.ndarray:
-    """The logits of all ranks' blocks of the vocabulary: (M, V)."""
+def whole_logits(logits_Mv: np.ndarray, model: Decoder, step: Step) -> np.ndarray:
+    """The logits of all wanted tokens of a step and of all ranks' blocks of the vocabulary, in the
+    order of the sequences: (M, V)."""
     tp = model.mesh.tp
     sizes = block_sizes(model.config.vocab, tp.size)
-    return all_gather(logits_Mv, tp, axis=1, sizes=sizes)
+    logits_MV = all_gather(logits_Mv, tp, axis=1, sizes=sizes)
+    return context.whole(logits_MV, step.answers, model.mesh)
+
+
+def slices(step: Step) -> list[slice]:
+    """The places of each sequence's new tokens among those of all ranks."""
+    stops = np.cumsum([sum(map(len, segment.tokens)) for segment in step.segments]).tolist()
+    return [slice(*bounds) for bounds in pairwise([0, *stops])]

@@ -1,87 +1,211 @@
 """Packed steps: the new tokens of all running sequences in one array, one after the other.
 
 A step has no batch axis and no padding. Prompts, single tokens, sequences of different lengths
-and mixtures of them are the same array ``x_ND`` with other bounds.
+and mixtures of them are the same array with other bounds. Over context-parallel ranks its tokens
+are dealt, so that ``x_ND`` holds this rank's of them; `Step.places` is the way back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which tokens of a sequence this rank computes, and which positions its cache keeps.
+
+    The ``cp`` ranks of context parallelism divide a sequence's tokens. Those of a prompt's first
+    step go by `order`: "zigzag" cuts it into 2 cp blocks and gives each rank one from the front and
+    one from the back, so that all see about as many keys (Llama 3: arXiv 2407.21783, section
+    3.3.2), "contiguous" gives each one block. Later tokens go round by position, `interleave` at a
+    time. A token's key and value stay on the cp rank that computed it. Of the ranks that hold the
+    same key/value head, each keeps the positions that are its own in turn.
+
+    `heads` are the query heads of each of these sharers.
+    """
+
+    cp: int = 1
+    cp_rank: int = 0
+    order: str = "zigzag"
+    heads: tuple[int, ...] = (1,)
+    sharer: int = 0
+    interleave: int = 1
+
+    def tokens(self, start: int, stop: int) -> list[np.ndarray]:
+        """The positions that each cp rank computes of those from `start` to `stop` - 1 of a
+        sequence, fed in one step: ascending arrays, disjoint, nothing left out."""
+        positions = np.arange(start, stop)
+        if self.cp == 1:
+            return [positions]
+        if start > 0:
+            owners = positions // self.interleave % self.cp
+            return [positions[owners == rank] for rank in range(self.cp)]
+        if self.order == "contiguous":
+            return np.array_split(positions, self.cp)
+        blocks = np.array_split(positions, 2 * self.cp)
+        return [np.concatenate([blocks[r], blocks[-1 - r]]) for r in range(self.cp)]
+
+    def kept(self, positions: np.ndarray) -> np.ndarray | slice:
+        """Which of the `positions` that its cp rank computes this rank's cache keeps."""
+        sharers = len(self.heads)
+        if sharers == 1:
+            return slice(None)
+        turns = positions // self.interleave // self.cp
+        return np.flatnonzero(turns % sharers == self.sharer)
+
+    def room(self, first: int, length: int) -> int:
+        """How many positions this rank keeps of a sequence of `length` of which `first` are fed in
+        the first step."""
+        parts = [self.tokens(0, first)[self.cp_rank], self.tokens(first, length)[self.cp_rank]]
+        return sum(len(part[self.kept(part)]) for part in parts)
 
 
 class KVCache:
     """The keys and values of one sequence on this rank, allocated once for all its positions.
 
-    Keys and values are (layers, g, capacity, K): one head's positions are one run of memory, which
-    is how attention reads them. Pages that no position has reached take no memory.
+    Keys and values are (layers, g, room, K): one head's positions are one run of memory, which
+    is how attention reads them. Pages that no position has reached take no memory. Of the
+    sequence's `capacity` positions this rank keeps at most `room`; which, `positions` says.
     """
 
-    def __init__(self, layers: int, kv_heads: int, capacity: int, width: int, dtype: np.dtype):
-        self.k = np.empty((layers, kv_heads, capacity, width), dtype)
-        self.v = np.empty((layers, kv_heads, capacity, width), dtype)
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        capacity: int,
+        width: int,
+        dtype: np.dtype,
+        room: int | None = None,
+    ):
+        self.capacity = capacity
+        room = capacity if room is None else room
+        self.k = np.empty((layers, kv_heads, room, width), dtype)
+        self.v = np.empty((layers, kv_heads, room, width), dtype)
+        self.positions = np.empty(room, np.int64)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: the next step feeds the sequence from its beginning."""
         self.length = 0  # positions of the sequence up to and including the present step
+        self.held = 0  # how many of them are kept here
+        self.stored = 0  # how many of those came before the present step
 
-    @property
-    def capacity(self) -> int:
-        """The number of positions there is room for."""
-        return self.k.shape[2]
+    def take(self, positions: np.ndarray, length: int) -> None:
+        """Make room for the `positions` that the present step adds here; the sequence has now
+        `length`."""
+        self.length = length
+        self.stored, self.held = self.held, self.held + len(positions)
+        self.positions[self.stored : self.held] = positions
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values of the positions reached so far."""
-        return (self.k.nbytes + self.v.nbytes) // max(1, self.capacity) * self.length
+    def store(self, layer: int, k_SgK: np.ndarray, v_SgK: np.ndarray) -> None:
+        """Put the keys and values of the positions last taken in their place."""
+        self.k[layer, :, self.stored : self.held] = k_SgK.transpose(1, 0, 2)
+        self.v[layer, :, self.stored : self.held] = v_SgK.transpose(1, 0, 2)
 
-    def store(
-        self, layer: int, k_SgK: np.ndarray, v_SgK: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Put the step's last S positions in their place; all keys and values of the sequence,
-        ``(k_gTK, v_gTK)``."""
-        new = slice(self.length - len(k_SgK), self.length)
-        self.k[layer, :, new] = k_SgK.transpose(1, 0, 2)
-        self.v[layer, :, new] = v_SgK.transpose(1, 0, 2)
-        return self.k[layer, :, : self.length], self.v[layer, :, : self.length]
+    def read(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All keys and values kept here and their positions, ascending: ``(k_gTK, v_gTK,
+        at_T)``."""
+        kept = slice(self.held)
+        return self.k[layer, :, kept], self.v[layer, :, kept], self.positions[kept]
+
+
+class Feed(NamedTuple):
+    """What a step is to feed of a sequence: its next tokens and its cache. `remaining` more tokens
+    are known and follow in later steps."""
+
+    ids_S: np.ndarray
+    cache: KVCache
+    remaining: int = 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence's part of a step: its new tokens' place on the packed axis, and its cache,
-    whose `length` already counts them."""
+    """One sequence's part of a step."""
 
-    new: slice
-    cache: KVCache
+    new: slice  # the place of this rank's tokens on its packed axis
+    cache: KVCache  # its `length` already counts the new tokens
+    kept: np.ndarray | slice  # which of this rank's tokens its cache keeps
+    tokens: list[np.ndarray]  # the positions of each cp rank's tokens
+    fresh: bool  # whether the sequence begins in this step
+    known: int  # the sequence's length once all tokens known of it are fed
 
 
 @dataclass(frozen=True)
 class Step:
     """One pass through the model.
 
-    `ids_N` are the packed new tokens and `positions_N` their positions in their sequences;
+    `ids_N` are this rank's new tokens and `positions_N` their positions in their sequences;
     `wanted_M` are the places on the packed axis whose logits are asked for.
+
+    `places` are the places of each cp rank's tokens among those of all, and `answers` which of all
+    wanted tokens are each cp rank's.
     """
 
     ids_N: np.ndarray
     positions_N: np.ndarray
     segments: list[Segment]
     wanted_M: np.ndarray
+    places: list[np.ndarray]
+    answers: list[np.ndarray]
+    division: Division
+
+    @cached_property
+    def fresh(self) -> list[Segment]:
+        """The sequences that begin in this step."""
+        return [segment for segment in self.segments if segment.fresh]
+
+    @cached_property
+    def continued(self) -> list[Segment]:
+        """The sequences of which caches already hold something."""
+        return [segment for segment in self.segments if not segment.fresh]
 
 
-def pack(parts: list[tuple[np.ndarray, KVCache]], all_logits: bool = False) -> Step:
-    """The step that feeds each sequence's new tokens, ``(ids_S, cache)``, and asks for the logits
-    after the last of them, or after every one.
+def pack(
+    feeds: Sequence[Feed | tuple[np.ndarray, KVCache]],
+    division: Division = Division(),  # noqa: B008 (immutable)
+    all_logits: bool = False,
+) -> Step:
+    """The step that feeds each sequence's next tokens and asks for the logits after the last one
+    known of it, or after every token fed.
 
     The caches' lengths are advanced by the new tokens.
     """
-    segments, positions, stop = [], [], 0
-    for ids_S, cache in parts:
-        start, stop = stop, stop + len(ids_S)
-        positions.append(np.arange(cache.length, cache.length + len(ids_S)))
-        cache.length += len(ids_S)
-        segments.append(Segment(slice(start, stop), cache))
+    segments: list[Segment] = []
+    ids, positions, places, wanted = [], [], [], []
+    begin = stop = 0  # of a sequence's new tokens among all of the step's, and this rank's
+    for feed in feeds:
+        ids_S, cache, remaining = Feed(*feed)
+        start = cache.length
+        tokens = division.tokens(start, start + len(ids_S))
+        mine = tokens[division.cp_rank]
+        kept = division.kept(mine)
+        cache.take(mine[kept], start + len(ids_S))
+        new = slice(stop, stop + len(mine))
+        known = cache.length + remaining
+        segments.append(Segment(new, cache, kept, tokens, start == 0, known))
+        ids.append(ids_S[mine - start])
+        positions.append(mine)
+        places.append([at - start + begin for at in tokens])
+        begin, stop = begin + len(ids_S), new.stop
+        if not remaining:
+            wanted.append(begin - 1)
+    all_places = [np.concatenate(one) for one in zip(*places, strict=True)]
+    wanted_of_all = np.arange(begin) if all_logits else np.array(wanted, np.int64)
+    here = [np.isin(at, wanted_of_all) for at in all_places]
     return Step(
-        ids_N=np.concatenate([ids_S for ids_S, _ in parts]),
+        ids_N=np.concatenate(ids),
         positions_N=np.concatenate(positions),
         segments=segments,
-        wanted_M=np.arange(stop) if all_logits else np.array([s.new.stop - 1 for s in segments]),
+        wanted_M=np.flatnonzero(here[division.cp_rank]),
+        places=all_places,
+        answers=[
+            np.searchsorted(wanted_of_all, at[mask])
+            for at, mask in zip(all_places, here, strict=True)
+        ],
+        division=division,
     )

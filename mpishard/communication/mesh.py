@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from mpishard.communication.ledger import Ledger
-from mpishard.description.layout import Layout
+from mpishard.description.config import ModelConfig
+from mpishard.description.layout import Layout, sharers_of
 
 
 @dataclass(frozen=True)
@@ -31,28 +32,39 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups this rank belongs to: one line of ranks along each axis of the layout."""
+    """The groups this rank belongs to: one line of ranks along each axis of the layout, and the
+    ranks that divide a cache."""
 
     layout: Layout
     world: Group
-    dp: Group  # the ranks that hold the same weights, one of each replica
-    tp: Group  # the ranks that hold one replica together
+    dp: Group  # the ranks that hold the same weights of different replicas
+    cp: Group  # the ranks of a replica that hold the same weights
+    tp: Group  # the ranks of a replica that divide its weights
+    kv: Group  # the ranks of a replica that divide the cache of the same key/value heads, by cp, tp
     ledger: Ledger
 
     @classmethod
-    def split(cls, comm: MPI.Intracomm, layout: Layout) -> Mesh:
-        """The mesh of `layout` over the ranks of `comm`. MPI_Comm_split.
+    def split(cls, comm: MPI.Intracomm, layout: Layout, config: ModelConfig) -> Mesh:
+        """The mesh of `layout` over the ranks of `comm`, for a model's heads. MPI_Comm_split.
 
         Raises ValueError unless `comm` has as many ranks as the layout.
         """
         if comm.size != layout.world:
             raise ValueError(f"{layout} needs {layout.world} ranks, not the {comm.size} of comm")
-        replica, shard = layout.coordinates(comm.rank)
+        dp, cp, tp = layout.coordinates(comm.rank)
+        # The first rank that holds the same key/value heads stands for all that divide their cache.
+        first = sharers_of(config, layout.tp, tp)[1].start if layout.flash_decoding else tp
         ledger = Ledger()
+
+        def group(name: str, color: int, key: int) -> Group:
+            return Group(comm.Split(color, key), name, ledger)
+
         return cls(
             layout=layout,
             world=Group(comm, "world", ledger),
-            dp=Group(comm.Split(color=shard, key=replica), "dp", ledger),
-            tp=Group(comm.Split(color=replica, key=shard), "tp", ledger),
+            dp=group("dp", color=cp * layout.tp + tp, key=dp),
+            cp=group("cp", color=dp * layout.tp + tp, key=cp),
+            tp=group("tp", color=dp * layout.cp + cp, key=tp),
+            kv=group("kv", color=dp * layout.tp + first, key=cp * layout.tp + tp),
             ledger=ledger,
         )

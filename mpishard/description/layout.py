@@ -1,7 +1,7 @@
 """How a model and its requests are divided over ranks: arithmetic alone, no MPI.
 
-``world = dp * tp``, ``tp`` innermost, because the ranks of a tensor-parallel group talk most and
-neighbouring ranks are the closest to each other.
+``world = dp * cp * tp``, ``tp`` innermost, because the ranks of a tensor-parallel group talk most
+and neighbouring ranks are the closest to each other.
 
 Query heads are dealt so that a key/value head is held by as few ranks as possible:
 
@@ -43,31 +43,89 @@ def block_sizes(length: int, parts: int) -> list[int]:
     return [len(range(length)[block(length, parts, index)]) for index in range(parts)]
 
 
+# The alternatives of a layout, the first of each the default.
+PREFILLS = ("ring", "all-gather")
+ORDERS = ("zigzag", "contiguous")
+MERGES = ("reduce-scatter", "all-to-all", "all-reduce")
+
+# More positions than any sequence has; their products with sizes stay within 64 bits.
+MOST_POSITIONS = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The degrees of parallelism. ``Layout(tp=1, dp=1)`` is the serial program."""
+    """The degrees of parallelism, and which form each takes. ``Layout()`` is the serial program.
+
+    `sequence_parallel` divides the residual stream's tokens over ``tp``. `flash_decoding` divides
+    the positions of the cache over the tensor-parallel ranks that hold the same key/value head.
+    With context parallelism (``cp``), `prefill` says how new keys and values meet the queries of
+    other ranks and `order` which tokens of a prompt a rank has. Where the cache is divided, `merge`
+    says how partial attentions become one, and `interleave` how many consecutive positions lie on
+    the same rank.
+    """
 
     tp: int = 1
     dp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    flash_decoding: bool = False
+    prefill: str = PREFILLS[0]
+    order: str = ORDERS[0]
+    merge: str = MERGES[0]
+    interleave: int = 1
 
     @property
     def world(self) -> int:
         """The number of ranks this layout needs."""
-        return self.dp * self.tp
+        return self.dp * self.replica
 
-    def coordinates(self, rank: int) -> tuple[int, int]:
-        """``(dp, tp)`` of world rank `rank`."""
-        return divmod(rank, self.tp)
+    @property
+    def replica(self) -> int:
+        """The number of ranks that hold one replica together."""
+        return self.cp * self.tp
+
+    @property
+    def divides_cache(self) -> bool:
+        """Whether the positions of a sequence's cache lie on several ranks."""
+        return self.flash_decoding or self.cp > 1
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """``(dp, cp, tp)`` of world rank `rank`."""
+        dp, inside = divmod(rank, self.replica)
+        return dp, *divmod(inside, self.tp)
+
+    @property
+    def degrees(self) -> str:
+        """The flags that ask for the degrees, that of context parallelism only where there is
+        any."""
+        return f"--tp {self.tp}{f' --cp {self.cp}' if self.cp > 1 else ''} --dp {self.dp}"
 
     def __str__(self) -> str:
-        return f"--tp {self.tp} --dp {self.dp}"
+        """The flags that ask for this layout, those of defaults left out."""
+        flags = [self.degrees]
+        for name, (flag, default) in SWITCHES.items():
+            value = getattr(self, name)
+            if value != default:
+                flags.append(flag if value is True else f"{flag} {value}")
+        return " ".join(flags)
+
+
+# The flags of a layout beside its degrees, by field, and their defaults.
+SWITCHES: dict[str, tuple[str, bool | int | str]] = {
+    "sequence_parallel": ("--sequence-parallel", False),
+    "flash_decoding": ("--flash-decoding", False),
+    "prefill": ("--cp-prefill", PREFILLS[0]),
+    "order": ("--cp-order", ORDERS[0]),
+    "merge": ("--decode-merge", MERGES[0]),
+    "interleave": ("--kv-interleave", 1),
+}
 
 
 def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
     """The key/value heads that tensor-parallel rank `rank` of `tp` computes and caches."""
     if tp <= config.kv_heads:
         return block(config.kv_heads, tp, rank)
-    head, _, _ = _owner(config, tp, rank)
+    head, _ = sharers_of(config, tp, rank)
     return slice(head, head + 1)
 
 
@@ -78,18 +136,20 @@ def query_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
     if tp <= config.kv_heads:
         held = block(config.kv_heads, tp, rank)
         return slice(held.start * per_kv, held.stop * per_kv)
-    head, sharers, index = _owner(config, tp, rank)
-    share = block(per_kv, sharers, index)
+    head, ranks = sharers_of(config, tp, rank)
+    share = block(per_kv, len(ranks), rank - ranks.start)
     return slice(head * per_kv + share.start, head * per_kv + share.stop)
 
 
-def _owner(config: ModelConfig, tp: int, rank: int) -> tuple[int, int, int]:
-    """For ``tp > kv_heads``: the key/value head of `rank`, how many ranks share it, and which of
-    them `rank` is."""
+def sharers_of(config: ModelConfig, tp: int, rank: int) -> tuple[int, range]:
+    """The first key/value head that tensor-parallel rank `rank` of `tp` holds, and the ranks that
+    hold the same: `rank` alone unless ``tp > kv heads``."""
+    if tp <= config.kv_heads:
+        return block(config.kv_heads, tp, rank).start, range(rank, rank + 1)
     for head in range(config.kv_heads):
         ranks = block(tp, config.kv_heads, head)
         if ranks.start <= rank < ranks.stop:
-            return head, ranks.stop - ranks.start, rank - ranks.start
+            return head, range(ranks.start, ranks.stop)
     raise ValueError(f"rank {rank} is not one of tp={tp}")
 
 
@@ -102,33 +162,77 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         )
 
 
-def make_layout(world: int, tp: int = 1, dp: int | None = None, command: str = "…") -> Layout:
-    """The layout of `world` ranks, `dp` being what `tp` leaves of the world unless given.
+def check_flash_decoding(config: ModelConfig) -> None:
+    """Refuse flash decoding for a model in which no `tp` makes ranks share a key/value head
+    (UserError)."""
+    if config.heads == config.kv_heads:
+        raise UserError(
+            "--flash-decoding divides the cache over ranks of --tp that share a key/value head, "
+            f"but with {config.heads} query heads and {config.kv_heads} key/value heads no --tp "
+            "makes any share one: leave it out, or divide the cache with --cp 2"
+        )
 
-    Raises UserError, with the `mpirun` line to type, when the product is not the world.
-    """
-    for flag, value in (("--tp", tp), ("--dp", dp)):
+
+def check_degrees(tp: int | None, dp: int | None, cp: int) -> None:
+    """Refuse a degree below 1 (UserError); None is one that is not given."""
+    for flag, value in (("--tp", tp), ("--dp", dp), ("--cp", cp)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
-    if dp is None:
-        if world % tp:
+
+
+def make_layout(
+    world: int,
+    tp: int = 1,
+    dp: int | None = None,
+    cp: int = 1,
+    command: str = "…",
+    **switches: bool | int | str | None,
+) -> Layout:
+    """The layout of `world` ranks, `dp` being what `tp` and `cp` leave of the world unless given;
+    `switches` are the other fields of `Layout`, None for their defaults.
+
+    Raises UserError for a value out of range, for a switch that would have no effect, and, with the
+    `mpirun` line to type, when the product is not the world.
+    """
+    check_degrees(tp, dp, cp)
+    given = {name: value for name, value in switches.items() if value is not None}
+    replicas = dp or max(1, world // (cp * tp))
+    layout = Layout(tp=tp, dp=replicas, cp=cp, **given)  # type: ignore[arg-type]
+    _check_switches(layout, given)
+    if layout.world == world:
+        return layout
+    if dp is not None:
+        problem = f"{layout.degrees} needs {layout.world} ranks but {_were(world)} started"
+    elif cp == 1:
+        problem = f"--tp {tp} does not divide the {_ranks_were(world)} started"
+    else:
+        replica = f"--tp {tp} --cp {cp} makes replicas of {layout.replica} ranks"
+        problem = f"{replica}, which do not divide the {_ranks_were(world)} started"
+    raise UserError(f"{problem}: run `mpirun -n {layout.world} {command}`")
+
+
+def _check_switches(layout: Layout, given: dict[str, bool | int | str]) -> None:
+    choices = (("prefill", PREFILLS), ("order", ORDERS), ("merge", MERGES))
+    for name, known in choices:
+        if getattr(layout, name) not in known:
+            flag = SWITCHES[name][0]
+            raise UserError(f"{flag} {getattr(layout, name)} must be one of {', '.join(known)}")
+    if not 1 <= layout.interleave <= MOST_POSITIONS:
+        raise UserError(f"--kv-interleave {layout.interleave} must be 1 to {MOST_POSITIONS}")
+    for name, value in given.items():
+        no_effect = f"{SWITCHES[name][0]} {value} has no effect"
+        if name in ("prefill", "order") and layout.cp == 1:
+            raise UserError(f"{no_effect} with --cp 1: leave it out, or give --cp 2 or more")
+        if name in ("merge", "interleave") and not layout.divides_cache:
             raise UserError(
-                f"--tp {tp} does not divide the {_ranks(world)} started: "
-                f"run `mpirun -n {_nearest_multiple(world, tp)} {command}`"
+                f"{no_effect} where every rank has the whole cache of its heads: leave it out, or "
+                "divide the cache with --flash-decoding or --cp 2"
             )
-        dp = world // tp
-    layout = Layout(tp=tp, dp=dp)
-    if layout.world != world:
-        raise UserError(
-            f"{layout} needs {layout.world} ranks but {world} "
-            f"{'was' if world == 1 else 'were'} started: run `mpirun -n {layout.world} {command}`"
-        )
-    return layout
 
 
-def _ranks(number: int) -> str:
+def _were(number: int) -> str:
+    return f"{number} was" if number == 1 else f"{number} were"
+
+
+def _ranks_were(number: int) -> str:
     return f"{number} rank that was" if number == 1 else f"{number} ranks that were"
-
-
-def _nearest_multiple(world: int, tp: int) -> int:
-    return max(tp, world // tp * tp)

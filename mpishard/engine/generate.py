@@ -4,8 +4,8 @@ The engine knows nothing of text; it takes and gives token ids. All ranks of a r
 loop on the same requests and take the same tokens, so that they stay together without asking each
 other anything.
 
-In every step each running sequence feeds its new tokens: a whole prompt when it enters, the token
-just chosen afterwards. When a sequence ends, the next request takes its place.
+In every step each running sequence feeds its new tokens: a whole prompt, or a chunk of it, when it
+enters, the token just chosen afterwards. When a sequence ends, the next request takes its place.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from time import perf_counter
 
 import numpy as np
 
-from mpishard.arithmetic.packed import KVCache, pack
+from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
 from mpishard.engine.sampling import Draw, Sampling, choose
 from mpishard.errors import UserError
 from mpishard.model import Decoder
+from mpishard.parallel import context
 
 # A step never takes in another prompt that would bring it above so many tokens.
 MAX_STEP_TOKENS = 2048
@@ -68,14 +69,18 @@ class _Running:
     request: Request
     answer: Answer
     cache: KVCache
+    fitted: int = 0  # the length whose rotary frequencies the cache has
 
-    def new_ids(self, model: Decoder) -> np.ndarray:
-        """The tokens this sequence has yet to feed: all of them again where its cache no longer
-        fits the rotary frequencies of its new length."""
+    def feed(self, model: Decoder, chunk: int | None) -> Feed:
+        """The tokens this sequence is to feed next: of those it has not fed yet at most `chunk`,
+        and all of them again where its cache no longer fits the rotary frequencies of its new
+        length."""
         ids = self.request.ids + self.answer.ids
-        if model.depends_on_length(len(ids)):
-            self.cache.length = 0
-        return np.array(ids[self.cache.length :], np.int64)
+        if model.depends_on_length(len(ids)) and self.fitted != len(ids):
+            self.cache.clear()
+            self.fitted = len(ids)
+        new = ids[self.cache.length :][:chunk]
+        return Feed(np.array(new, np.int64), self.cache, len(ids) - self.cache.length - len(new))
 
 
 def check_request(model: Decoder, ids: list[int], what: str) -> None:
@@ -101,11 +106,13 @@ def generate(
     on_token: Callable[[Request, int], None] | None = None,
     on_finish: Callable[[Request, Answer], None] | None = None,
     timing: Timing | None = None,
+    prefill_chunk: int | None = None,
 ) -> list[Answer]:
     """The answers of this replica's `requests`, in their order.
 
     `on_token` is called with every token as it is chosen, `on_finish` with every answer as it is
-    completed; `timing` is added to.
+    completed; `timing` is added to. A prompt of more than `prefill_chunk` tokens enters in several
+    steps, beside the sequences that run.
     """
     timing = timing if timing is not None else Timing()
     waiting = deque(requests)
@@ -113,11 +120,14 @@ def generate(
     answers: list[Answer] = []
     while waiting or running:
         started = perf_counter()
-        entering = _admit(model, waiting, running)
+        feeds = [sequence.feed(model, prefill_chunk) for sequence in running]
+        tokens = sum(len(feed.ids_S) for feed in feeds)
+        entering = _admit(model, waiting, len(running), tokens, prefill_chunk)
         answers += [sequence.answer for sequence in entering]
         running += entering
-        _step(model, running, on_token)
-        _count(timing, entering, len(running), perf_counter() - started)
+        feeds += [sequence.feed(model, prefill_chunk) for sequence in entering]
+        _step(model, running, feeds, on_token)
+        _count(timing, running, feeds, perf_counter() - started)
         for sequence in running:
             if sequence.answer.finish_reason and on_finish:
                 on_finish(sequence.request, sequence.answer)
@@ -125,18 +135,31 @@ def generate(
     return answers
 
 
-def _admit(model: Decoder, waiting: deque[Request], running: list[_Running]) -> list[_Running]:
-    """The requests that enter in this step, taken off `waiting`."""
+def next_tokens(model: Decoder, step: Step, draws: list[Draw]) -> list[int]:
+    """One pass through the model, and the token chosen for each of the tokens that `step` wants
+    answered, the same on every rank of the replica."""
+    mesh = model.mesh
+    logits_Mv = model.forward(step)
+    mine = [draws[place] for place in step.answers[mesh.cp.rank]]
+    chosen = np.array(choose(logits_Mv, mine, model.config.vocab, mesh), np.int64)
+    return context.whole(chosen, step.answers, mesh).tolist()
+
+
+def _admit(
+    model: Decoder, waiting: deque[Request], sequences: int, tokens: int, chunk: int | None
+) -> list[_Running]:
+    """The requests that enter in a step that feeds `tokens` of running `sequences`, taken off
+    `waiting`."""
     entering: list[_Running] = []
-    tokens = len(running)
-    while waiting and len(running) + len(entering) < MAX_SEQUENCES:
+    while waiting and sequences + len(entering) < MAX_SEQUENCES:
         request = waiting[0]
-        tokens += len(request.ids)
+        first = min(len(request.ids), chunk or len(request.ids))
+        tokens += first
         if entering and tokens > MAX_STEP_TOKENS:
             break
         waiting.popleft()
         last = len(request.ids) + request.max_tokens - 1  # the last token is never fed
-        cache = model.new_cache(min(last, model.config.max_positions))
+        cache = model.new_cache(min(last, model.config.max_positions), first)
         entering.append(_Running(request, Answer(request.index), cache))
     return entering
 
@@ -144,14 +167,15 @@ def _admit(model: Decoder, waiting: deque[Request], running: list[_Running]) -> 
 def _step(
     model: Decoder,
     running: list[_Running],
+    feeds: list[Feed],
     on_token: Callable[[Request, int], None] | None,
 ) -> None:
-    """One pass through the model, and the next token of every running sequence."""
-    step = pack([(sequence.new_ids(model), sequence.cache) for sequence in running])
-    logits_Mv = model.forward(step)
-    draws = [Draw(s.request.sampling, s.request.index, s.cache.length) for s in running]
-    tokens = choose(logits_Mv, draws, model.config.vocab, model.mesh)
-    for sequence, token in zip(running, tokens, strict=True):
+    """One pass through the model, and the next token of every running sequence that has fed all
+    it knows."""
+    step = pack(feeds, model.division)
+    complete = [s for s, feed in zip(running, feeds, strict=True) if not feed.remaining]
+    draws = [Draw(s.request.sampling, s.request.index, s.cache.length) for s in complete]
+    for sequence, token in zip(complete, next_tokens(model, step, draws), strict=True):
         sequence.answer.ids.append(token)
         sequence.answer.finish_reason = _finish_reason(sequence, token)
         if on_token:
@@ -166,10 +190,16 @@ def _finish_reason(sequence: _Running, token: int) -> str:
     return "length" if len(ids) == request.max_tokens or full else ""
 
 
-def _count(timing: Timing, entering: list[_Running], sequences: int, seconds: float) -> None:
-    if entering:
-        timing.prompt_tokens += sum(len(sequence.request.ids) for sequence in entering)
+def _count(timing: Timing, running: list[_Running], feeds: list[Feed], seconds: float) -> None:
+    """Add a step: one that took in some of a prompt, or one that only generated."""
+    prompts = [
+        len(feed.ids_S)
+        for sequence, feed in zip(running, feeds, strict=True)
+        if sequence.cache.length <= len(sequence.request.ids)
+    ]
+    if prompts:
+        timing.prompt_tokens += sum(prompts)
         timing.prompt_seconds += seconds
     else:
-        timing.generated_tokens += sequences
+        timing.generated_tokens += len(running)
         timing.generation_seconds += seconds

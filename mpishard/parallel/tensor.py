@@ -9,10 +9,12 @@ yields a partial sum of the whole stream, which an all_reduce completes.
 embed         ids_N -> partial_ND -> all_reduce(tp) -> x_ND
 attention     x_ND -> q_NhK, k_NgK, v_NgK -> out_NhK -> partial_ND -> all_reduce(tp) -> y_ND
 feed_forward  x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
+pick          x_ND -> x_MD, the rows whose logits are wanted
 logits        x_MD -> logits_Mv
 candidates    keys_Mv -> the best C of each row -> all_gather(tp) -> of all ranks
 
-Nothing here asks how many ranks there are.
+What stands between queries and attention's output is `mpishard.parallel.attention`'s. Nothing here
+asks how many ranks there are.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpishard.arithmetic.attention import attend
 from mpishard.arithmetic.choice import best_of_each_row
 from mpishard.arithmetic.ops import rms_norm
 from mpishard.arithmetic.packed import Step
@@ -30,6 +31,7 @@ from mpishard.arithmetic.products import linear
 from mpishard.arithmetic.rotary import rotate
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
+from mpishard.parallel.attention import Attend
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Attention:
     head_dim: int  # K
     norm_eps: float
     window: int | None
+    attend: Attend
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,8 @@ class FeedForward:
 
 
 def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int, mesh: Mesh) -> np.ndarray:
-    """The rows of the whole embedding for `ids_N`: (N, D). This rank has the rows of the ids from
-    `first_id` on; the ranks that do not have a row add zero to it."""
-    row_N = ids_N - first_id
-    here_N = (0 <= row_N) & (row_N < len(embedding_vD))
-    partial_ND = np.zeros((len(ids_N), embedding_vD.shape[1]), embedding_vD.dtype)
-    partial_ND[here_N] = embedding_vD[row_N[here_N]]
+    """The rows of the whole embedding for `ids_N`: (N, D)."""
+    partial_ND = partial_embedding(ids_N, embedding_vD, first_id)
     return all_reduce(partial_ND, mesh.tp)
 
 
@@ -85,19 +84,31 @@ def attention(
     """Causal self-attention of the step's tokens over their sequences: (N, D). `turn` holds the
     rotary cosines and sines of the tokens."""
     q_NhK, k_NgK, v_NgK = project(x_ND, w, turn)
-    out_NhK = attend_segments(q_NhK, k_NgK, v_NgK, w, layer, step)
-    partial_ND = linear(out_NhK.reshape(len(x_ND), -1), w.o)  # row-parallel: h is summed away
+    scale = w.head_dim**-0.5
+    out_NhK = w.attend(q_NhK, k_NgK, v_NgK, layer, step, scale, w.window, mesh)
+    out_Nx = out_NhK.reshape(len(x_ND), w.o.shape[1])  # x: this rank's h heads, K of each
+    partial_ND = linear(out_Nx, w.o)  # row-parallel: h is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return add_bias(y_ND, w.o_bias)
 
 
-def feed_forward(x_ND: np.ndarray, w: FeedForward, mesh: Mesh) -> np.ndarray:
+def feed_forward(x_ND: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np.ndarray:
     """The gated feed-forward network (Shazeer 2020, arXiv 2002.05202): (N, D)."""
     hidden_Nf = w.activation(linear(x_ND, w.gate, w.gate_bias))  # column-parallel: D is whole
     hidden_Nf *= linear(x_ND, w.up, w.up_bias)
     partial_ND = linear(hidden_Nf, w.down)  # row-parallel: f is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return add_bias(y_ND, w.down_bias)
+
+
+def whole(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+    """The tokens of all ranks, which every rank has: (N, D)."""
+    return x_ND
+
+
+def pick(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+    """The rows of the tokens whose logits are wanted: (M, D). Nothing is communicated."""
+    return x_ND[step.wanted_M]
 
 
 def logits(x_MD: np.ndarray, head_vD: np.ndarray) -> np.ndarray:
@@ -123,37 +134,30 @@ def candidates(
     return pairs["key"], pairs["id"]
 
 
+def partial_embedding(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int) -> np.ndarray:
+    """The rows that this rank has, of the ids from `first_id` on, and zeros for those of other
+    ranks: (N, D), a partial sum."""
+    row_N = ids_N - first_id
+    here_N = (0 <= row_N) & (row_N < len(embedding_vD))
+    partial_ND = np.zeros((len(ids_N), embedding_vD.shape[1]), embedding_vD.dtype)
+    partial_ND[here_N] = embedding_vD[row_N[here_N]]
+    return partial_ND
+
+
 def project(
     x_ND: np.ndarray, w: Attention, turn: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries, keys and values of this rank's heads, normed and turned: ``(q_NhK, k_NgK,
     v_NgK)``."""
-    heads = (len(x_ND), -1, w.head_dim)
-    q_NhK = linear(x_ND, w.q, w.q_bias).reshape(heads)  # column-parallel: D is whole
-    k_NgK = linear(x_ND, w.k, w.k_bias).reshape(heads)
-    v_NgK = linear(x_ND, w.v, w.v_bias).reshape(heads)
+    N, K = len(x_ND), w.head_dim
+    h, g = len(w.q) // K, len(w.k) // K
+    q_NhK = linear(x_ND, w.q, w.q_bias).reshape(N, h, K)  # column-parallel: D is whole
+    k_NgK = linear(x_ND, w.k, w.k_bias).reshape(N, g, K)
+    v_NgK = linear(x_ND, w.v, w.v_bias).reshape(N, g, K)
     if w.q_norm is not None and w.k_norm is not None:
         q_NhK = rms_norm(q_NhK, w.q_norm, w.norm_eps)
         k_NgK = rms_norm(k_NgK, w.k_norm, w.norm_eps)
     return rotate(q_NhK, *turn), rotate(k_NgK, *turn), v_NgK
-
-
-def attend_segments(
-    q_NhK: np.ndarray,
-    k_NgK: np.ndarray,
-    v_NgK: np.ndarray,
-    w: Attention,
-    layer: int,
-    step: Step,
-) -> np.ndarray:
-    """Each sequence's new tokens over its cache, new keys and values included: (N, h, K)."""
-    out_NhK = np.empty_like(q_NhK)
-    scale = w.head_dim**-0.5
-    for segment in step.segments:
-        new = segment.new
-        k_gTK, v_gTK = segment.cache.store(layer, k_NgK[new], v_NgK[new])
-        out_NhK[new], _ = attend(q_NhK[new], k_gTK, v_gTK, scale, w.window)
-    return out_NhK
 
 
 def add_bias(y_ND: np.ndarray, bias_D: np.ndarray | None) -> np.ndarray:

@@ -8,6 +8,7 @@ import threading
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 from mpi_runner import Launch
@@ -15,6 +16,9 @@ from tiny_models import tiny_config, tiny_weights
 
 from commands.shell import VARIANT, answered, completions, mpishard, refusal
 from mpishard import commands
+from mpishard.arithmetic.packed import Step
+from mpishard.cli import run_command
+from mpishard.model import Decoder
 from mpishard.reference import Reference
 from mpishard.text import Growing, Text
 
@@ -80,6 +84,80 @@ def test_shards_and_shards_of_shards_give_the_same_answers(shards, expected, tp,
     assert completions(tp * dp, shards(tp), *MANY, *SAMPLED) == expected(*SAMPLED)
 
 
+LONG = {  # ways to divide long sequences, and their ranks
+    "--cp 2": 2,
+    "--tp 2 --cp 2": 4,
+    "--tp=1 --sequence-parallel": 1,
+    "--tp 4 --flash-decoding": 4,  # four key/value heads: none is shared
+    "--tp 3 --sequence-parallel": 3,
+    "--tp 8 --flash-decoding --decode-merge all-to-all --kv-interleave 2": 8,
+    "--tp 5 --flash-decoding --sequence-parallel": 5,  # only one is shared
+    "--cp 3 --cp-prefill all-gather --cp-order contiguous --dp 2": 6,
+    "--cp 2 --tp 2 --dp 2 --sequence-parallel --decode-merge all-reduce --prefill-chunk 3": 8,
+    "--context-parallel-size 3 --kv-interleave 4 --prefill-chunk 1 --max-positions 60": 3,
+    "--data-parallel-size 1 --tensor-parallel-size 2 --context-parallel-size=2": 4,
+}
+
+
+@pytest.mark.parametrize("words, n", LONG.items(), ids=LONG)
+def test_every_way_to_divide_sequences_gives_the_same_greedy_answers(model, expected, words, n):
+    assert completions(n, model, *MANY, *GREEDY, *words.split()) == expected(*GREEDY)
+
+
+@pytest.mark.parametrize(
+    "n, words",
+    [(4, "--tp 2 --cp 2 --flash-decoding --sequence-parallel"), (3, "--cp 3 --prefill-chunk 2")],
+)
+def test_every_way_to_divide_sequences_draws_the_same_random_numbers(model, expected, n, words):
+    assert completions(n, model, *MANY, *SAMPLED, *words.split()) == expected(*SAMPLED)
+
+
+@pytest.mark.parametrize(
+    "tp, n, words",
+    [
+        (2, 4, "--cp 2"),
+        (2, 8, "--cp 2 --tp 2 --sequence-parallel"),
+        (8, 8, "--flash-decoding --sequence-parallel"),
+    ],
+)
+def test_context_parallel_ranks_read_the_same_shards(shards, expected, tp, n, words):
+    assert completions(n, shards(tp), *MANY, *PURE, *words.split()) == expected(*PURE)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_prompts_may_be_taken_in_by_pieces(model, expected, chunk):
+    assert completions(None, model, *MANY, *SAMPLED, "--prefill-chunk", chunk) == expected(*SAMPLED)
+
+
+def test_a_step_takes_in_no_more_of_a_prompt_than_a_piece(model, monkeypatch, capfd):
+    fed: list[int] = []
+    forward = Decoder.forward
+
+    def counting(decoder: Decoder, step: Step) -> np.ndarray:
+        fed.append(len(step.ids_N))
+        return forward(decoder, step)
+
+    monkeypatch.setattr(Decoder, "forward", counting)
+    for chunk, steps in ((3, [3, 3, 2, 1]), (8, [8, 1]), (None, [8, 1])):
+        how = ["--prompt", "a" * 8, "--max-tokens", "2", "--ignore-eos"]
+        how += [] if chunk is None else ["--prefill-chunk", str(chunk)]
+        run_command(["mpishard", "generate", str(model), *how], MPI.COMM_SELF)
+        assert fed == steps
+        fed.clear()
+    assert len(set(capfd.readouterr().out.splitlines())) == 1
+
+
+@pytest.mark.parametrize("n, words", [(None, ""), (2, "--cp 2"), (2, "--tp 2 --prefill-chunk 7")])
+def test_positions_can_be_added(model, n, words):
+    """The configuration has 64 of them."""
+    how = ["--prompt", "a" * 70, "--max-tokens", 40, "--ignore-eos", "--max-positions", 90]
+    (answer,) = completions(n, model, *how, *words.split())
+    ids = Text(model).encode("a" * 70)
+    oracle = Reference(tiny_config(VARIANT), tiny_weights(VARIANT))
+    assert answer["output_ids"] == oracle.greedy(ids, 21)
+    assert answer["prompt_tokens"] == 70 and answer["finish_reason"] == "length"
+
+
 def test_double_precision_gives_the_same_answers(model, expected):
     double = completions(2, model, *MANY, *GREEDY, "--tp", 2, "--compute-dtype", "float64")
     assert double == expected(*GREEDY)
@@ -110,6 +188,23 @@ def test_the_text_of_one_prompt_is_streamed(model, expected, place, n):
     assert f"--tp {n or 1} --dp 1" in layout and "threads per rank: 1" in layout
     for part in ("prompt: ", "generation: ", " tokens/s", "communication: ", "peak memory: "):
         assert part in summary
+
+
+@pytest.mark.parametrize(
+    "n, words",
+    [
+        (4, "--tp 2 --cp 2 --dp 1 --sequence-parallel --flash-decoding"),
+        (6, "--tp 1 --cp 3 --dp 2 --cp-prefill all-gather --decode-merge all-reduce"),
+    ],
+)
+def test_streamed_text_is_printed_once_by_all_that_make_it(model, expected, n, words):
+    how = ["--prompt", PROMPTS[1], *GREEDY, *words.split(), "--prefill-chunk", 2]
+    finished = mpishard(n, "generate", model, *how)
+    assert finished.stdout == expected(*GREEDY)[1]["text"] + "\n"
+    layout, summary = finished.stderr.splitlines()
+    assert f"{model}: {words}, float32, threads per rank: 1" in layout
+    prompt = expected(*GREEDY)[1]["prompt_tokens"]
+    assert f"prompt: {prompt} tokens" in summary, "counted once, however many compute them"
 
 
 def test_the_summary_counts_the_tokens_of_all_replicas(model, expected):

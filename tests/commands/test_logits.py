@@ -64,11 +64,38 @@ def test_every_layout_scores_like_the_oracle(model, lines, right, tmp_path, tp, 
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("tp, dp", [(3, 1), (2, 2)])
-def test_hidden_states(shards, lines, right, tmp_path, tp, dp):
+@pytest.mark.parametrize(
+    "n, words",
+    [
+        (2, "--cp 2"),
+        (3, "--cp 3 --cp-prefill all-gather --cp-order contiguous"),
+        (4, "--tp 4 --sequence-parallel"),
+        (8, "--tp 2 --cp 2 --dp 2 --sequence-parallel --flash-decoding"),
+        (1, "--sequence-parallel --flash-decoding"),
+    ],
+)
+def test_every_way_to_divide_sequences_scores_like_the_oracle(
+    model, lines, right, tmp_path, n, words
+):
     out = tmp_path / "scores.npz"
-    words = ["--input", lines, "--output", out, "--hidden-states", "--compute-dtype", "float64"]
-    answered(tp * dp, "logits", shards(tp), *words)
+    answered(n, "logits", model, "--input", lines, "--output", out, *words.split())
+    check(out, right, NAMES, 2e-4)
+
+
+@pytest.mark.parametrize(
+    "tp, n, words",
+    [
+        (3, 3, ""),
+        (2, 4, ""),
+        (2, 4, "--cp 2 --sequence-parallel"),
+        (2, 6, "--cp 3 --cp-prefill all-gather"),
+        (8, 8, "--flash-decoding --sequence-parallel"),
+    ],
+)
+def test_hidden_states(shards, lines, right, tmp_path, tp, n, words):
+    out = tmp_path / "scores.npz"
+    how = ["--input", lines, "--output", out, "--hidden-states", "--compute-dtype", "float64"]
+    answered(n, "logits", shards(tp), *how, *words.split())
     layers = range(tiny_config(VARIANT).layers + 1)
     names = [part for name in NAMES for part in (name, *(f"{name}.hidden.{i}" for i in layers))]
     check(out, right, names, 1e-6)  # float32 in the file
@@ -82,6 +109,16 @@ def test_the_output_is_replaced_when_it_is_complete(model, lines, tmp_path):
     assert np.load(out)["a"].shape == (6, 67)
     tokens = sum(len(np.load(out)[name]) for name in NAMES)
     assert f"prompt: {tokens} tokens" in finished.stderr.splitlines()[-1]
+
+
+def test_positions_can_be_added(model, tmp_path):
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.npz"
+    ids = [(7 * place) % 67 for place in range(90)]
+    file.write_text(json.dumps({"id": "a", "input_ids": ids}))
+    words = ["--input", file, "--output", out, "--max-positions", 90]
+    answered(2, "logits", model, *words, "--cp", 2)
+    logits_SV, _ = Reference(tiny_config(VARIANT), tiny_weights(VARIANT)).forward(ids)
+    check(out, {"a": logits_SV}, ["a"], 2e-4)
 
 
 @pytest.mark.parametrize(

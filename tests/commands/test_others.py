@@ -31,6 +31,25 @@ def test_bench_prints_a_table(model, n, tp):
         assert words in finished.stdout
 
 
+@pytest.mark.parametrize(
+    "n, words, collectives",
+    [
+        (2, "--tp 2 --dp 1 --sequence-parallel", {"all_gather", "reduce_scatter"}),
+        (2, "--tp 1 --cp 2 --dp 1", {"send_receive", "reduce_scatter"}),
+        (2, "--tp 1 --cp 2 --dp 1 --cp-prefill all-gather", {"all_gather", "reduce_scatter"}),
+        (8, "--tp 8 --dp 1 --flash-decoding --decode-merge all-to-all", {"all_to_all"}),
+        (8, "--tp 2 --cp 2 --dp 2 --sequence-parallel --kv-interleave 4", {"send_receive"}),
+    ],
+)
+def test_bench_measures_every_way_to_divide_sequences(model, n, words, collectives):
+    """Beyond the positions of the configuration, too."""
+    how = ["--prompt-tokens", 70, *BENCH[2:], "--max-positions", 80, "--json"]
+    report = json.loads(answered(n, "bench", model, *how, *words.split()))
+    assert report["layout"] == words and report["ranks"] == n
+    used = {entry["operation"] for row in report["speeds"] for entry in row["collectives"]}
+    assert collectives <= used
+
+
 def test_bench_prints_one_object(model):
     report = json.loads(answered(2, "bench", model, *BENCH, "--json", "--tp", 2))
     assert [(row["phase"], row["batch"]) for row in report["speeds"]] == [

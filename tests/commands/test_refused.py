@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_checkpoint
 
-from commands.shell import mpishard, refusal, refusal_here
+from commands.shell import answered, mpishard, refusal, refusal_here
 
 RUN = "python -m mpishard"
 
@@ -68,11 +68,102 @@ def test_shards_for_other_ranks(shards):
     assert f"run `mpirun -n 8 mpishard generate {path} --prompt a --dp 2`" in message
 
 
+def test_shards_for_another_tp_beside_context_parallelism(shards):
+    path = shards(4)
+    words = ["generate", path, "--prompt", "a", "--cp", "2", "--tp=2", "--sequence-parallel"]
+    line = f"mpirun -n 8 mpishard generate {path} --prompt a --cp 2 --tp=4 --sequence-parallel"
+    message = refusal_here(*words)
+    assert message.startswith(f"{path} holds shards for --tp 4, not for --tp 2: run `{line}`, or")
+    message = refusal_here("bench", path, "--cp=3", "--flash-decoding")
+    line = f"mpirun -n 12 mpishard bench {path} --cp=3 --flash-decoding"
+    assert message == (
+        f"{path} holds shards for --tp 4, so with --cp 3 the number of ranks must be a multiple "
+        f"of 12, not 1: run `{line}`"
+    )
+    message = refusal_here("bench", path, "--cp", "2", "--dp", "3")
+    assert message == (
+        "--tp 4 --cp 2 --dp 3 needs 24 ranks but 1 was started: "
+        f"run `mpirun -n 24 mpishard bench {path} --cp 2 --dp 3`"
+    )
+
+
+def test_the_line_to_type_has_all_that_was_typed(model):
+    """It is typed."""
+    flags = ["--tp", 2, "--cp", 2, "--dp=1", "--sequence-parallel", "--flash-decoding"]
+    flags += ["--cp-prefill", "all-gather", "--cp-order=contiguous", "--decode-merge", "all-reduce"]
+    flags += ["--kv-interleave", 4, "--max-positions", 50, "--prefill-chunk", 3]
+    flags += ["--compute-dtype", "float64", "--max-tokens", 2, "--json"]
+    message = refusal(3, "generate", model, "--prompt", "it's", *flags)
+    typed = shlex.join(["generate", str(model), "--prompt", "it's", *map(str, flags)])
+    assert message == (
+        f"--tp 2 --cp 2 --dp 1 needs 4 ranks but 3 were started: run `mpirun -n 4 {RUN} {typed}`"
+    )
+    program = shlex.split(message.split("`")[1])
+    finished = mpishard(int(program[2]), *program[6:])
+    assert finished.returncode == 0, finished.stderr
+    assert "--decode-merge all-reduce --kv-interleave 4, float64" in finished.stderr
+
+
 def test_more_ranks_than_query_heads(model, shards):
     for path in (model, shards(2)):
         message = refusal_here("generate", path, "--prompt", "a", "--tp", 9)
         assert message.startswith("--tp 9 is more than the model's 8 query heads")
         assert message.endswith("use --tp 1 to 8")
+
+
+# How sequences are divided
+
+
+def test_ranks_that_tp_and_cp_do_not_divide(model):
+    message = refusal(5, "bench", model, "--cp", 2, "--tp", 2, "--sequence-parallel")
+    line = f"`mpirun -n 4 {RUN} bench {model} --cp 2 --tp 2 --sequence-parallel`"
+    assert message == (
+        "--tp 2 --cp 2 makes replicas of 4 ranks, which do not divide the 5 ranks that were "
+        f"started: run {line}"
+    )
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (
+            "--cp-prefill ring",
+            "--cp-prefill ring has no effect with --cp 1: leave it out, or give --cp 2 or more",
+        ),
+        ("--tp 1 --cp-order contiguous", "--cp-order contiguous has no effect with --cp 1: leave"),
+        (
+            "--decode-merge all-to-all",
+            "--decode-merge all-to-all has no effect where every rank has the whole cache of its "
+            "heads: leave it out, or divide the cache with --flash-decoding or --cp 2",
+        ),
+        ("--kv-interleave 2 --sequence-parallel", "--kv-interleave 2 has no effect where every"),
+        ("--flash-decoding --cp-order zigzag", "--cp-order zigzag has no effect with --cp 1"),
+        ("--cp-prefill rong --cp 2", "argument --cp-prefill: invalid choice: 'rong' (choose from"),
+        ("--tp 9 --cp 2", "--tp 9 is more than the model's 8 query heads"),
+    ],
+)
+def test_flags_that_would_be_ignored(model, words, sentence):
+    assert sentence in refusal_here("generate", model, "--prompt", "a", *words.split())
+
+
+def test_flags_that_would_be_ignored_on_several_ranks(model, shards):
+    words = ["--prompt", "a", "--cp-order", "contiguous"]
+    for path in (model, shards(2)):
+        message = refusal(2, "generate", path, *words)
+        assert message.startswith("--cp-order contiguous has no effect with --cp 1")
+
+
+def test_flash_decoding_without_grouped_heads(tmp_path):
+    bare = write_checkpoint("llama-mha", tmp_path / "bare")
+    out = tmp_path / "shards"
+    answered(None, "shard", bare, out, "--tp", 2)
+    for path in (bare, out):
+        message = refusal(2, "bench", path, "--tp", 2, "--flash-decoding")
+        assert message == (
+            "--flash-decoding divides the cache over ranks of --tp that share a key/value head, "
+            "but with 8 query heads and 8 key/value heads no --tp makes any share one: leave it "
+            "out, or divide the cache with --cp 2"
+        )
 
 
 # What was typed
@@ -90,7 +181,10 @@ def test_more_ranks_than_query_heads(model, shards):
         ("--seed -1", "seed -1 is out of range: it must be 0 to 2**64 - 1"),
         ("--seed 18446744073709551616", "seed 18446744073709551616 is out of range"),
         ("--stop=", "--stop '' is empty"),
-        ("--cp 2", "unrecognized arguments: --cp 2"),
+        ("--cp 0", "argument --cp/--context-parallel-size: 0 must be at least 1"),
+        ("--prefill-chunk 0", "argument --prefill-chunk: 0 must be at least 1"),
+        ("--max-positions -1", "argument --max-positions: -1 must be at least 1"),
+        ("--max-positions 9999999999", "max_positions 9999999999 must be 1 to 2147483647"),
     ],
 )
 def test_options_out_of_range(model, words, sentence):

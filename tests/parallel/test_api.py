@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,6 +16,7 @@ from toys import layouts, oracle
 
 import mpishard
 from mpishard.api import together
+from mpishard.description.layout import SWITCHES, Layout
 from mpishard.engine.generate import Timing
 
 pytestmark = pytest.mark.ranks
@@ -30,10 +32,28 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_speaker(VARIANT, tmp_path_factory.mktemp("model"))
 
 
-def each_layout(path: Path, comm: MPI.Intracomm, **options) -> list[mpishard.Model]:
-    return [
-        mpishard.load(path, comm, layout.tp, layout.dp, **options) for layout in layouts(comm.size)
-    ]
+def each_layout(
+    path: Path, comm: MPI.Intracomm, every: int = 1, **options: Any
+) -> Iterator[mpishard.Model]:
+    """The model in each of the layouts that the ranks can have, or in every so-manieth."""
+    for layout in layouts(comm.size, VARIANT)[::every]:
+        model = load_as(layout, path, comm, **options)
+        yield model
+        mesh = model.mesh
+        for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv):
+            group.comm.Free()
+
+
+def load_as(layout: Layout, path: Path, comm: MPI.Intracomm, **options: Any) -> mpishard.Model:
+    return mpishard.load(
+        path, comm, layout.tp, layout.dp, cp=layout.cp, **switches(layout), **options
+    )
+
+
+def switches(layout: Layout) -> dict[str, Any]:
+    """What is to be said of `layout` beside its degrees."""
+    values = {name: getattr(layout, name) for name in SWITCHES}
+    return {name: value for name, value in values.items() if value != SWITCHES[name][1]}
 
 
 def same_everywhere(value: object, comm: MPI.Intracomm) -> bool:
@@ -59,8 +79,39 @@ def test_greedy_tokens_are_the_oracles(path, comm):
         assert [a.output_ids for a in answers] == [oracle(VARIANT).greedy(ids, 5) for ids in IDS]
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_prompts_taken_in_by_pieces_are_answered_the_same(path, comm, chunk):
+    """Two are longer than a chunk of 4, one ends with one, and 1000 is more than there is."""
+    prompts = [*IDS, list(range(3, 14))]
+    right = [oracle(VARIANT).greedy(ids, 4) for ids in prompts]
+    for model in each_layout(path, comm, every=2, compute_dtype="float64"):
+        timing = Timing()
+        answers = model.generate(
+            prompts, max_tokens=4, ignore_eos=True, prefill_chunk=chunk, timing=timing
+        )
+        assert [answer.output_ids for answer in answers] == right
+        mine = prompts[model.mesh.dp.rank :: model.mesh.dp.size]
+        assert timing.prompt_tokens >= sum(map(len, mine))
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_a_model_can_be_given_more_positions_or_fewer(path, comm):
+    long = [(7 * place) % 67 for place in range(80)]
+    longer = mpishard.load(path, comm, cp=comm.size, compute_dtype="float64", max_positions=100)
+    (answer,) = longer.generate([long], max_tokens=30, ignore_eos=True)
+    assert answer.output_ids == oracle(VARIANT).greedy(long, 21), "the last token has no position"
+    assert answer.finish_reason == "length"
+    (score,) = longer.logits([long])
+    if score is not None:
+        right_SV, _ = oracle(VARIANT).forward(long)
+        np.testing.assert_allclose(score.logits, right_SV, rtol=0, atol=1e-9)
+    shorter = mpishard.load(path, comm, max_positions=8)
+    with pytest.raises(mpishard.UserError, match="prompt 1 has 9 tokens, .* only 8 positions"):
+        shorter.generate([[1] * 9])
+
+
 def test_text_and_ends_are_told_to_the_replica_that_makes_them(path, comm):
-    for model in each_layout(path, comm):
+    for model in each_layout(path, comm, every=3):
         on_text, ends = Mock(), list[int]()
         answers = model.generate(
             PROMPTS,
@@ -79,7 +130,7 @@ def test_text_and_ends_are_told_to_the_replica_that_makes_them(path, comm):
 
 
 def test_the_time_is_that_of_the_replica(path, comm):
-    for model in each_layout(path, comm):
+    for model in each_layout(path, comm, every=3):
         timing = Timing()
         answers = model.generate(IDS, max_tokens=4, ignore_eos=True, timing=timing)
         mine = answers[model.mesh.dp.rank :: model.mesh.dp.size]
@@ -153,6 +204,7 @@ def test_the_layout_follows_from_what_is_left_open(path, comm):
     assert (mpishard.load(path, comm).mesh.layout.tp, comm.size) == (1, comm.size)
     assert mpishard.load(path, comm).mesh.layout.dp == comm.size
     assert mpishard.load(path, comm, tp=2).mesh.layout.dp == comm.size // 2
+    assert mpishard.load(path, comm, cp=2).mesh.layout == Layout(cp=2, dp=comm.size // 2)
     with pytest.raises(mpishard.UserError, match="run `mpirun -n 3 python …`"):
         mpishard.load(path, comm, tp=3, dp=1)
 
@@ -184,6 +236,7 @@ def test_of_several_failures_the_lowest_ranks_is_raised(comm):
         (lambda model: model.generate([[1, 67]]), "prompt 1 has token id 67"),
         (lambda model: model.generate([[1] * 65]), "prompt 1 has 65 tokens"),
         (lambda model: model.generate(["a"], max_tokens=0), "max_tokens 0 must be at least 1"),
+        (lambda model: model.generate(["a"], prefill_chunk=0), "prefill_chunk 0 must be at least"),
         (lambda model: model.generate(["a"], stop=["b", ""]), "none of them empty"),
         (lambda model: model.generate(["a"], stop="b"), "stop 'b' must be a list"),
         (lambda model: model.generate([[1]], chat=True), "not token ids"),
@@ -210,6 +263,52 @@ def test_ids_are_integers(path, comm):
 def test_the_compute_dtype_is_one_of_two(path, comm):
     with pytest.raises(mpishard.UserError, match="'float16' must be one of float32, float64"):
         mpishard.load(path, comm, compute_dtype="float16")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"cp": 0}, "--cp 0 must be at least 1"),
+        ({"tp": 1, "dp": 0}, "--dp 0 must be at least 1"),
+        ({"cp": 2, "prefill": "rong"}, "--cp-prefill rong must be one of ring, all-gather"),
+        ({"cp": 2, "order": "zag"}, "--cp-order zag must be one of zigzag, contiguous"),
+        ({"cp": 2, "merge": "sum"}, "--decode-merge sum must be one of"),
+        ({"cp": 2, "interleave": 0}, "--kv-interleave 0 must be 1 to 2147483647"),
+        ({"tp": 2, "prefill": "ring"}, "--cp-prefill ring has no effect with --cp 1"),
+        ({"tp": 2, "merge": "all-reduce"}, "--decode-merge all-reduce has no effect where"),
+        ({"cp": 3}, "--tp 1 --cp 3 makes replicas of 3 ranks, .* run `mpirun -n 3 python …`"),
+        ({"tp": 2, "cp": 2, "dp": 1}, "needs 4 ranks but 2 were started: run `mpirun -n 4 python"),
+        ({"max_positions": 0}, "max_positions 0 must be 1 to 2147483647"),
+        ({"max_positions": 2**31}, "max_positions 2147483648 must be 1 to 2147483647"),
+    ],
+)
+def test_a_wrong_layout_is_refused(path, comm, wrong: dict[str, Any], sentence: str):
+    with pytest.raises(mpishard.UserError, match=sentence):
+        mpishard.load(path, comm, **wrong)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("value", [1, None])
+def test_an_argument_that_does_not_exist_is_named(path, comm, value):
+    with pytest.raises(TypeError, match=r"load\(\) has no argument 'nonsense'; switches are seq"):
+        mpishard.load(path, comm, sequence_parallel=True, nonsense=value)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize(
+    "wrong", [{"sequence_parallel": "no"}, {"flash_decoding": 1}, {"cp": 2, "interleave": "2"}]
+)
+def test_an_argument_of_another_type_is_refused(path, comm, wrong):
+    with pytest.raises(TypeError, match=" must be of type (bool|int)"):
+        mpishard.load(path, comm, **wrong)
+
+
+@pytest.mark.ranks(1, 2)
+def test_flash_decoding_needs_heads_that_can_be_shared(tmp_path, comm):
+    bare = write_checkpoint("llama-mha", tmp_path / "bare")
+    with pytest.raises(mpishard.UserError, match="8 query heads and 8 key/value heads"):
+        mpishard.load(bare, comm, flash_decoding=True)
 
 
 @pytest.mark.ranks(2)

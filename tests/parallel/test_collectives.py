@@ -5,18 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from mpishard.communication import collectives
 from mpishard.communication.collectives import (
     LIMIT,
     all_gather,
     all_reduce,
+    all_to_all,
     broadcast,
     gather,
     reduce_scatter,
+    send_receive,
 )
 from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Group
@@ -94,6 +98,8 @@ def test_even_blocks_need_no_sizes(group):
 def test_sizes_must_be_those_of_the_blocks(group):
     with pytest.raises(ValueError, match="rows"):
         all_gather(np.zeros(2), group, sizes=[3] * group.size)
+    with pytest.raises(ValueError, match=f"there are 2 rows, sizes say {3 * group.size}"):
+        reduce_scatter(np.zeros(2), group, sizes=[3] * group.size)
 
 
 def test_reduce_scatter(group):
@@ -114,11 +120,85 @@ def test_reduce_scatter_divides_evenly_unless_told(group):
     np.testing.assert_array_equal(shard, expected)
 
 
+def test_axes_count_from_the_end_too(group):
+    everyones = blocks([3] * group.size, 2, np.float64)
+    whole = all_gather(everyones[group.rank], group, axis=-1)
+    np.testing.assert_array_equal(whole, np.concatenate(everyones, axis=-1))
+    shard = reduce_scatter(whole, group, axis=-1)
+    np.testing.assert_array_equal(shard, everyones[group.rank] * group.size)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_arrays_of_no_elements(group, limit: int):
+    """On all ranks, whichever axis is the empty one."""
+    p = group.size
+    for shape, dtype in product(((0, 24), (3, 0), (0, 0), (0,)), DTYPES):
+        x = np.zeros(shape, dtype)
+        for same in (
+            all_reduce(x, group, limit=limit),
+            all_reduce(x, group, collectives.MAX, limit),
+            broadcast(x, group, limit),
+        ):
+            assert same.shape == shape and same.dtype == dtype
+        for axis in range(len(shape)):
+            joined = list(shape)
+            joined[axis] *= p
+            sizes = [shape[axis]] * p
+            assert all_gather(x, group, axis, limit=limit).shape == tuple(joined)
+            assert all_gather(x, group, axis, sizes, limit).shape == tuple(joined)
+            at_root = gather(x, group, axis, sizes, limit)
+            assert (at_root is None) == (group.rank > 0)
+            assert at_root is None or at_root.shape == tuple(joined)
+            whole = np.zeros(joined, dtype)
+            assert reduce_scatter(whole, group, axis, limit=limit).shape == shape
+            assert reduce_scatter(whole, group, axis, sizes, limit).shape == shape
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_fewer_rows_than_ranks(group, limit: int):
+    """One row, which rank 0 keeps: a step of one token in sequence parallelism."""
+    x = np.arange(24.0).reshape(1, 24)
+    shard = reduce_scatter(x, group, limit=limit)
+    np.testing.assert_array_equal(shard, group.size * x[: group.rank == 0])
+    sizes = [1] + [0] * (group.size - 1)
+    whole = all_gather(shard, group, sizes=sizes, limit=limit)
+    np.testing.assert_array_equal(whole, group.size * x)
+
+
 def test_broadcast(group):
     for shape, dtype, limit in product(SHAPES, DTYPES, LIMITS):
         root = data(0, shape, dtype)
         mine = root if group.rank == 0 else np.zeros_like(root)
         np.testing.assert_array_equal(broadcast(mine, group, limit), root)
+
+
+class Counting:
+    """A communicator that notes how many elements the calls on it carry."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.elements: list[int] = []
+
+    def __getattr__(self, name: str) -> Callable:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            arrays = [a[0] if isinstance(a, list) else a for a in arguments]
+            self.elements += [a.size for a in arrays if isinstance(a, np.ndarray)]
+            return getattr(self.comm, name)(*arguments, **options)
+
+        return counted
+
+
+@pytest.mark.parametrize("limit", [8, 13, 100])
+def test_no_call_carries_more_than_the_limit(comm, limit: int):
+    p = comm.size
+    counting: Any = Counting(comm)
+    group = Group(counting, "test", Ledger())
+    x = np.ones((p, 13 * p), np.float32)
+    for collective in (all_reduce, all_gather, reduce_scatter, gather, broadcast):
+        collective(x, group, limit=limit)
+    all_to_all(x, group, [1] * p, [1] * p, limit)
+    send_receive(x, group, (comm.rank + 1) % p, x.shape, (comm.rank - 1) % p, limit=limit).wait()
+    assert max(counting.elements) <= limit
 
 
 def test_the_ledger_counts_calls_and_bytes(group):

@@ -1,48 +1,209 @@
-"""Attention against explicit loops, over positions, windows and groups of heads."""
+"""Attention against explicit loops, over positions, windows and groups of heads, and the merging of
+attention over parts of the keys."""
 
 from __future__ import annotations
+
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from mpishard.arithmetic import attention
-from mpishard.arithmetic.attention import attend
+from mpishard.arithmetic.attention import attend, merge, shares
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+BLOCKS = ("QUERY_ROWS", "KEY_BLOCK", "DIAGONAL_BLOCK", "CACHED_SCORES", "SMALL_PRODUCT")
+
+# Name: (positions of the queries, positions of the keys).
+POSITIONS = {
+    "one": ([0], [0]),
+    "one at the end": ([8], range(9)),
+    "one among many": ([4], range(9)),
+    "one before all": ([4], range(5, 9)),
+    "whole": (range(10), range(10)),
+    "contiguous tail": (range(7, 11), range(11)),
+    "every third key": (range(6, 12), range(1, 12, 3)),
+    "every fourth query": (range(3, 40, 4), range(40)),
+    "interleaved with each other": (range(0, 18, 2), range(1, 18, 2)),
+    "zigzag": ([*range(3, 6), *range(18, 21)], [*range(3), *range(21, 24)]),
+    "zigzag over itself": ([*range(3, 6), *range(18, 21)], [*range(3, 6), *range(18, 21)]),
+    "far from the keys": (range(30, 36), range(5)),
+    "no key seen": (range(5), range(5, 9)),
+    "some see keys": (range(2, 9), range(5, 9)),
+    "irregular": ([0, 1, 5, 6, 13, 20, 21], [1, 2, 6, 7, 8, 19, 21, 30]),
+    "no query": ([], range(4)),
+    "no key": (range(4), []),
+    "one without keys": ([3], []),
+    "nothing": ([], []),
+}
 
 
-def plain(q_ShK, k_gTK, v_gTK, scale, window):
+def plain(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, window):
     """One query, one head, one key at a time."""
     S, h, _ = q_ShK.shape
-    g, T, _ = k_gTK.shape
-    out_ShK, lse_Sh = np.zeros_like(q_ShK), np.zeros((S, h))
-    for s in range(S):
-        position = T - S + s
-        seen = [t for t in range(T) if t <= position and (not window or t > position - window)]
+    out_ShK, lse_Sh = np.zeros_like(q_ShK), np.full((S, h), -np.inf)
+    for s, p in enumerate(q_at_S):
+        seen = [i for i, t in enumerate(k_at_T) if t <= p and (not window or t > p - window)]
+        if not seen:
+            continue
         for head in range(h):
-            group = head // (h // g)
-            scores = np.array([scale * q_ShK[s, head] @ k_gTK[group, t] for t in seen])
-            weights = np.exp(scores)
+            group = head // (h // len(k_gTK))
+            scores = np.array([scale * q_ShK[s, head] @ k_gTK[group, i] for i in seen])
+            weights = np.exp(scores - scores.max())
             out_ShK[s, head] = weights @ v_gTK[group, seen] / weights.sum()
-            lse_Sh[s, head] = np.log(weights.sum())
+            lse_Sh[s, head] = scores.max() + np.log(weights.sum())
     return out_ShK, lse_Sh
 
 
-@pytest.mark.parametrize("block", [1, 3, 128])
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
-@pytest.mark.parametrize("S, T", [(1, 1), (1, 9), (7, 7), (4, 11), (10, 10)])
-@pytest.mark.parametrize("h, g", [(4, 4), (6, 2), (3, 1)])
-def test_attend(monkeypatch, block, window, S, T, h, g):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0):
+    """Random queries with the positions of queries and keys, and keys and values that are part of
+    larger arrays, as `attend` takes them; `size` scales queries and keys."""
     random = np.random.RandomState(0)
-    q_ShK = random.standard_normal((S, h, 5))
-    k_gTK, v_gTK = random.standard_normal((2, g, T, 5))
-    found = attend(q_ShK, k_gTK, v_gTK, 0.4, window)
-    for array, expected in zip(found, plain(q_ShK, k_gTK, v_gTK, 0.4, window), strict=True):
-        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-12)
+    q_ShK = size * random.standard_normal((len(q_at), h, K))
+    k_gTK, v_gTK = random.standard_normal((2, g + 1, len(k_at) + 3, K))[:, 1:, : len(k_at)]
+    return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), 0.4
 
 
-def test_large_scores_do_not_overflow():
-    q_ShK = np.full((2, 1, 4), 200, np.float32)
-    k_gTK = np.full((1, 3, 4), 200, np.float32)
-    out_ShK, lse_Sh = attend(q_ShK, k_gTK, np.ones_like(k_gTK), 1.0)
-    np.testing.assert_allclose(out_ShK, 1, rtol=1e-6)
-    assert np.isfinite(lse_Sh).all()
+def assert_close(found, expected, rtol=0.0, atol=1e-12):
+    for array, right in zip(found, expected, strict=True):
+        assert array.shape == right.shape
+        np.testing.assert_allclose(array, right, rtol, atol)
+
+
+@pytest.mark.parametrize("block", [1, 3, None])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_attend(monkeypatch, block, window, positions):
+    for name in BLOCKS if block else ():
+        monkeypatch.setattr(attention, name, block)
+    # With the larger scores some blocks of queries need a shift.
+    for h, g, size in [(4, 4, 1.0), (6, 2, 1.0), (3, 1, 1.0), (6, 2, 6.0)]:
+        case = arrays(*POSITIONS[positions], h, g, size=size)
+        assert_close(attend(*case, window), plain(*case, window), atol=1e-12 * size**2)
+
+
+@pytest.mark.parametrize("blocks", [(4, 4, 4), (64, 16, 16), (64, 16, 8), (1024, 256, 128)])
+@pytest.mark.parametrize("window", [None, 3, 70])
+def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, window):
+    for name, block in zip(BLOCKS, blocks, strict=False):
+        monkeypatch.setattr(attention, name, block)
+    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1)
+    assert_close(attend(*case, window), plain(*case, window))
+
+
+def test_several_heads_of_a_single_query_over_more_keys_than_one_small_product(monkeypatch):
+    monkeypatch.setattr(attention, "SMALL_PRODUCT", 6 * 5 * 4)
+    case = arrays([50], range(47), h=6, g=1)
+    assert_close(attend(*case), plain(*case, None))
+
+
+@pytest.mark.parametrize("positions", ["one at the end", "whole", "zigzag", "some see keys"])
+def test_float32_stays_float32_and_close(positions):
+    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale = arrays(*POSITIONS[positions])
+    narrow = [array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK)]
+    found = attend(narrow[0], q_at_S, *narrow[1:], k_at_T, np.float64(scale))
+    assert all(array.dtype == np.float32 for array in found)
+    assert_close(found, plain(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, None), atol=1e-5)
+
+
+@pytest.mark.parametrize("S", [1, 2])
+@pytest.mark.parametrize("score", [-160_000, -100, 100, 160_000])
+def test_large_scores_neither_overflow_nor_vanish(S, score):
+    q_ShK = np.full((S, 1, 4), 200, np.float32)
+    k_gTK = np.full((1, 3, 4), score / 800, np.float32)
+    v_gTK = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
+    out_ShK, lse_Sh = attend(q_ShK, np.arange(5, 5 + S), k_gTK, v_gTK, np.arange(3), 1.0)
+    np.testing.assert_allclose(out_ShK, np.broadcast_to(v_gTK[0, 1], (S, 1, 4)), rtol=1e-6)
+    np.testing.assert_allclose(lse_Sh, score + np.log(3), rtol=1e-6)
+
+
+def test_the_scores_of_one_query_do_not_drown_those_of_another():
+    case = arrays(range(8), range(8), h=2, g=1)
+    case[0][3] *= 1000
+    case[0][5] *= 1e-3
+    assert_close(attend(*case), plain(*case, None), rtol=1e-12)
+
+
+def test_keys_that_no_query_sees_are_not_read():
+    case = arrays([20, 21, 22], range(40))
+    k_gTK, v_gTK = case[2:4]
+    expected = attend(*case, window=4)
+    for array in (k_gTK, v_gTK):
+        array[:, :17] = array[:, 23:] = np.nan
+    assert_close(attend(*case, window=4), expected)
+
+
+def test_keys_between_what_two_queries_see_are_not_read(monkeypatch):
+    for name in ("KEY_BLOCK", "DIAGONAL_BLOCK"):
+        monkeypatch.setattr(attention, name, 10)
+    case = arrays([5, 95], range(100))
+    expected = attend(*case, window=4)
+    for array in case[2:4]:
+        array[:, 6:86] = np.nan  # 86 to 95 are one block
+    assert_close(attend(*case, window=4), expected)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("S", [1, 12])
+def test_merge_of_any_split_of_the_keys_is_the_whole(window, S):
+    case = arrays(range(24 - S, 24), range(24))
+    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale = case
+    random = np.random.RandomState(1)
+    splits = [k_at_T < cut for cut in (0, 1, 11, 23, 24)] + [k_at_T % 4 == 1]
+    splits += [random.rand(24) < 0.5 for _ in range(4)]
+    for ours_T in splits:
+        parts = [
+            attend(q_ShK, q_at_S, k_gTK[:, some], v_gTK[:, some], k_at_T[some], scale, window)
+            for some in (ours_T, ~ours_T)
+        ]
+        assert_close(merge(*parts[0], *parts[1]), attend(*case, window))
+
+
+def test_merge_with_nothing_changes_no_bit():
+    out_ShK, lse_Sh = attend(*arrays(range(6), range(6)))
+    nothing = np.zeros_like(out_ShK), np.full_like(lse_Sh, -np.inf)
+    for merged in (merge(out_ShK, lse_Sh, *nothing), merge(*nothing, out_ShK, lse_Sh)):
+        assert_close(merged, (out_ShK, lse_Sh), atol=0)
+    assert_close(merge(*nothing, *nothing), nothing, atol=0)
+
+
+def test_merge_of_far_apart_log_sum_exps():
+    one, far = np.ones((1, 1, 1), np.float32), np.full((1, 1), 3e4, np.float32)
+    assert_close(merge(one, far, 2 * one, -far), (one, far), atol=0)
+    assert_close(merge(one, far, 2 * one, far), (1.5 * one, far + np.float32(np.log(2))))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_shares(dtype):
+    lse_RSh = np.array(
+        [[[0.0, 500, -np.inf]], [[np.log(3), 500, -np.inf]], [[-np.inf, -500, -np.inf]]]
+    )
+    share_RSh, lse_Sh = shares(lse_RSh.astype(dtype))
+    assert share_RSh.dtype == lse_Sh.dtype == dtype
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(share_RSh[:, 0, 0], [0.25, 0.75, 0], atol=eps)
+    np.testing.assert_array_equal(share_RSh[:, 0, 1], [0.5, 0.5, 0])
+    np.testing.assert_array_equal(share_RSh[:, 0, 2], 0)
+    np.testing.assert_allclose(lse_Sh, [[np.log(4), 500 + np.log(2), -np.inf]], rtol=2 * eps)
+
+
+def test_shares_of_one_set_are_its_own():
+    lse_1Sh = np.array([[[3.5, -np.inf]]])
+    share_1Sh, lse_Sh = shares(lse_1Sh)
+    np.testing.assert_array_equal(share_1Sh, [[[1, 0]]])
+    np.testing.assert_array_equal(lse_Sh, lse_1Sh[0])
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0])
+def test_memory_is_far_below_a_matrix_of_scores(size):
+    S, h = 4096, 2
+    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale = arrays(range(S), range(S), h, 1, 8, size)
+    case = [array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK)]
+    tracemalloc.start()
+    try:
+        attend(case[0], q_at_S, *case[1:], k_at_T, scale)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < h * S * S * 4 / 30

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import toys
 from mpi_runner import run_mpi
 from tiny_models import tiny_config, tiny_weights, write_checkpoint
 
@@ -15,11 +20,14 @@ import mpishard
 from mpishard import bench
 from mpishard.arithmetic.packed import pack
 from mpishard.cli import make_parser
+from mpishard.description.layout import Layout
+from mpishard.model import Decoder
 from mpishard.parallel import tensor
 
-PROMPT, TOKENS, BATCHES = 7, 3, [1, 4]
-UNTIED, TIED, WINDOWED = "llama-mha", "llama-gqa", "qwen3-mixed"
-FLOAT32 = 4
+PROMPTS, TOKENS, BATCHES = [7, 20], 3, [1, 4]
+PROMPT = PROMPTS[0]
+UNTIED, TIED, WINDOWED, SHARED = "llama-mha", "llama-gqa", "qwen3-mixed", "llama-mqa"
+FLOAT32, FLOAT64 = 4, 8
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +43,37 @@ def model(tmp_path_factory) -> mpishard.Model:
 
 @pytest.fixture(scope="module")
 def report(model) -> dict:
-    return bench.measure(model, PROMPT, TOKENS, BATCHES, repeat=2)
+    return bench.measure(model, PROMPTS[::-1], TOKENS, BATCHES, repeat=2)
 
 
 def load(variant: str, directory: Path) -> mpishard.Model:
     return mpishard.load(write_checkpoint(variant, directory / variant))
 
 
-def test_a_report_has_every_phase_of_every_batch_in_order(report):
-    expected = [(phase, batch) for batch in BATCHES for phase in ("prompt", "generation")]
-    assert [(row["phase"], row["batch"]) for row in report["speeds"]] == expected
+def ranks_of(layout: Layout, variant: str) -> list[Decoder]:
+    """`variant` on every rank of `layout`, in float64: enough of a mesh to count with."""
+    decoders = []
+    for rank in range(layout.world):
+        places = zip((layout.dp, layout.cp, layout.tp), layout.coordinates(rank), strict=True)
+        dp, cp, tp = (SimpleNamespace(size=size, rank=rank) for size, rank in places)
+        mesh: Any = SimpleNamespace(layout=layout, dp=dp, cp=cp, tp=tp)
+        decoders.append(toys.toy(variant, mesh))
+    return decoders
+
+
+def seen(config, queries, keys) -> int:
+    """The pairs of all layers in which one of the `queries` sees one of the `keys`, one by one."""
+    return sum(
+        key <= query and (window is None or key > query - window)
+        for window, query, key in product(config.windows, queries, keys)
+    )
+
+
+def test_a_report_has_every_phase_of_every_length_and_batch_in_order(report):
+    phases = [(row["prompt_tokens"], row["batch"], row["phase"]) for row in report["speeds"]]
+    assert phases == list(product(PROMPTS, BATCHES, ("prompt", "generation")))
+    rows = [(row["prompt_tokens"], row["batch"]) for row in report["memory"]]
+    assert rows == list(product(PROMPTS, BATCHES))
 
 
 def test_a_report_says_what_was_measured_and_where(report, model):
@@ -56,7 +85,7 @@ def test_a_report_says_what_was_measured_and_where(report, model):
         "dtype": "float32",
         "numpy": np.__version__,
     }
-    assert (report["prompt_tokens"], report["max_tokens"], report["repeat"]) == (PROMPT, TOKENS, 2)
+    assert (report["prompt_tokens"], report["max_tokens"], report["repeat"]) == (PROMPTS, TOKENS, 2)
     assert report["threads"] >= 1
     assert "blas" in report["blas"].lower() or "mkl" in report["blas"].lower()
 
@@ -65,39 +94,117 @@ def test_a_report_is_json(report):
     assert json.loads(json.dumps(report)) == report
 
 
+def tokens_of(row: dict) -> int:
+    return row["batch"] * (row["prompt_tokens"] if row["phase"] == "prompt" else 1)
+
+
 def test_speeds_and_limits_agree_with_each_other(report):
     for row in report["speeds"]:
-        tokens = row["batch"] * (PROMPT if row["phase"] == "prompt" else 1)
-        speed, limit = row["tokens_per_second"], row["limit_tokens_per_second"]
+        tokens, speed = tokens_of(row), row["tokens_per_second"]
+        bandwidth, rate = row["bandwidth_bytes_per_second"], row["product_flops_per_second"]
         assert speed * row["seconds_per_step"] == pytest.approx(tokens)
+        limit = row["limit_tokens_per_second"]
         assert row["share_of_limit"] == pytest.approx(speed / limit)
-        reading = report["read_bytes"] / row["bandwidth_bytes_per_second"]
-        multiplying = row["product_flops"] / row["product_flops_per_second"]
-        assert tokens / limit == pytest.approx(max(reading, multiplying))
+        least = max(report["read_bytes"] / bandwidth, row["product_flops"] / rate)
+        assert tokens / limit == pytest.approx(least)
+        limit = row["limit_with_attention_tokens_per_second"]
+        assert row["share_of_limit_with_attention"] == pytest.approx(speed / limit)
+        read = report["read_bytes"] + row["kv_cache_bytes_read"]
+        flops = row["product_flops"] + row["attention_flops"]
+        assert tokens / limit == pytest.approx(max(read / bandwidth, flops / rate))
         assert 0 < row["share_in_communication"] < 1
 
 
-@pytest.mark.parametrize(
-    ("bandwidth", "rate", "slower"), [(1e6, 1e15, "reading"), (1e15, 1e6, "multiplying")]
-)
-def test_the_slower_of_reading_and_multiplying_is_the_limit(model, bandwidth, rate, slower):
-    read = bench.read_bytes(model.config, 1, 0, FLOAT32)
-    for phase, tokens in (("prompt", 2 * PROMPT), ("generation", 2)):
-        run = bench.Run(phase, 2, 0, tokens // 2, 1, 1.0, 1.0, [])
-        row = bench._row(model, run, bandwidth, rate)
-        needs = {"reading": read / 1e6, "multiplying": row["product_flops"] / 1e6}
-        assert row["limit_tokens_per_second"] == pytest.approx(tokens / needs[slower])
+def test_the_slower_of_reading_and_multiplying_is_the_limit():
+    work = bench.Work(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
+    fast, slow = 1e9, 1.0
+    assert work.seconds(bandwidth=slow, rate=fast) == 50
+    assert work.seconds(bandwidth=fast, rate=slow) == 600
+    assert work.seconds_with_attention(bandwidth=slow, rate=fast) == 57
+    assert work.seconds_with_attention(bandwidth=fast, rate=slow) == 900
 
 
-def test_memory_is_that_of_the_weights_and_the_fullest_cache(report):
+def test_seconds_of_arithmetic_are_a_part_of_the_step(report):
+    for row in report["speeds"]:
+        if row["phase"] == "prompt":
+            assert 0 < row["attention_seconds"] < row["least_arithmetic_seconds"]
+            assert row["least_arithmetic_seconds"] == row["most_arithmetic_seconds"]
+            communication = row["share_in_communication"] * row["seconds_per_step"]
+            parts = row["most_arithmetic_seconds"] + communication
+            assert parts == pytest.approx(row["seconds_per_step"])
+            assert row["send_receive_seconds"] == 0
+
+
+def test_warming_up_and_limits_stay_short(model, monkeypatch):
+    """Whatever is not measured must not grow with a prompt that takes minutes."""
+    fed, limited = [], []
+    run, products = bench._run, bench._products
+
+    def watched_run(model, batch, tokens, *rest):
+        fed.append((batch, tokens))
+        return run(model, batch, tokens, *rest)
+
+    def watched_products(layer):
+        multiply, flops = products(layer)
+        limited.append(flops)
+        return multiply, flops
+
+    monkeypatch.setattr(bench, "WARM_UP_TOKENS", 16)
+    monkeypatch.setattr(bench, "_run", watched_run)
+    monkeypatch.setattr(bench, "_products", watched_products)
+    bench.measure(model, [40, 60], 1, [1, 4], repeat=1)
+    assert fed == [(1, 16), (4, 4), (1, 40), (4, 40), (1, 60), (4, 60)]
+    layer = sum(
+        w.size for name, w in tiny_weights(UNTIED).items() if "layers.0." in name and w.ndim == 2
+    )
+    assert limited == [2 * bench.PRODUCT_ROWS * layer]
+
+
+def test_weights_and_caches_are_those_of_the_model(report):
     config, weights = tiny_config(UNTIED), tiny_weights(UNTIED)
     whole = sum(array.nbytes for array in weights.values())
     assert report["weight_bytes"] == whole
     assert report["read_bytes"] == whole - weights["model.embed_tokens.weight"].nbytes
-    positions = max(BATCHES) * (PROMPT + TOKENS)
-    cache = 2 * config.layers * config.kv_heads * config.head_dim * FLOAT32 * positions
-    assert report["kv_cache_bytes"] == cache
-    assert report["peak_memory_bytes"] > whole
+    per_position = 2 * config.layers * config.kv_heads * config.head_dim * FLOAT32
+    for row in report["memory"]:
+        positions = row["batch"] * (row["prompt_tokens"] + TOKENS)
+        assert row["kv_cache_bytes"] == positions * per_position
+        assert row["peak_bytes"] > whole
+
+
+def test_activations_are_what_a_prompt_takes_beyond_weights_and_cache(report):
+    config = tiny_config(UNTIED)
+    for row in report["memory"]:
+        tokens = row["batch"] * row["prompt_tokens"]
+        assert row["residual_stream_bytes"] == tokens * config.hidden * FLOAT32
+        # When the network multiplies, there are gate and up, and the stream with and without norm.
+        network = tokens * (2 * config.ffn + 2 * config.hidden) * FLOAT32
+        everything = network + tokens * (config.ffn + 8 * config.hidden) * FLOAT32
+        assert network <= row["activations_bytes"] < everything + 200_000
+    peaks = [row["peak_bytes"] for row in report["memory"]]
+    assert peaks == sorted(peaks)
+    assert not tracemalloc.is_tracing()
+
+
+@pytest.mark.parametrize("variant", [UNTIED, WINDOWED])
+def test_activations_are_those_of_a_step_through_all_layers(variant, tmp_path):
+    model = load(variant, tmp_path)
+    decoder = model.decoder
+    step = pack([(np.zeros(30, np.int64), decoder.new_cache(30)) for _ in range(2)])
+    tracemalloc.start()
+    decoder.forward(step)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bench._memory(model, 2, 30, 1)["activations_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+def test_a_watched_model_answers_as_it_would_unwatched(model):
+    decoder = model.decoder
+    watched = bench.Watched(decoder)
+    steps = [pack([(np.arange(PROMPT), decoder.new_cache(PROMPT))]) for _ in range(2)]
+    expected = decoder.forward(steps[0])
+    np.testing.assert_array_equal(watched.forward(steps[1]), expected)
+    assert watched.attention_seconds > 0
 
 
 def test_a_tied_embedding_is_read_whole():
@@ -125,49 +232,108 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
 
 def test_reports_count_the_flops_of_their_own_steps(report):
     config = tiny_config(UNTIED)
+    per_key = 4 * config.heads * config.head_dim * config.layers
     for row in report["speeds"]:
-        prompt = row["phase"] == "prompt"
-        tokens = row["batch"] * (PROMPT if prompt else 1)
-        assert row["product_flops"] == bench.product_flops(config, 1, 0, tokens, row["batch"])
-        # A query at position p sees p + 1 keys; the mean one after the prompt sees PROMPT + 2.
-        seen = sum(range(1, PROMPT + 1)) if prompt else PROMPT + (TOKENS + 1) // 2
-        per_key = 4 * config.heads * config.head_dim * config.layers
-        assert row["attention_flops"] == row["batch"] * seen * per_key
+        prompt, length = row["phase"] == "prompt", row["prompt_tokens"]
+        flops = bench.product_flops(config, 1, 0, tokens_of(row), row["batch"])
+        assert row["product_flops"] == flops
+        # A query at position p sees p + 1 keys; the middle one after the prompt sees two more.
+        keys = sum(range(1, length + 1)) if prompt else length + (TOKENS + 1) // 2
+        assert row["attention_flops"] == row["batch"] * keys * per_key
+        key_and_value = 2 * config.kv_heads * config.head_dim * config.layers * FLOAT32
+        read = 0 if prompt else row["batch"] * keys * key_and_value
+        assert row["kv_cache_bytes_read"] == read
 
 
-def test_attention_flops_count_the_keys_in_the_window():
+@pytest.mark.parametrize("queries", [range(12), [0, 1, 10, 11], [7], []])
+@pytest.mark.parametrize("keys", [range(12), [0, 3, 6, 9], [11], []])
+def test_visible_keys_are_neither_later_nor_before_the_window(queries, keys):
     config = tiny_config(WINDOWED)
-    visible = sum(
-        1
-        for window in config.windows
-        for query in range(3, 12)
-        for key in range(query + 1)
-        if window is None or key > query - window
-    )
     assert None in config.windows and 5 in config.windows
-    flops = 4 * config.heads * config.head_dim * visible
-    assert bench.attention_flops(config, 1, 0, 3, 12) == flops
+    positions = [np.array(at, np.int64) for at in (queries, keys)]
+    assert bench.visible_keys(config, *positions) == seen(config, queries, keys)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 6])
-def test_the_flops_of_all_ranks_are_those_of_one_where_no_head_is_held_twice(tp):
+def test_the_product_flops_of_all_ranks_are_those_of_one_where_no_head_is_held_twice(tp):
     config = replace(tiny_config(WINDOWED), kv_heads=6)
     parts = [bench.product_flops(config, tp, rank, 5, 2) for rank in range(tp)]
     assert sum(parts) == bench.product_flops(config, 1, 0, 5, 2)
-    parts = [bench.attention_flops(config, tp, rank, 0, 9) for rank in range(tp)]
-    assert sum(parts) == bench.attention_flops(config, 1, 0, 0, 9)
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2, sequence_parallel=True),
+    Layout(tp=4, flash_decoding=True),
+    Layout(cp=2),
+    Layout(cp=3, order="contiguous", interleave=2),
+    Layout(tp=4, cp=2, flash_decoding=True, interleave=3),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("variant", [TIED, WINDOWED])
+def test_ranks_share_the_attention_of_a_prompt(layout, variant):
+    """A query head of a token is one rank's, with all the keys that it sees."""
+    config, tokens = tiny_config(variant), 13
+    works = [bench.prompt_work(rank, 3, tokens) for rank in ranks_of(layout, variant)]
+    whole = seen(config, range(tokens), range(tokens))
+    flops = 3 * 4 * config.heads * config.head_dim * whole
+    assert sum(work.attention_flops for work in works) == flops
+    assert {work.cache_bytes for work in works} == {0}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("variant", [TIED, WINDOWED])
+def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
+    """A query head meets each key on one rank; a divided cache is read by one rank only, an
+    undivided one by each that holds it."""
+    config, start, stop = tiny_config(variant), 11, 12
+    ranks = ranks_of(layout, variant)
+    works = [bench.generation_work(rank, 3, start, stop) for rank in ranks]
+    whole = 3 * seen(config, [start], range(stop))
+    flops = 4 * config.heads * config.head_dim * whole
+    assert sum(work.attention_flops for work in works) == flops
+    held = sum(rank.kv_heads for rank in ranks) // layout.cp
+    heads = config.kv_heads if layout.flash_decoding else held
+    read = 2 * heads * config.head_dim * FLOAT64 * whole
+    assert sum(work.cache_bytes for work in works) == read
+
+
+def test_zigzag_divides_the_work_of_a_prompt_evenly_and_contiguous_blocks_do_not():
+    def flops(layout: Layout) -> list[int]:
+        return [bench.prompt_work(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)]
+
+    even, zigzag = flops(Layout(cp=2))
+    assert even == zigzag
+    first, second = flops(Layout(cp=2, order="contiguous"))
+    assert second > 2.5 * first
+
+
+def test_the_tokens_of_a_prompt_are_divided_over_context_parallel_ranks():
+    first, second = [bench.prompt_work(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
+    # Zigzag: blocks of 3, 2, 2, 2; the first rank has the first and the last, which is answered.
+    config = tiny_config(UNTIED)
+    assert first.product_flops == bench.product_flops(config, 1, 0, 2 * 5, 2)
+    assert second.product_flops == bench.product_flops(config, 1, 0, 2 * 4, 0)
+
+
+def test_the_mean_generation_step_stands_for_all():
+    rank = ranks_of(Layout(), UNTIED)[0]
+    steps = [bench.generation_work(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
+    assert bench.generation_work(rank, 2, 7, 10).attention_flops == sum(steps) / 3
 
 
 def test_collectives_are_those_of_one_step(report):
     config = tiny_config(UNTIED)
     calls = 2 * config.layers + 1
     for row in report["speeds"]:
-        tokens = row["batch"] * (PROMPT if row["phase"] == "prompt" else 1)
         entries = {(e["operation"], e["group"]): e for e in row["collectives"]}
-        assert set(entries) == {("all_reduce", "tp"), ("all_gather", "tp")}
+        # The second all_gather tells the context-parallel ranks, here one, what was chosen.
+        assert set(entries) == {("all_reduce", "tp"), ("all_gather", "tp"), ("all_gather", "cp")}
         assert entries["all_reduce", "tp"]["calls"] == calls
         assert entries["all_reduce", "tp"]["payload_bytes"] == (
-            calls * tokens * config.hidden * FLOAT32
+            calls * tokens_of(row) * config.hidden * FLOAT32
         )
         assert entries["all_gather", "tp"]["calls"] == 1
         assert entries["all_gather", "tp"]["wire_bytes"] == 0
@@ -180,18 +346,51 @@ def test_the_table_shows_every_speed_with_its_limit_and_share(report):
     assert f"float32, NumPy {np.__version__} ({report['blas']}" in lines[0]
     assert lines[0].endswith(report["mpi"])
     for row in report["speeds"]:
-        title = f"{row['phase']} {PROMPT if row['phase'] == 'prompt' else TOKENS}"
+        length = row["prompt_tokens"]
+        prompt = row["phase"] == "prompt"
+        title = f"prompt {length}" if prompt else f"generation {TOKENS} after {length}"
         shown = [
             f"{row['batch']}",
             f"{row['tokens_per_second']:.1f}",
             f"{row['limit_tokens_per_second']:.1f}",
-            f"{100 * row['share_of_limit']:.0f}",
+            f"{100 * row['share_of_limit']:.0f} %",
+            f"{row['limit_with_attention_tokens_per_second']:.1f}",
+            f"{100 * row['share_of_limit_with_attention']:.0f} %",
+            f"{1e3 * row['seconds_per_step']:.2f}",
         ]
-        assert any(
-            line.startswith(title) and line.removeprefix(title).split()[:4] == shown
-            for line in lines
-        ), f"{title}: {shown} is not in\n{text}"
-    assert text.count("generation: all_reduce") == len(BATCHES)
+        assert line_of(lines, title, " ".join(shown)), f"{title}: {shown} is not in\n{text}"
+    assert text.count(f"generation {TOKENS} after {PROMPT}: all_reduce") == len(BATCHES)
+
+
+def line_of(lines: list[str], title: str, words: str) -> bool:
+    """Whether a line begins with `title` and goes on with `words`, whatever the spaces."""
+    return any(
+        line.startswith(title) and " ".join(line.removeprefix(title).split()).startswith(words)
+        for line in lines
+    )
+
+
+def test_the_table_shows_memory_and_balance(report):
+    lines = bench.table(report).splitlines()
+    for row in report["memory"]:
+        kinds = ("kv_cache", "residual_stream", "activations", "peak")
+        figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
+        title = f"prompt {row['prompt_tokens']}, generation {TOKENS}"
+        words = [f"{row['batch']}", *(f"{figure / 1e6:.1f}" for figure in figures)]
+        assert line_of(lines, title, " ".join(words))
+    example = {
+        "least_arithmetic_seconds": 2.0,
+        "most_arithmetic_seconds": 2.5,
+        "attention_seconds": 0.5,
+        "attention_flops": int(4e9),
+        "product_flops_per_second": 16e9,
+        "send_receive_seconds": 0.25,
+        "seconds_per_step": 5.0,
+    }
+    speeds = [report["speeds"][0] | example]
+    lines = bench.table(report | {"speeds": speeds}).splitlines()
+    shown = "1 2.000 2.500 25 % 0.500 8.0 50 % 0.250 5 %"
+    assert line_of(lines, f"prompt {PROMPT}", shown)
 
 
 def test_the_table_names_kernels_that_were_chosen(report):
@@ -203,43 +402,49 @@ def test_the_table_names_kernels_that_were_chosen(report):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_tokens": 0}, "--prompt-tokens 0 must be at least 1"),
+        ({"prompt_tokens": [7, 0]}, "--prompt-tokens 0 must be at least 1"),
         ({"max_tokens": 0}, "--max-tokens 0 must be at least 1"),
         ({"batches": [1, -2]}, "--batch -2 must be at least 1"),
+        ({"prompt_tokens": []}, "--prompt-tokens must name at least one length"),
         ({"batches": []}, "--batch must name at least one number of sequences"),
         ({"repeat": 0}, "--repeat 0 must be at least 1"),
         (
-            {"prompt_tokens": 62},
-            "--prompt-tokens 62 and --max-tokens 3 need 65 positions, but .* has only 64",
+            {"prompt_tokens": [62, 8]},
+            "--prompt-tokens 62 and --max-tokens 3 need 65 positions, but .* has only 64; "
+            "--max-positions 65 allows them",
         ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(model, changes, message):
-    options = {"prompt_tokens": PROMPT, "max_tokens": TOKENS, "batches": BATCHES, "repeat": 1}
+    options = {"prompt_tokens": PROMPTS, "max_tokens": TOKENS, "batches": BATCHES, "repeat": 1}
     with pytest.raises(mpishard.UserError, match=f"^{message}$"):
         bench.measure(model, **(options | changes))
 
 
 def test_a_length_that_changes_a_dynamic_rope_is_refused(tmp_path):
     model = load("llama-dynamic-old", tmp_path)  # trained on 8 positions, has 32
-    bench.measure(model, 6, 2, [1], repeat=1)
+    bench.measure(model, [6], 2, [1], repeat=1)
     with pytest.raises(mpishard.UserError, match="beyond 8 the dynamic rope.*use at most 8$"):
-        bench.measure(model, 7, 2, [1], repeat=1)
+        bench.measure(model, [7], 2, [1], repeat=1)
 
 
 def test_the_command_has_the_documented_defaults():
     args = make_parser().parse_args(["bench", "MODEL"])
-    assert (args.prompt_tokens, args.max_tokens, args.batch, args.repeat) == (512, 32, [1, 8], 3)
+    assert (args.prompt_tokens, args.max_tokens, args.batch, args.repeat) == ([512], 32, [1, 8], 3)
+
+
+def run_bench(ranks: int, directory: Path, *options: object) -> dict:
+    """The report of ``mpishard bench --json`` on `ranks` ranks."""
+    words = [*options, "--max-tokens", TOKENS, "--repeat", 1, "--json"]
+    answer = run_mpi(ranks, ["-m", "mpishard", "bench", str(directory), *map(str, words)])
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
 
 
 def test_ranks_report_as_one(tmp_path):
     """Two replicas of two ranks: both replicas' tokens count, and a rank is a part of the model."""
     directory = write_checkpoint(UNTIED, tmp_path / UNTIED)
-    options = ["--tp", "2", "--prompt-tokens", f"{PROMPT}", "--max-tokens", f"{TOKENS}"]
-    options += ["--batch", "2", "--repeat", "1", "--json"]
-    answer = run_mpi(4, ["-m", "mpishard", "bench", str(directory), *options])
-    assert answer.returncode == 0, answer.stderr
-    report = json.loads(answer.stdout)
+    report = run_bench(4, directory, "--tp", 2, "--prompt-tokens", PROMPT, "--batch", 2)
     assert (report["layout"], report["ranks"]) == ("--tp 2 --dp 2", 4)
     prompt, generation = report["speeds"]
     assert prompt["tokens_per_second"] * prompt["seconds_per_step"] == pytest.approx(4 * PROMPT)
@@ -251,3 +456,38 @@ def test_ranks_report_as_one(tmp_path):
     reduced = generation["collectives"][0]
     assert (reduced["operation"], reduced["group"]) == ("all_reduce", "tp")
     assert reduced["payload_bytes"] == reduced["wire_bytes"] == payload
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "stream", "cache"),
+    [
+        (TIED, ["--tp", 2, "--sequence-parallel"], 2, 2),
+        (TIED, ["--cp", 2], 2, 2),
+        (TIED, ["--cp", 2, "--cp-prefill", "all-gather"], 2, 2),
+        (SHARED, ["--tp", 2, "--flash-decoding"], 1, 2),
+    ],
+)
+def test_layouts_divide_the_residual_stream_and_the_cache(
+    tmp_path, variant, options, stream, cache
+):
+    directory, lengths = write_checkpoint(variant, tmp_path / variant), [9, 21]
+    report = run_bench(2, directory, *options, "--prompt-tokens", *lengths, "--batch", 1)
+    config = tiny_config(variant)
+    assert [row["prompt_tokens"] for row in report["memory"]] == lengths
+    per_position = 2 * config.layers * config.kv_heads * config.head_dim * FLOAT32
+    for row in report["memory"]:
+        length = row["prompt_tokens"]  # odd, so that the fuller rank has one token more
+        tokens = -(-length // stream)
+        assert row["residual_stream_bytes"] == tokens * config.hidden * FLOAT32
+        assert row["kv_cache_bytes"] == (length + TOKENS) // cache * per_position
+    exchanged = [
+        e
+        for row in report["speeds"]
+        for e in row["collectives"]
+        if e["operation"] == "send_receive"
+    ]
+    assert bool(exchanged) == (options == ["--cp", 2])
+    for row in report["speeds"]:
+        if row["phase"] == "prompt":
+            assert row["most_arithmetic_seconds"] >= row["least_arithmetic_seconds"] > 0
+            assert bool(row["send_receive_seconds"]) == (options == ["--cp", 2])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from itertools import product
 
 import pytest
 
 import mpishard
 from mpishard.cli import make_parser, retyped
+from mpishard.description.layout import MERGES, ORDERS, PREFILLS, SWITCHES, Layout, make_layout
 from mpishard.errors import UserError
 
 GENERATE = ["generate", "M", "--prompt", "a"]
@@ -33,27 +35,46 @@ def test_what_a_command_does_unless_told_otherwise():
         "seed": 0,
         "stop": [],
         "ignore_eos": False,
+        "prefill_chunk": None,
         "tp": None,
+        "cp": 1,
         "dp": None,
+        "sequence_parallel": False,
+        "flash_decoding": False,
+        "prefill": None,
+        "order": None,
+        "merge": None,
+        "interleave": None,
+        "max_positions": None,
         "compute_dtype": "float32",
     }
     assert vars(parse("shard", "M", "OUT", "--tp", "2"))["dtype"] == "float32"
     assert parse("inspect", "M").verify is False
     assert parse("logits", "M", "--input", "I", "--output", "O").hidden_states is False
     bench = parse("bench", "M")
-    assert (bench.prompt_tokens, bench.max_tokens) == (512, 32)
+    assert (bench.prompt_tokens, bench.max_tokens) == ([512], 32)
     assert (bench.batch, bench.repeat) == ([1, 8], 3)
 
 
-@pytest.mark.parametrize(
-    "command", ["generate M --prompt a", "logits M --input I --output O", "bench M"]
-)
+COMMANDS = ["generate M --prompt a", "logits M --input I --output O", "bench M"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_layout_flags_are_the_same_everywhere(command):
-    long = "--tensor-parallel-size=2 --data-parallel-size 3 --compute-dtype float64"
-    args = parse(*command.split(), *long.split())
-    assert (args.tp, args.dp, args.compute_dtype) == (2, 3, "float64")
-    args = parse(*command.split(), "--tp", "2", "--dp=3")
-    assert (args.tp, args.dp) == (2, 3)
+    long = "--tensor-parallel-size=2 --data-parallel-size 3 --context-parallel-size 4"
+    args = parse(*command.split(), *long.split(), "--compute-dtype", "float64")
+    assert (args.tp, args.dp, args.cp, args.compute_dtype) == (2, 3, 4, "float64")
+    args = parse(*command.split(), "--tp", "2", "--dp=3", "--cp", "4", "--max-positions=40000")
+    assert (args.tp, args.dp, args.cp, args.max_positions) == (2, 3, 4, 40000)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_layout_can_be_typed_as_it_is_written(command):
+    for forms in product((True, False), (True, False), PREFILLS, ORDERS, MERGES, (1, 3)):
+        layout = Layout(2, 3, 4, *forms)
+        args = parse(*command.split(), *str(layout).split())
+        switches = {name: getattr(args, name) for name in SWITCHES}
+        assert make_layout(24, args.tp, args.dp, args.cp, **switches) == layout
 
 
 def test_some_flags_may_be_repeated():
@@ -81,8 +102,19 @@ def test_other_names_of_a_flag():
         (["--temperature", "nan"], "argument --temperature: 'nan' is not a number"),
         (["--top-p", "nan"], "argument --top-p: 'nan' is not a number"),
         (["--compute-dtype", "float16"], "argument --compute-dtype: invalid choice: 'float16'"),
-        (["--cp", "2"], "unrecognized arguments: --cp 2"),
-        (["--sequence-parallel"], "unrecognized arguments: --sequence-parallel"),
+        (["--cp", "0"], "argument --cp/--context-parallel-size: 0 must be at least 1"),
+        (["--cp", "2", "--context-parallel-size=2"], "--context-parallel-size: given twice"),
+        (["--sequence-parallel", "2"], "unrecognized arguments: 2"),
+        (["--flash-decoding=yes"], "argument --flash-decoding: ignored explicit argument 'yes'"),
+        (["--cp-prefill", "rong"], "argument --cp-prefill: invalid choice: 'rong' (choose from"),
+        (["--cp-order", "zag"], "argument --cp-order: invalid choice: 'zag' (choose from"),
+        (["--decode-merge", "sum"], "argument --decode-merge: invalid choice: 'sum' (choose from"),
+        (["--kv-interleave", "0"], "argument --kv-interleave: 0 must be at least 1"),
+        (["--kv-interleave", "all"], "argument --kv-interleave: 'all' is not a whole number"),
+        (["--max-positions", "0"], "argument --max-positions: 0 must be at least 1"),
+        (["--prefill-chunk", "0"], "argument --prefill-chunk: 0 must be at least 1"),
+        (["--prefill-chunk", "8", "--prefill-chunk=9"], "argument --prefill-chunk: given twice"),
+        (["--ep", "2"], "unrecognized arguments: --ep 2"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--stop"], "argument --stop: expected one argument"),
         (["other"], "unrecognized arguments: other"),
@@ -108,6 +140,9 @@ def test_what_cannot_be_typed(words, sentence):
         ("logits M --input I", "required: --output"),
         ("bench M --batch 1 0", "argument --batch: 0 must be at least 1"),
         ("bench M --repeat 0", "argument --repeat: 0 must be at least 1"),
+        ("logits M --input I --output O --prefill-chunk 8", "unrecognized arguments: --prefill-ch"),
+        ("shard M OUT --tp 2 --cp 2", "unrecognized arguments: --cp 2"),
+        ("inspect M --max-positions 8", "unrecognized arguments: --max-positions 8"),
     ],
 )
 def test_what_is_missing_or_wrong(line, sentence):
@@ -138,6 +173,10 @@ def test_version(capsys):
         ("bench M --tensor-parallel-size 2", "bench M --tensor-parallel-size 4"),
         ("bench M --tensor-parallel-size=2", "bench M --tensor-parallel-size=4"),
         ("bench M", "bench M"),
+        (
+            "bench M --cp 2 --tp 2 --kv-interleave 2 --cp-order contiguous --sequence-parallel",
+            "bench M --cp 2 --tp 4 --kv-interleave 2 --cp-order contiguous --sequence-parallel",
+        ),
     ],
 )
 def test_the_line_for_another_tp(typed, right):

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTS = {
-    "tensor": "tests/parallel/test_tensor.py",
+    "sublayers": "tests/parallel/test_sublayers.py",
     "model": "tests/parallel/test_model.py",
     "schedule": "tests/parallel/test_schedule.py",
     "sampling": "tests/parallel/test_sampling.py",
@@ -24,10 +24,10 @@ TESTS = {
 
 # Name: (what is patched, the file that must go red, a test of it that must fail).
 MISTAKES = {
-    "nothing at all": ("", "tensor", None),
+    "nothing at all": ("", "sublayers", None),
     "a dropped reduction": (
         "from mpishard.parallel import tensor\ntensor.all_reduce = lambda x, group: x",
-        "tensor",
+        "sublayers",
         "test_feed_forward",
     ),
     "one reduction too many": (
@@ -41,7 +41,7 @@ MISTAKES = {
         "from mpishard.parallel import tensor\n"
         "from mpishard.communication.collectives import all_reduce\n"
         "tensor.add_bias = lambda y, b: y if b is None else y + 2 * b",
-        "tensor",
+        "sublayers",
         "test_attention",
     ),
     "a wrong split axis": (
@@ -53,23 +53,23 @@ MISTAKES = {
         "def wrong(config):\n"
         "    return [replace(w, axis=0) if w.field == 'down' else w for w in right(config)]\n"
         "toys.weight_table = wrong",
-        "tensor",
+        "sublayers",
         "test_feed_forward",
     ),
     "a swapped key/value head": (
         "from mpishard.description import partition\n"
         "right = partition.kv_heads_of\n"
         "partition.kv_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
-        "tensor",
+        "sublayers",
         "test_attention",
     ),
     "a cache one position late": (
         "from mpishard.arithmetic.packed import KVCache\n"
-        "store = KVCache.store\n"
-        "def late(self, layer, k, v):\n"
-        "    k_gTK, v_gTK = store(self, layer, k, v)\n"
-        "    return k_gTK[:, : max(1, self.length - 1)], v_gTK[:, : max(1, self.length - 1)]\n"
-        "KVCache.store = late",
+        "read = KVCache.read\n"
+        "def late(self, layer):\n"
+        "    k_gTK, v_gTK, at_T = read(self, layer)\n"
+        "    return k_gTK[:, :-1], v_gTK[:, :-1], at_T[:-1]\n"
+        "KVCache.read = late",
         "model",
         "test_the_generate_loop_goes_on_as_transformers_does",
     ),
@@ -80,12 +80,54 @@ MISTAKES = {
         "sampling",
         "test_the_choice_is_that_of_the_whole_vocabulary",
     ),
+    "partial attentions that count the same": (
+        "import numpy as np\n"
+        "from mpishard.parallel import flash_decoding\n"
+        "flash_decoding.shares = lambda lse: (np.full_like(lse, 1 / len(lse)), None)",
+        "sublayers",
+        "test_attention",
+    ),
+    "keys taken for those of other positions": (
+        "import numpy as np\n"
+        "from mpishard.parallel import flash_decoding\n"
+        "right = flash_decoding.attend\n"
+        "def wrong(q, at_S, k, v, at_T, scale, window):\n"
+        "    return right(q, at_S, k, v, np.arange(len(at_T)) + len(at_T), scale, window)\n"
+        "flash_decoding.attend = wrong",
+        "sublayers",
+        "test_attention",
+    ),
+    "a ring that stands still": (
+        "from mpishard.parallel import context\n"
+        "right = context._needed\n"
+        "def nothing(*args):\n"
+        "    return [at_T[:0] for at_T in right(*args)]\n"
+        "context._needed = nothing",
+        "sublayers",
+        "test_attention",
+    ),
+    "tokens left in the order of the ranks": (
+        "from mpishard.communication.collectives import all_gather\n"
+        "from mpishard.parallel import context\n"
+        "context.whole = lambda x, places, mesh: all_gather(\n"
+        "    x, mesh.cp, sizes=[len(place) for place in places]\n"
+        ")",
+        "model",
+        "test_float64_agrees_with_the_reference",
+    ),
+    "blocks of tokens that change places": (
+        "from mpishard.communication.collectives import reduce_scatter\n"
+        "from mpishard.parallel import sequence\n"
+        "sequence.reduce_scatter = lambda x, group: reduce_scatter(x[::-1], group)",
+        "sublayers",
+        "test_feed_forward",
+    ),
     "replicas that talk": (
         "from mpishard.parallel import tensor\n"
         "right = tensor.feed_forward\n"
-        "def chatty(x, w, mesh):\n"
+        "def chatty(x, w, step, mesh):\n"
         "    tensor.all_reduce(x, mesh.dp)\n"
-        "    return right(x, w, mesh)\n"
+        "    return right(x, w, step, mesh)\n"
         "tensor.feed_forward = chatty",
         "schedule",
         "test_a_forward_pass_is_two_all_reduces_a_layer_and_one_for_the_embedding",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ from tiny_models import VARIANTS, tiny_config
 from mpishard.description import partition
 from mpishard.description.config import ModelConfig
 from mpishard.description.layout import (
+    SWITCHES,
     Layout,
     block,
     block_sizes,
+    check_flash_decoding,
     check_tensor_parallel,
     kv_heads_of,
     make_layout,
     query_heads_of,
+    sharers_of,
 )
 from mpishard.description.partition import uncovered, weight_table
 from mpishard.errors import UserError
@@ -150,30 +155,87 @@ def test_every_variant_is_covered_in_every_layout(variant):
     assert [uncovered(config, tp) for tp in range(1, config.heads + 1)] == [[]] * config.heads
 
 
+def test_ranks_that_share_a_kv_head_are_neighbours():
+    for config, tp in every_layout():
+        for rank in range(tp):
+            mine = kv_heads_of(config, tp, rank)
+            same = [other for other in range(tp) if kv_heads_of(config, tp, other) == mine]
+            assert sharers_of(config, tp, rank) == (mine.start, range(same[0], same[-1] + 1))
+
+
 def test_coordinates_put_tensor_parallel_ranks_next_to_each_other():
     layout = Layout(tp=3, dp=2)
     assert layout.world == 6
     assert [layout.coordinates(rank) for rank in range(6)] == [
-        *((0, 0), (0, 1), (0, 2)),
-        *((1, 0), (1, 1), (1, 2)),
+        *((0, 0, 0), (0, 0, 1), (0, 0, 2)),
+        *((1, 0, 0), (1, 0, 1), (1, 0, 2)),
     ]
 
 
-def test_dp_is_what_tp_leaves_of_the_world():
+def test_coordinates_put_the_ranks_of_a_replica_next_to_each_other():
+    layout = Layout(tp=2, dp=2, cp=3)
+    assert (layout.world, layout.replica) == (12, 6)
+    assert [layout.coordinates(rank) for rank in range(12)] == list(
+        product(range(2), range(3), range(2))
+    )
+
+
+def test_dp_is_what_tp_and_cp_leave_of_the_world():
     assert make_layout(8, tp=2) == Layout(tp=2, dp=4)
     assert make_layout(6, tp=3, dp=2) == Layout(tp=3, dp=2)
+    assert make_layout(8, cp=2) == Layout(cp=2, dp=4)
+    assert make_layout(12, tp=2, cp=3) == Layout(tp=2, cp=3, dp=2)
     assert make_layout(1) == Layout()
 
 
+def test_a_layout_is_written_as_the_flags_that_ask_for_it():
+    assert str(Layout()) == "--tp 1 --dp 1"
+    assert str(Layout(tp=2, dp=3)) == "--tp 2 --dp 3"
+    assert str(Layout(tp=2, cp=4, sequence_parallel=True)) == (
+        "--tp 2 --cp 4 --dp 1 --sequence-parallel"
+    )
+    everything = Layout(4, 3, 2, True, True, "all-gather", "contiguous", "all-reduce", 16)
+    assert str(everything) == (
+        "--tp 4 --cp 2 --dp 3 --sequence-parallel --flash-decoding --cp-prefill all-gather "
+        "--cp-order contiguous --decode-merge all-reduce --kv-interleave 16"
+    )
+    assert everything.degrees == "--tp 4 --cp 2 --dp 3"
+
+
+def test_switches_that_are_not_given_have_their_defaults():
+    nothing: dict[str, Any] = dict.fromkeys(SWITCHES)
+    assert make_layout(1, **nothing) == Layout()
+    given = make_layout(2, cp=2, prefill="all-gather", order=None, merge="all-reduce", interleave=4)
+    assert given == Layout(cp=2, prefill="all-gather", merge="all-reduce", interleave=4)
+
+
+def test_switches_work_also_where_there_is_nothing_to_divide():
+    """With one rank to a group, that is: sequence parallelism with tp 1, flash decoding where no
+    head is shared."""
+    assert make_layout(1, sequence_parallel=True).sequence_parallel
+    layout = make_layout(2, tp=2, flash_decoding=True, merge="all-to-all", interleave=2)
+    assert layout.divides_cache and layout.merge == "all-to-all"
+
+
 @pytest.mark.parametrize(
-    ("world", "tp", "dp", "command"),
-    [(3, 2, None, "mpirun -n 2"), (7, 3, None, "mpirun -n 6"), (1, 4, None, "mpirun -n 4")]
-    + [(4, 2, 1, "mpirun -n 2"), (1, 2, 2, "mpirun -n 4")],
+    ("world", "tp", "cp", "dp", "sentence"),
+    [
+        (3, 2, 1, None, "--tp 2 does not divide the 3 ranks that were started: run `mpirun -n 2"),
+        (7, 3, 1, None, "--tp 3 does not divide the 7 ranks that were started: run `mpirun -n 6"),
+        (1, 4, 1, None, "--tp 4 does not divide the 1 rank that was started: run `mpirun -n 4"),
+        (4, 2, 1, 1, "--tp 2 --dp 1 needs 2 ranks but 4 were started: run `mpirun -n 2"),
+        (1, 2, 1, 2, "--tp 2 --dp 2 needs 4 ranks but 1 was started: run `mpirun -n 4"),
+        (6, 1, 4, None, "--tp 1 --cp 4 makes replicas of 4 ranks, which do not divide the 6 ranks"),
+        (14, 2, 3, None, "which do not divide the 14 ranks that were started: run `mpirun -n 12"),
+        (1, 2, 3, None, "which do not divide the 1 rank that was started: run `mpirun -n 6"),
+        (8, 2, 2, 3, "--tp 2 --cp 2 --dp 3 needs 12 ranks but 8 were started: run `mpirun -n 12"),
+    ],
 )
-def test_a_wrong_number_of_ranks_is_refused_with_the_command_to_type(world, tp, dp, command):
-    with pytest.raises(UserError, match=f"{command} mpishard generate m") as refusal:
-        make_layout(world, tp, dp, "mpishard generate m")
-    assert f"--tp {tp}" in str(refusal.value) and f"{world} " in str(refusal.value)
+def test_a_wrong_number_of_ranks_is_refused_with_the_command_to_type(world, tp, cp, dp, sentence):
+    with pytest.raises(UserError) as refusal:
+        make_layout(world, tp, dp, cp, "mpishard generate m", sequence_parallel=True)
+    message = str(refusal.value)
+    assert sentence in message and message.endswith(" mpishard generate m`")
 
 
 def test_a_tp_above_the_query_heads_is_refused():
@@ -183,7 +245,45 @@ def test_a_tp_above_the_query_heads_is_refused():
         check_tensor_parallel(config, 7)
 
 
-@pytest.mark.parametrize(("tp", "dp", "flag"), [(0, None, "--tp 0"), (1, 0, "--dp 0")])
-def test_degrees_below_one_are_refused(tp, dp, flag):
+def test_flash_decoding_is_refused_where_no_tp_makes_ranks_share_a_head():
+    for config, tp in every_layout():
+        shared = any(len(sharers_of(config, tp, rank)[1]) > 1 for rank in range(tp))
+        if config.heads > config.kv_heads:
+            check_flash_decoding(config)
+            continue
+        assert not shared
+        heads = rf"with {config.heads} query heads and {config.heads} key/value heads no --tp"
+        with pytest.raises(UserError, match=rf"^--flash-decoding .* {heads} .* --cp 2$"):
+            check_flash_decoding(config)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "flag"),
+    [({"tp": 0}, "--tp 0"), ({"dp": 0}, "--dp 0"), ({"cp": 0}, "--cp 0"), ({"cp": -1}, "--cp -1")],
+)
+def test_degrees_below_one_are_refused(degrees, flag):
     with pytest.raises(UserError, match=f"{flag} must be at least 1"):
-        make_layout(4, tp, dp)
+        make_layout(4, **degrees)
+
+
+@pytest.mark.parametrize(
+    ("cp", "switches", "sentence"),
+    [
+        (2, {"prefill": "rong"}, "--cp-prefill rong must be one of ring, all-gather"),
+        (2, {"order": "zag"}, "--cp-order zag must be one of zigzag, contiguous"),
+        (2, {"merge": "sum"}, "--decode-merge sum must be one of reduce-scatter, all-to-all, all-"),
+        (2, {"interleave": 0}, "--kv-interleave 0 must be 1 to 2147483647"),
+        (2, {"interleave": 2**31}, "--kv-interleave 2147483648 must be 1 to 2147483647"),
+        (1, {"prefill": "rong"}, "--cp-prefill rong must be one of"),
+        (1, {"prefill": "ring"}, "--cp-prefill ring has no effect with --cp 1"),
+        (1, {"order": "contiguous"}, "--cp-order contiguous has no effect with --cp 1"),
+        (1, {"order": "zigzag", "flash_decoding": True}, "--cp-order zigzag has no effect"),
+        (1, {"merge": "all-reduce"}, "--decode-merge all-reduce has no effect where every rank"),
+        (1, {"interleave": 1}, "--kv-interleave 1 has no effect where every rank has the whole"),
+        (1, {"interleave": 8, "sequence_parallel": True}, "with --flash-decoding or --cp 2"),
+    ],
+)
+def test_switches_that_are_wrong_or_without_effect_are_refused(cp, switches, sentence):
+    with pytest.raises(UserError) as refusal:
+        make_layout(cp, cp=cp, **switches)
+    assert sentence in str(refusal.value)

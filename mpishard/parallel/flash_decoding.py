@@ -1,0 +1,164 @@
+"""Flash decoding: attention over a cache whose positions are divided over ranks.
+
+The ranks of the ``kv`` group hold the same key/value heads of a replica: the ``cp`` ranks of
+context parallelism, times the ``G`` tensor-parallel ranks that share a head. Each has its own query
+heads, its own new tokens and its own part of the cache. All attend for all, and merge:
+
+gather the queries            q_NhK -> all_gather(kv) -> q_WHK
+attend to this rank's keys    -> partial out_WHK and its log-sum-exp, lse_WH
+merge, in one of three forms  -> out_NhK, this rank's tokens and heads
+
+by_reduce_scatter   all_gather(kv) of lse_WH, each scales its partial, reduce_scatter(kv): as in
+                    NxD Inference (which gathers maximum and denominator) and vLLM's decode context
+                    parallelism
+by_all_to_all       partials and their log-sum-exps to whose queries they answer, in one all_to_all;
+                    the owner merges: vLLM's second form, TensorRT-LLM's Helix (arXiv 2507.07120)
+by_all_reduce       all_reduce(kv) of the maximum, then of numerator and denominator: tree attention
+                    (Shyam et al. 2024, arXiv 2408.04093)
+
+Here H are the query heads of the ``kv`` group and W the tokens of all its ranks. What is sent does
+not depend on the length of the context. A rank that keeps no position yet has log-sum-exp -inf and
+contributes exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from mpishard.arithmetic.attention import attend, shares
+from mpishard.arithmetic.packed import Step
+from mpishard.communication.collectives import (
+    MAX,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    reduce_scatter,
+)
+from mpishard.communication.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The (token, head) pairs of a ``kv`` group as one block for each rank: `tokens` of each cp
+    rank times `heads` of each sharer, in the order of the ranks."""
+
+    tokens: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of pairs in each rank's block."""
+        return [n * h for n, h in product(self.tokens, self.heads)]
+
+    def split(self, x_WHK: np.ndarray) -> np.ndarray:
+        """The blocks one after the other: (pairs, K)."""
+        by_token = np.split(x_WHK, np.cumsum(self.tokens)[:-1])
+        heads = np.cumsum(self.heads)[:-1]
+        blocks = [x_nhK for x_nHK in by_token for x_nhK in np.split(x_nHK, heads, axis=1)]
+        return np.concatenate([x_nhK.reshape(-1, x_WHK.shape[-1]) for x_nhK in blocks])
+
+    def join(self, rows_PK: np.ndarray) -> np.ndarray:
+        """The inverse of `split`: (W, H, K)."""
+        K, rows = rows_PK.shape[1], iter(np.split(rows_PK, np.cumsum(self.sizes)[:-1]))
+        return np.concatenate(
+            [
+                np.concatenate([next(rows).reshape(n, h, K) for h in self.heads], axis=1)
+                for n in self.tokens
+            ]
+        )
+
+
+# (partial out_WHK, lse_WH, blocks, mesh) -> this rank's block of the merged output, (pairs, K)
+Merge = Callable[[np.ndarray, np.ndarray, Blocks, Mesh], np.ndarray]
+
+
+def decode(
+    q_NhK: np.ndarray,
+    layer: int,
+    step: Step,
+    scale: float,
+    window: int | None,
+    mesh: Mesh,
+    merge: Merge,
+    out_NhK: np.ndarray,
+) -> None:
+    """Attention of the tokens of the sequences that go on in this step, put in their places in
+    `out_NhK`."""
+    division = step.division
+    here_n = np.concatenate([np.arange(s.new.start, s.new.stop) for s in step.continued])
+    counts = zip(*(map(len, segment.tokens) for segment in step.continued), strict=True)
+    blocks = Blocks(tuple(map(sum, counts)), division.heads)
+    q_nhK = q_NhK[here_n]
+    rows_PK = all_gather(q_nhK.reshape(-1, q_nhK.shape[-1]), mesh.kv, sizes=blocks.sizes)
+    q_WHK = blocks.join(rows_PK)
+    partial_WHK, lse_WH = np.empty_like(q_WHK), np.empty(q_WHK.shape[:2], q_WHK.dtype)
+    for segment, (place_S, at_S) in zip(step.continued, _in_order(step), strict=True):
+        k_gTK, v_gTK, at_T = segment.cache.read(layer)
+        partial_WHK[place_S], lse_WH[place_S] = attend(
+            q_WHK[place_S], at_S, k_gTK, v_gTK, at_T, scale, window
+        )
+    out_NhK[here_n] = merge(partial_WHK, lse_WH, blocks, mesh).reshape(q_nhK.shape)
+
+
+def by_reduce_scatter(
+    partial_WHK: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+) -> np.ndarray:
+    """Each rank scales its own partial output by its share of the whole, and the sum of all is
+    scattered."""
+    lse_RWH = all_gather(lse_WH[np.newaxis], mesh.kv)
+    share_RWH, _ = shares(lse_RWH)
+    partial_WHK = partial_WHK * share_RWH[mesh.kv.rank][..., np.newaxis]
+    return reduce_scatter(blocks.split(partial_WHK), mesh.kv, sizes=blocks.sizes)
+
+
+def by_all_to_all(
+    partial_WHK: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+) -> np.ndarray:
+    """Each rank's partial outputs go, with their log-sum-exps, to the rank whose queries they
+    answer."""
+    send_Px = blocks.split(np.concatenate([partial_WHK, lse_WH[..., np.newaxis]], axis=2))
+    mine, ranks = blocks.sizes[mesh.kv.rank], mesh.kv.size
+    partial_RPx = all_to_all(send_Px, mesh.kv, blocks.sizes, [mine] * ranks)
+    partial_RPx = partial_RPx.reshape(ranks, mine, send_Px.shape[1])
+    share_RP, _ = shares(partial_RPx[..., -1])
+    return (partial_RPx[..., :-1] * share_RP[..., np.newaxis]).sum(axis=0)
+
+
+def by_all_reduce(
+    partial_WHK: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+) -> np.ndarray:
+    """Every rank has the whole merged output, and takes its own block of it."""
+    peak_WH = all_reduce(lse_WH, mesh.kv, MAX)  # finite: every token sees itself
+    part_WH1 = np.exp(lse_WH - peak_WH)[..., np.newaxis]
+    partial_WHx = np.concatenate([partial_WHK * part_WH1, part_WH1], axis=2)
+    whole_WHx = all_reduce(partial_WHx, mesh.kv)
+    out_PK = blocks.split(whole_WHx[..., :-1] / whole_WHx[..., -1:])
+    return np.split(out_PK, np.cumsum(blocks.sizes)[:-1])[mesh.kv.rank]
+
+
+MERGES: dict[str, Merge] = {
+    "reduce-scatter": by_reduce_scatter,
+    "all-to-all": by_all_to_all,
+    "all-reduce": by_all_reduce,
+}
+
+
+def _in_order(step: Step) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each sequence that goes on: the places of its tokens among the W, which come cp rank by
+    cp rank, and their positions, ascending."""
+    places: list[list[np.ndarray]] = [[] for _ in step.continued]
+    stop = 0
+    for rank in range(step.division.cp):
+        for mine, segment in zip(places, step.continued, strict=True):
+            start, stop = stop, stop + len(segment.tokens[rank])
+            mine.append(np.arange(start, stop))
+    in_order = []
+    for mine, segment in zip(places, step.continued, strict=True):
+        positions = np.concatenate(segment.tokens)
+        order = np.argsort(positions)
+        in_order.append((np.concatenate(mine)[order], positions[order]))
+    return in_order

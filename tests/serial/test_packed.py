@@ -1,0 +1,108 @@
+"""Packed steps: who computes which tokens, who keeps which positions, and the way back."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from mpishard.arithmetic.packed import Division, Feed, KVCache, pack
+
+ORDERS = ("zigzag", "contiguous")
+
+
+def divisions(cp: int, sharers: int, order: str, interleave: int) -> list[Division]:
+    """What each rank of a replica knows, by (cp, sharer)."""
+    heads = tuple(range(1, sharers + 1))
+    return [
+        Division(cp, rank, order, heads, sharer, interleave)
+        for rank, sharer in product(range(cp), range(sharers))
+    ]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("interleave", [1, 3])
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+@pytest.mark.parametrize("start, stop", [(0, 0), (0, 1), (0, 3), (0, 16), (0, 29), (7, 8), (5, 22)])
+def test_each_token_is_computed_once(cp, order, interleave, start, stop):
+    for division in divisions(cp, 1, order, interleave):
+        tokens = division.tokens(start, stop)
+        assert len(tokens) == cp
+        assert sorted(np.concatenate(tokens).tolist()) == list(range(start, stop))
+        assert all((np.diff(mine) > 0).all() for mine in tokens)
+        assert max(map(len, tokens)) - min(map(len, tokens)) <= max(2, interleave)
+
+
+def test_zigzag_gives_each_rank_as_many_keys_to_see():
+    tokens = Division(cp=4).tokens(0, 64)
+    assert [mine.tolist() for mine in tokens][0] == [*range(8), *range(56, 64)]
+    assert len({int((mine + 1).sum()) for mine in tokens}) == 1
+    contiguous = Division(cp=4, order="contiguous").tokens(0, 64)
+    assert [mine[0] for mine in contiguous] == [0, 16, 32, 48]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("cp, sharers, interleave", list(product([1, 2, 3], [1, 2, 3], [1, 2, 5])))
+def test_each_position_is_kept_by_one_rank(cp, sharers, interleave, order):
+    """By one of all the ranks that hold the same heads, whatever is fed when; and as evenly as the
+    interleave allows."""
+    first, length = 13, 61
+    held = []
+    for division in divisions(cp, sharers, order, interleave):
+        kept = []
+        for start, stop in [(0, first), (first, first + 1), (first + 1, 30), (30, length)]:
+            mine = division.tokens(start, stop)[division.cp_rank]
+            kept += mine[division.kept(mine)].tolist()
+        assert kept == sorted(kept)
+        assert len(kept) == division.room(first, length)
+        held.append(kept)
+    assert sorted(sum(held, [])) == list(range(length))
+    lengths = [len(kept) for kept in held]
+    assert max(lengths) - min(lengths) <= 4 + 2 * interleave
+
+
+def test_the_cache_keeps_what_it_took():
+    cache = KVCache(2, 1, 20, 3, np.dtype(float), room=7)
+    random = np.random.RandomState(0)
+    k_SgK, v_SgK = random.standard_normal((2, 7, 1, 3))
+    for layer in range(2):
+        cache.clear()
+        for new, length in (([0, 3, 6], 8), ([9], 10), ([], 11), ([12, 15, 18], 20)):
+            cache.take(np.array(new, int), length)
+            rows = slice(cache.stored, cache.held)
+            cache.store(layer, k_SgK[rows], v_SgK[rows])
+        k_gTK, v_gTK, at_T = cache.read(layer)
+        assert at_T.tolist() == [0, 3, 6, 9, 12, 15, 18] and cache.length == 20
+        np.testing.assert_array_equal(k_gTK[0], k_SgK[:, 0])
+        np.testing.assert_array_equal(v_gTK[0], v_SgK[:, 0])
+
+
+@pytest.mark.parametrize("all_logits", [False, True])
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_places_and_answers_lead_back(cp, order, all_logits):
+    """What the ranks have of a step's tokens and of its wanted ones, put at their places, is the
+    whole step; a sequence with tokens yet to come wants nothing."""
+    ids = [np.array([5, 6, 7, 8, 9, 10, 11]), np.array([3]), np.array([20, 21, 22]), np.array([4])]
+    before, remaining = [0, 6, 0, 2], [0, 0, 5, 0]
+    whole_W, stops = np.concatenate(ids), np.cumsum([len(ids_S) for ids_S in ids])
+    wanted = np.arange(len(whole_W)) if all_logits else stops[np.array(remaining) == 0] - 1
+    found_W, found_M = np.zeros_like(whole_W), np.zeros(len(wanted), int)
+    for division in divisions(cp, 1, order, 1):
+        feeds = []
+        for ids_S, length, more in zip(ids, before, remaining, strict=True):
+            cache = KVCache(1, 1, 20, 2, np.dtype(float))
+            cache.length = length
+            feeds.append(Feed(ids_S, cache, more))
+        step = pack(feeds, division, all_logits)
+        rank = division.cp_rank
+        found_W[step.places[rank]] = step.ids_N
+        found_M[step.answers[rank]] = step.ids_N[step.wanted_M]
+        for segment, length in zip(step.segments, before, strict=True):
+            positions_S = step.positions_N[segment.new]
+            np.testing.assert_array_equal(positions_S, segment.tokens[rank])
+            assert segment.fresh == (length == 0)
+        assert [segment.known for segment in step.segments] == [7, 7, 8, 3]
+    np.testing.assert_array_equal(found_W, whole_W)
+    np.testing.assert_array_equal(found_M, whole_W[wanted])
