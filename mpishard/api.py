@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from mpishard.arithmetic.packed import pack
+from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
@@ -155,8 +155,7 @@ class Model:
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens} must be at least 1")
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
+        _check_chunk(prefill_chunk)
         if isinstance(stop, str) or "" in stop:
             raise UserError(f"stop {stop!r} must be a list of texts, none of them empty")
         encoded = [self.encode(prompt, chat) for prompt in prompts]
@@ -206,53 +205,69 @@ class Model:
         ]
 
     def logits(
-        self, sequences: Sequence[str | Sequence[int]], hidden_states: bool = False
+        self,
+        sequences: Sequence[str | Sequence[int]],
+        hidden_states: bool = False,
+        prefill_chunk: int | None = None,
     ) -> Iterator[Scores | None]:
         """The scores of each sequence (token ids or text) in turn, on rank 0 of the mesh; None on
         the other ranks, which must go through the iterator as well.
 
         The replicas score as many sequences at a time as there are replicas, so that memory holds
-        no more. Raises UserError for a sequence that is empty, too long, or has ids beyond the
+        no more; sequences of more than `prefill_chunk` tokens are fed in several steps. Raises
+        UserError for a sequence that is empty, too long, or has ids beyond the
         vocabulary.
         """
         encoded = [self.encode(sequence) for sequence in sequences]
         for place, ids in enumerate(encoded):
             self.check(ids, f"sequence {place + 1}")
-        return self._rounds(encoded, hidden_states)
+        _check_chunk(prefill_chunk)
+        return self._rounds(encoded, hidden_states, prefill_chunk)
 
-    def _rounds(self, sequences: list[list[int]], hidden_states: bool) -> Iterator[Scores | None]:
+    def _rounds(
+        self, sequences: list[list[int]], hidden_states: bool, chunk: int | None
+    ) -> Iterator[Scores | None]:
         for first in range(0, len(sequences), self.mesh.dp.size):
             together = sequences[first : first + self.mesh.dp.size]
             mine = together[self.mesh.dp.rank] if self.mesh.dp.rank < len(together) else []
-            scores = self._score(np.array(mine, np.int64), hidden_states)
+            scores = self._score(np.array(mine, np.int64), hidden_states, chunk)
             lengths = [len(ids) for ids in together]
             lengths += [0] * (self.mesh.dp.size - len(together))
             yield from self._gather_scores(scores, lengths, len(together))
 
-    def _score(self, ids_S: np.ndarray, hidden_states: bool) -> Scores:
-        """This replica's scores of one sequence, whole on rank 0 of the replica."""
-        decoder, mesh = self.decoder, self.mesh
-        hidden: list[np.ndarray] = []
-        if not len(ids_S):  # fewer sequences are left than there are replicas
-            count = self.config.layers + 1 if hidden_states else 0
-            no_rows = np.empty((0, self.config.hidden), decoder.dtype)
-            return Scores(np.empty((0, self.config.vocab), decoder.dtype), [no_rows] * count)
-        step = pack([(ids_S, decoder.new_cache(len(ids_S)))], decoder.division, all_logits=True)
+    def _score(self, ids_S: np.ndarray, hidden_states: bool, chunk: int | None) -> Scores:
+        """This replica's scores of one sequence, fed in steps of at most `chunk` tokens, whole on
+        rank 0 of the replica. The sequence has no tokens where fewer are left than replicas."""
+        decoder, chunk = self.decoder, chunk or max(1, len(ids_S))
+        cache = decoder.new_cache(len(ids_S), min(chunk, len(ids_S)))
+        streams = self.config.layers + 1 if hidden_states else 0
+        logits = [np.empty((0, self.config.vocab), decoder.dtype)]
+        hidden = [[np.empty((0, self.config.hidden), decoder.dtype)] for _ in range(streams)]
+        for start in range(0, len(ids_S), chunk):
+            new_S = ids_S[start : start + chunk]
+            feed = Feed(new_S, cache, len(ids_S) - start - len(new_S))
+            step = pack([feed], decoder.division, all_logits=True)
 
-        def observe(_: int, x_nD: np.ndarray) -> None:
-            hidden.append(decoder.whole(x_nD, step))
+            def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:
+                hidden[layer].append(decoder.whole(x_nD, step))
 
-        logits_Nv = decoder.forward(step, observe if hidden_states else None)
-        sizes = block_sizes(self.config.vocab, mesh.tp.size)
-        logits_NV = gather(logits_Nv, mesh.tp, axis=1, sizes=sizes)
-        if logits_NV is None:
-            return Scores(logits_Nv, hidden)
-        rows_WV = gather(logits_NV, mesh.cp, sizes=[len(place) for place in step.places])
-        if rows_WV is None:
-            return Scores(logits_NV, hidden)
-        logits_WV = np.empty_like(rows_WV)
-        logits_WV[np.concatenate(step.places)] = rows_WV
-        return Scores(logits_WV, hidden)
+            logits_Nv = decoder.forward(step, observe if hidden_states else None)
+            logits.append(self._gather_logits(logits_Nv, step))
+        return Scores(np.concatenate(logits), [np.concatenate(parts) for parts in hidden])
+
+    def _gather_logits(self, logits_Nv: np.ndarray, step: Step) -> np.ndarray:
+        """The logits of all of a step's tokens, in their order, on rank 0 of the replica; no rows
+        on the others: (W, V)."""
+        mesh, vocab = self.mesh, self.config.vocab
+        logits_WV = np.empty((0, vocab), logits_Nv.dtype)
+        logits_NV = gather(logits_Nv, mesh.tp, axis=1, sizes=block_sizes(vocab, mesh.tp.size))
+        if logits_NV is not None:
+            sizes = [len(place) for place in step.places]
+            rows_WV = gather(logits_NV, mesh.cp, sizes=sizes)
+            if rows_WV is not None:
+                logits_WV = np.empty_like(rows_WV)
+                logits_WV[np.concatenate(step.places)] = rows_WV
+        return logits_WV
 
     def _gather_scores(
         self, scores: Scores, lengths: list[int], count: int
@@ -316,6 +331,11 @@ def load(
     with together(comm):
         weights = load_weights(source, layout.tp, mesh.tp.rank, DTYPES[compute_dtype])
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
+
+
+def _check_chunk(prefill_chunk: int | None) -> None:
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
 
 
 def _check_arguments(switches: dict[str, bool | int | str | None]) -> None:

@@ -15,7 +15,7 @@ and values that the step reads. What context parallelism, a divided cache or ten
 leave to other ranks is counted there. Norms, softmax and communication make the distance to it.
 
 Memory is what NumPy allocated during a prompt's step (activations), of that the residual stream,
-and the KV cache; beside them the process's own peak.
+and the KV cache; beside them the peak of the process's resident memory, without that of loading.
 
 Every figure is a median. Step and limit alternate, so that other work on the machine slows both.
 """
@@ -26,7 +26,9 @@ import math
 import os
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -145,16 +147,18 @@ def measure(
     UserError for numbers below 1 and for more tokens than the model has positions.
     """
     _check(model, prompt_tokens, max_tokens, batches, repeat)
-    lengths = sorted(prompt_tokens)  # a process's peak can only grow
+    lengths = sorted(prompt_tokens)
+    _forget_peak()
     for batch in batches:
         short = min(lengths[0], max(1, WARM_UP_TOKENS // batch))
         _run(model, batch, short, max_tokens, _nothing, _nothing)
-    loaded = model.peak_memory()
+    warmed_up = model.peak_memory()
     multiply, flops = _products(model.decoder.layers[0])
     walk, walked = _matrix_vector_products(model)
     speeds, memory, bandwidths, rates = [], [], [], []
     for length in lengths:
         for batch in batches:
+            _forget_peak()
             rounds = [_run(model, batch, length, max_tokens, multiply, walk) for _ in range(repeat)]
             prompts, generations = zip(*rounds, strict=True)
             prompt, generation = _median(prompts), _median(generations)
@@ -166,7 +170,7 @@ def measure(
             work = generation_work(model.decoder, batch, length, length + max_tokens)
             speeds.append(_row(model, generation, work, *limits))
             # The matrices of the limits were there all the time, and are none of the model's.
-            peak = max(loaded, model.peak_memory() - walked)
+            peak = max(warmed_up, model.peak_memory() - walked)
             arrays = _memory(model, batch, length, max_tokens)
             memory.append({"prompt_tokens": length, "batch": batch, **arrays, "peak_bytes": peak})
 
@@ -376,6 +380,13 @@ def _median(runs: Sequence[Run]) -> Run:
 
 def _nothing() -> None:
     """Work of no length, while warming up."""
+
+
+def _forget_peak() -> None:
+    """Lets the peak of this process's resident memory begin anew, so that loading is not part of
+    it; where the system does not allow that, it remains that since the start."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 def _per_step(entry: Entry, steps: int) -> Entry:

@@ -187,6 +187,13 @@ def _add_layout(command: Parser) -> None:
     )  # fmt: skip
 
 
+def _add_chunk(command: Parser) -> None:
+    command.add_argument(
+        "--prefill-chunk", type=count, default=None, metavar="N",
+        help="take prompts in by at most N tokens a step (default: whole)",
+    )  # fmt: skip
+
+
 def _add_shard(commands) -> None:
     command = _add_command(commands, "shard", "Cut a model into one HDF5 file for each rank.")
     command.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
@@ -218,10 +225,7 @@ def _add_generate(commands) -> None:
     command.add_argument(
         "--json", action="store_true", help="print one JSON object a line instead of text"
     )
-    command.add_argument(
-        "--prefill-chunk", type=count, default=None, metavar="N",
-        help="take prompts in by at most N tokens a step (default: whole)",
-    )  # fmt: skip
+    _add_chunk(command)
     sampling = command.add_argument_group(
         "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
     )
@@ -271,6 +275,7 @@ def _add_logits(commands) -> None:
         help="also ID.hidden.L, (tokens, hidden): the residual stream entering layer L and, for "
         "the last L, after the final norm",
     )  # fmt: skip
+    _add_chunk(command)
     _add_layout(command)
 
 

@@ -108,7 +108,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     sequences = [_encode_line(model, line, where) for where, line in lines]
     names = [line["id"] for _, line in lines]
     started = perf_counter()
-    scores = model.logits(sequences, args.hidden_states)
+    scores = model.logits(sequences, args.hidden_states, args.prefill_chunk)
     with _bar(world, len(sequences), "scoring", "sequence") as advance:
         if world.rank == 0:
             _write_scores(Path(args.output), names, scores, advance)

@@ -65,9 +65,10 @@ class Decoder:
         """An empty cache for one sequence of up to `capacity` positions, of which `first` (all
         unless given) are fed in its first step."""
         config = self.config
-        room = self.division.room(capacity if first is None else first, capacity)
-        if self.depends_on_length(capacity):  # any number of positions may be fed at once
-            room = max(room, len(self.division.tokens(0, capacity)[self.division.cp_rank]))
+        first = capacity if first is None else first
+        room = self.division.room(first, capacity)
+        if self.depends_on_length(capacity):  # any number of positions may be fed in a first step
+            room = max(room, self.division.most_room(capacity))
         heads, width = self.kv_heads, config.head_dim
         return KVCache(config.layers, heads, capacity, width, self.dtype, room)
 

@@ -196,7 +196,8 @@ def _sums(
     r, dtype = Q // len(stop_S), q_gQK.dtype
     sum_gQK, total_gQ1 = np.zeros((g, Q, K), dtype), np.zeros((g, Q, 1), dtype)
     peak_gQ1 = np.full((g, Q, 1), np.finfo(dtype).min if shifted else 0, dtype)
-    scores, partial = np.empty(g * Q * max(KEY_BLOCK, DIAGONAL_BLOCK), dtype), np.empty_like(sum_gQK)
+    scores = np.empty(g * Q * max(KEY_BLOCK, DIAGONAL_BLOCK), dtype)
+    partial = np.empty_like(sum_gQK)
     for start, stop in _key_blocks(start_S[0], stop_S[0], stop_S[-1]):
         first, last = np.searchsorted(stop_S, start, side="right"), np.searchsorted(start_S, stop)
         if first >= last:

@@ -65,6 +65,14 @@ class Division:
         return sum(len(part[self.kept(part)]) for part in parts)
 
 
+    def most_room(self, length: int) -> int:
+        """At least as many positions as this rank keeps of a sequence of up to `length`, however
+        many of them are fed in the first step."""
+        mine, sharers = len(self.tokens(0, length)[self.cp_rank]), len(self.heads)
+        # Each of zigzag's two runs may begin and end in the middle of a round.
+        return min(mine, mine // sharers + 2 * self.cp * self.interleave)
+
+
 class KVCache:
     """The keys and values of one sequence on this rank, allocated once for all its positions.
 

@@ -91,7 +91,7 @@ def check_request(model: Decoder, ids: list[int], what: str) -> None:
     if len(ids) > config.max_positions:
         raise UserError(
             f"{what} has {len(ids)} tokens, but the model has only "
-            f"{config.max_positions} positions; shorten it"
+            f"{config.max_positions} positions; shorten it, or allow more with --max-positions"
         )
     for token in ids:
         if not 0 <= token < config.vocab:

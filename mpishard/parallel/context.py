@@ -6,7 +6,7 @@ sequences that begin in this step those are the step's own, and meet the queries
 
 ring        each rank's keys and values go round the ranks, one neighbour a hop, while attention to
             those of the last hop hides the way (Liu et al. 2023, arXiv 2310.01889):
-            send_receive(cp), cp - 1 times
+            send_receive(cp), cp - 1 times at most
 gathered    all_gather(cp) of keys and values together (Llama 3: arXiv 2407.21783, section 3.3.2)
 
 A sequence that goes on has its keys and values in the cache, where they stay: flash decoding.

@@ -210,7 +210,11 @@ def test_help_is_printed_once():
     "prompts, sentence",
     [
         (["a", ""], "prompt 2 is empty: it has no token, and at least one is needed"),
-        (["a" * 65], "prompt 1 has 65 tokens, but the model has only 64 positions; shorten it"),
+        (
+            ["a" * 65],
+            "prompt 1 has 65 tokens, but the model has only 64 positions; "
+            "shorten it, or allow more with --max-positions",
+        ),
         (["a", "\udcff"], "is not valid text: character 0 is no character of Unicode"),
     ],
 )

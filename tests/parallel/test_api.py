@@ -160,12 +160,12 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path, comm):
 # Scoring
 
 
-@pytest.mark.parametrize("hidden_states", [False, True])
-def test_scores_are_the_oracles_on_the_first_rank(path, comm, hidden_states):
-    """Also where the sequences do not divide evenly over the replicas."""
+@pytest.mark.parametrize("hidden_states, chunk", [(False, None), (True, None), (True, 3)])
+def test_scores_are_the_oracles_on_the_first_rank(path, comm, hidden_states, chunk):
+    """Also where the sequences do not divide evenly over the replicas, and in chunks."""
     right = [oracle(VARIANT).forward(ids) for ids in IDS]
     for model in each_layout(path, comm, compute_dtype="float64"):
-        scores = [*model.logits(IDS, hidden_states), *model.logits(IDS[:1], hidden_states)]
+        scores = [*model.logits(IDS, hidden_states, chunk), *model.logits(IDS[:1], hidden_states)]
         assert len(scores) == len(IDS) + 1
         if comm.rank:
             assert scores == [None] * (len(IDS) + 1)

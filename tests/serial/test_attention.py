@@ -4,6 +4,7 @@ attention over parts of the keys."""
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def plain(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, window):
     return out_ShK, lse_Sh
 
 
-def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0):
+def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0) -> Any:
     """Random queries with the positions of queries and keys, and keys and values that are part of
     larger arrays, as `attend` takes them; `size` scales queries and keys."""
     random = np.random.RandomState(0)
@@ -116,6 +117,28 @@ def test_large_scores_neither_overflow_nor_vanish(S, score):
     out_ShK, lse_Sh = attend(q_ShK, np.arange(5, 5 + S), k_gTK, v_gTK, np.arange(3), 1.0)
     np.testing.assert_allclose(out_ShK, np.broadcast_to(v_gTK[0, 1], (S, 1, 4)), rtol=1e-6)
     np.testing.assert_allclose(lse_Sh, score + np.log(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "positions, size, expected",
+    [
+        ("whole", 1.0, [False] * 5),
+        ("some see keys", 1.0, [False] * 4),
+        ("whole", 30.0, [False, True, True, True, True, True]),
+        ("no key seen", 30.0, [False] * 3),
+    ],
+)
+def test_only_blocks_with_bad_sums_are_taken_again(monkeypatch, positions, size, expected):
+    sums, shifts = attention._sums, []
+
+    def recorded(*block, shifted):
+        shifts.append(shifted)
+        return sums(*block, shifted=shifted)
+
+    monkeypatch.setattr(attention, "_sums", recorded)
+    monkeypatch.setattr(attention, "QUERY_ROWS", 2)
+    attend(*arrays(*POSITIONS[positions], h=1, g=1, size=size))
+    assert shifts == expected
 
 
 def test_the_scores_of_one_query_do_not_drown_those_of_another():
