@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mpishard.description.config import ModelConfig
+from mpishard.description.config import Mla, ModelConfig
 from mpishard.description.partition import weight_table
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -301,6 +301,137 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         attention_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 150.0},
     ),
+    # Limits so low that they cut off what the tiny experts compute.
+    "gpt_oss-yarn": _mixture(
+        *("gpt_oss", 8, 4, 35, 18, 77),
+        num_hidden_layers=3,
+        head_dim=10,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        experts_per_token=2,
+        sliding_window=5,
+        swiglu_limit=0.8,
+        rope_theta=7.0,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 1.0,
+            "beta_slow": 0.25,
+            "truncate": False,
+        },
+    ),
+    "gpt_oss-plain": _mixture(
+        *("gpt_oss", 6, 2, 37, 14, 79),
+        head_dim=8,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        attention_bias=False,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+        swiglu_alpha=1.1,
+        swiglu_limit=0.6,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    "deepseek_v2-lite": _mixture(
+        *("deepseek_v2", 4, 4, 40, 29, 81),
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=13,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        q_lora_rank=None,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=10,
+        v_head_dim=9,
+        rope_theta=5.0,
+        rope_scaling={
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 1.0,
+            "beta_slow": 0.25,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    ),
+    "deepseek_v2-full": _mixture(
+        *("deepseek_v2", 6, 6, 42, 31, 83),
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        moe_intermediate_size=15,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,  # without effect
+        routed_scaling_factor=1.6,
+        attention_bias=True,
+        mlp_bias=True,
+        q_lora_rank=14,
+        kv_lora_rank=10,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    "deepseek_v3-groups": _mixture(
+        *("deepseek_v3", 8, 8, 48, 33, 85),
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=12,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        moe_intermediate_size=11,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=10,
+        v_head_dim=8,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 5.0,
+            "factor": 3.0,
+            "original_max_position_embeddings": 18,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+    ),
+    "deepseek_v3-plain": _mixture(
+        *("deepseek_v3", 6, 6, 36, 35, 87),
+        first_k_dense_replace=0,
+        n_routed_experts=7,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        q_lora_rank=None,
+        kv_lora_rank=13,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=6,
+        v_head_dim=11,
+        rope_interleave=False,
+        rope_theta=100.0,
+    ),
 }
 
 
@@ -331,6 +462,10 @@ _SEEDS = {
     "qwen3_moe-plain": 8,
     "qwen3_moe-normed": 43,
     "olmoe-plain": 33,
+    "gpt_oss-yarn": 5,
+    "gpt_oss-plain": 8,
+    "deepseek_v2-lite": 1,
+    "deepseek_v3-plain": 7,
 }
 
 
@@ -353,8 +488,9 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
             weight.name: _draw(random, weight.field, weight.shape).astype(dtype)
             for weight in weight_table(config)
         }
+    wide = ("e_score_correction_bias",)  # as in every checkpoint
     return {
-        name: _draw(random, name, shape).astype(dtype)
+        name: _draw(random, name, shape).astype(np.float32 if name.endswith(wide) else dtype)
         for name, shape in _moe_shapes(config).items()
     }
 
@@ -403,6 +539,8 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    if config.mla is not None:
+        return _latent_shapes(config, config.mla)
     shapes: dict[str, tuple[int, ...]] = {}
     for part, rows in (("q", q), ("k", kv), ("v", kv)):
         shapes[f"{part}_proj.weight"] = (rows, D)
@@ -415,6 +553,30 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{part}_norm.weight": (config.head_dim,) for part in "qk"}
     if config.qk_norm_whole:
         shapes |= {"q_norm.weight": (q,), "k_norm.weight": (kv,)}
+    if config.sinks:
+        shapes["sinks"] = (config.heads,)
+    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _latent_shapes(config: ModelConfig, mla: Mla) -> dict[str, tuple[int, ...]]:
+    D, H, query = config.hidden, config.heads, config.heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if mla.q_rank is None:
+        shapes["q_proj.weight"] = (query, D)
+    else:
+        shapes["q_a_proj.weight"] = (mla.q_rank, D)
+        if mla.bias:
+            shapes["q_a_proj.bias"] = (mla.q_rank,)
+        shapes["q_a_layernorm.weight"] = (mla.q_rank,)
+        shapes["q_b_proj.weight"] = (query, mla.q_rank)
+    shapes["kv_a_proj_with_mqa.weight"] = (mla.kv_rank + mla.rope_dim, D)
+    if mla.bias:
+        shapes["kv_a_proj_with_mqa.bias"] = (mla.kv_rank + mla.rope_dim,)
+    shapes["kv_a_layernorm.weight"] = (mla.kv_rank,)
+    shapes["kv_b_proj.weight"] = (H * (mla.nope_dim + mla.value_dim), mla.kv_rank)
+    shapes["o_proj.weight"] = (D, H * mla.value_dim)
+    if config.o_bias:
+        shapes["o_proj.bias"] = (D,)
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
 
 
@@ -424,8 +586,18 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
     if not moe.layers[layer]:
         return _gated_shapes("mlp", config.ffn, D, config.mlp_bias)
     separate, E, F = moe.names.separate, moe.experts, moe.ffn
-    assert separate is not None
+    if separate is None:
+        return {
+            "mlp.router.weight": (E, D),
+            "mlp.router.bias": (E,),
+            "mlp.experts.gate_up_proj": (E, D, 2 * F),
+            "mlp.experts.gate_up_proj_bias": (E, 2 * F),
+            "mlp.experts.down_proj": (E, F, D),
+            "mlp.experts.down_proj_bias": (E, D),
+        }
     shapes: dict[str, tuple[int, ...]] = {separate.router: (E, D)}
+    if moe.names.selection_bias:
+        shapes[moe.names.selection_bias] = (E,)
     for expert in range(E):
         shapes |= {
             separate.gate.format(expert): (F, D),
@@ -490,7 +662,10 @@ def write_checkpoint(
 
 def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Norms within a third of 1, biases and matrices of a standard deviation of 0.2, all exact in
-    8 significant bits."""
+    8 significant bits. The bias that experts are selected by is lowered, so that most scores are
+    below zero and those of the groups left out must be put below them."""
+    if name.endswith("e_score_correction_bias"):
+        return random.randint(-89, 90, shape) / 256 - 1
     if "norm" in name:
         return 1 + random.randint(-42, 43, shape) / 128
     return random.randint(-89, 90, shape) / 256

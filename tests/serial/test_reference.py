@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -135,6 +136,31 @@ def test_a_near_tie_is_reported():
     assert any(tie.startswith("layer 1, token 3: ") for tie in ties)
 
 
+def test_choosing_takes_the_lowest_of_equals_and_says_so():
+    moe = replace(mixture_of("mixtral-full"), experts=4, top_k=2)
+    scores_SE = np.array([[0.25, 0.5, 0.25, 0.125], [0.125, 0.5, 0.0, 1.0]])
+    experts_SA, margin_S = reference.choose(scores_SE, moe)
+    assert experts_SA.tolist() == [[0, 1], [1, 3]]
+    assert margin_S.tolist() == [0, 0.375]
+
+
+def test_experts_of_other_groups_are_not_chosen_whatever_their_scores():
+    moe = replace(mixture_of("deepseek_v3-groups"), experts=6, groups=3, kept_groups=2, top_k=4)
+    scores_SE = np.array([[-1.0, -2.0, -0.5, -8.0, -3.0, -4.0]])
+    experts_SA, margin_S = reference.choose(scores_SE, moe)
+    assert experts_SA.tolist() == [[0, 1, 4, 5]]  # sums of two: -3, -8.5 and -7
+    assert margin_S.tolist() == [1.5]
+    by_best = replace(moe, group_score="max")
+    assert reference.choose(scores_SE, by_best)[0].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_the_bias_for_choosing_is_stored_in_float32(stored):
+    weights = tiny_weights("deepseek_v3-groups", stored)
+    wide = [name for name in weights if weights[name].dtype == np.float32]
+    assert wide == [f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2)]
+
+
 @pytest.mark.parametrize("variant", MOE_VARIANTS)
 def test_stacked_experts_are_the_same_experts(variant):
     config, ids = tiny_config(variant), tiny_prompts(variant)[0]
@@ -174,6 +200,13 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
             replace(config, qk_norm=True, qk_norm_whole=False),
             weights | by_head,
         )
+    if config.mla is not None:
+        yield (
+            "pairs the other way",
+            with_mla(config, interleaved=not config.mla.interleaved),
+            weights,
+        )
+        yield "the model's epsilon in latents", with_mla(config, norm_eps=config.norm_eps), weights
     if config.sinks:
         yield "no sinks", replace(config, sinks=False), weights
     for mistake, rope in rope_mistakes(config):
@@ -192,6 +225,24 @@ def moe_mistakes(moe: Moe) -> Iterator[tuple[str, Moe]]:
         yield "no shared expert", replace(moe, shared_ffn=0)
     if moe.shared_gate:
         yield "no gate of the shared expert", replace(moe, shared_gate=False)
+    if moe.scaling != 1:
+        yield "no scaling", replace(moe, scaling=1.0)
+    if moe.groups > 1:
+        other = "max" if moe.group_score != "max" else "top-2 sum"
+        yield "no groups", replace(moe, groups=1, kept_groups=1)
+        yield "one group more", replace(moe, kept_groups=moe.kept_groups + 1)
+        yield "another score of groups", replace(moe, group_score=other)
+    if moe.router_bias:
+        yield "no bias of the router", replace(moe, router_bias=False)
+    if moe.alpha and moe.limit:
+        yield "alpha a tenth too large", replace(moe, alpha=1.1 * moe.alpha)
+        yield "limit a tenth too large", replace(moe, limit=1.1 * moe.limit)
+        yield "no limit", replace(moe, limit=np.inf)
+
+
+def with_mla(config: ModelConfig, **changes: Any) -> ModelConfig:
+    assert config.mla is not None
+    return replace(config, mla=replace(config.mla, **changes))
 
 
 def router_of(config: ModelConfig) -> str:
@@ -205,6 +256,9 @@ def gate_for_up(weights: Weights, layer: str) -> Weights:
     twins = {"gate_proj.weight": "up_proj.weight", ".w1.weight": ".w3.weight"}
     changed: Weights = {}
     for name in weights:
+        if name.startswith(layer) and name.endswith("gate_up_proj"):  # they take turns
+            pairs = weights[name].reshape(*weights[name].shape[:2], -1, 2)
+            changed[name] = pairs[..., ::-1].reshape(weights[name].shape)
         for gate, up in twins.items():
             if name.startswith(layer) and name.endswith(gate):
                 other = name.removesuffix(gate) + up
@@ -260,6 +314,11 @@ def weight_mistakes(config, weights):
     if not config.tied:
         yield "embedding for head", {"lm_head.weight": weights["model.embed_tokens.weight"]}
 
+    heads = latent_mistakes if config.mla else head_mistakes
+    yield from heads(config, weights, layer)
+
+
+def head_mistakes(config, weights, layer):
     def by_head(part, heads):
         return weights[f"{layer}self_attn.{part}_proj.weight"].reshape(heads, config.head_dim, -1)
 
@@ -283,14 +342,34 @@ def weight_mistakes(config, weights):
     yield "scores scaled twice", {f"{layer}self_attn.q_proj.weight": turned}
 
 
+def latent_mistakes(config, weights, layer):
+    mla, H = config.mla, config.heads
+    q = f"{layer}self_attn.q_{'b_' if mla.q_rank else ''}proj.weight"
+    kv = f"{layer}self_attn.kv_b_proj.weight"
+    o = f"{layer}self_attn.o_proj.weight"
+    turned = [1, 0, *range(2, H)]
+    for name in (q, kv):
+        by_head = weights[name].reshape(H, -1, weights[name].shape[1])
+        yield (
+            f"heads 0 and 1 of {name} swapped",
+            {name: by_head[turned].reshape(-1, by_head.shape[2])},
+        )
+    by_head = weights[kv].reshape(H, mla.nope_dim + mla.value_dim, mla.kv_rank)
+    keys, values = by_head[:, : mla.nope_dim], by_head[:, mla.nope_dim :]
+    values_first = np.concatenate([values, keys], axis=1)
+    yield "values before keys", {kv: values_first.reshape(weights[kv].shape)}
+    rolled = np.roll(weights[f"{layer}self_attn.kv_a_proj_with_mqa.weight"], mla.rope_dim, axis=0)
+    yield "shared key before the latent", {f"{layer}self_attn.kv_a_proj_with_mqa.weight": rolled}
+    yield "scores scaled twice", {q: weights[q] / np.sqrt(config.head_dim)}
+    by_head = weights[o].reshape(len(weights[o]), H, -1)
+    yield "heads 0 and 1 of o swapped", {o: by_head[:, turned].reshape(weights[o].shape)}
+
+
 @pytest.mark.parametrize("variant", EVERY_VARIANT)
 def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
-    def rotate_neighbours(x_SK, cos_SJ, sin_SJ):
-        a_SJ, b_SJ = x_SK[:, ::2], x_SK[:, 1::2]
-        turned = (a_SJ * cos_SJ - b_SJ * sin_SJ, b_SJ * cos_SJ + a_SJ * sin_SJ)
-        return np.stack(turned, axis=-1).reshape(x_SK.shape)
-
-    monkeypatch.setattr(reference, "rotate", rotate_neighbours)
+    halves, neighbours = reference.rotate, reference.rotate_neighbours
+    monkeypatch.setattr(reference, "rotate", neighbours)
+    monkeypatch.setattr(reference, "rotate_neighbours", halves)
     expected = golden(variant)
     logits_SV, _ = Reference(tiny_config(variant), tiny_weights(variant)).forward(
         expected["ids_1"].tolist()
