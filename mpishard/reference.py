@@ -5,17 +5,29 @@ else is compared with this, and this is compared with the numbers of Hugging Fac
 It is written to be believed, so each head is attended to on its own and no step is fused.
 
 S sequence positions, D model width, K head width, J = K / 2 pairs of a head, F feed-forward width,
-V vocabulary. Weights are stored (outputs, inputs), as in the checkpoint.
+V vocabulary, E experts, A experts that a token goes to. Weights are stored (outputs, inputs), as in
+the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from mpishard.description.config import ModelConfig, Rope
+from mpishard.description.config import ModelConfig, Moe, Rope
+
+
+class Routing(NamedTuple):
+    """Where a mixture of experts sends each token."""
+
+    experts_SA: np.ndarray  # ascending
+    weights_SA: np.ndarray
+    # By how much the scores would have to change for another choice: the least distance between the
+    # last that was chosen and the first that was not, of experts and of groups of them.
+    margin_S: np.ndarray
 
 
 class Reference:
@@ -40,14 +52,23 @@ class Reference:
         entering = []
         for layer in range(self.config.layers):
             entering.append(x_SD)
-            name = f"model.layers.{layer}"
-            normed_SD = self.norm(x_SD, f"{name}.input_layernorm")
-            x_SD = x_SD + self.attention(normed_SD, f"{name}.self_attn", self.config.windows[layer])
-            normed_SD = self.norm(x_SD, f"{name}.post_attention_layernorm")
-            x_SD = x_SD + self.feed_forward(normed_SD, f"{name}.mlp")
+            x_SD, normed_SD = self.attended(x_SD, layer)
+            if self.is_mixture(layer):
+                x_SD = x_SD + self.mixture(normed_SD, f"model.layers.{layer}")
+            else:
+                x_SD = x_SD + self.feed_forward(normed_SD, f"model.layers.{layer}.mlp")
         x_SD = self.norm(x_SD, "model.norm")
         head_VD = embedding_VD if self.config.tied else self.weights["lm_head.weight"]
         return x_SD @ head_VD.T, [*entering, x_SD]
+
+    def routings(self, ids_S: Sequence[int]) -> dict[int, Routing]:
+        """Where each layer that is a mixture of experts sends the tokens."""
+        _, hidden = self.forward(ids_S)
+        found = {}
+        for layer in filter(self.is_mixture, range(self.config.layers)):
+            _, normed_SD = self.attended(hidden[layer], layer)
+            found[layer] = self.route(normed_SD, f"model.layers.{layer}")
+        return found
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` tokens that follow `ids` when the likeliest is taken each time, the lowest
@@ -58,12 +79,30 @@ class Reference:
             sequence.append(int(np.argmax(logits_SV[-1])))  # argmax takes the first of equals
         return sequence[len(ids) :]
 
+    def is_mixture(self, layer: int) -> bool:
+        """Whether `layer` has experts."""
+        return self.config.moe is not None and self.config.moe.layers[layer]
+
+    def attended(self, x_SD: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The residual stream after the attention of `layer`, which it entered as `x_SD`, and what
+        the norm before the feed-forward network makes of it."""
+        name, window = f"model.layers.{layer}", self.config.windows[layer]
+        attention = self.latent_attention if self.config.mla else self.attention
+        normed_SD = self.norm(x_SD, f"{name}.input_layernorm")
+        x_SD = x_SD + attention(normed_SD, f"{name}.self_attn", window)
+        return x_SD, self.norm(x_SD, f"{name}.post_attention_layernorm")
+
     def attention(self, x_SD: np.ndarray, name: str, window: int | None) -> np.ndarray:
         """Causal attention of the layer called `name`, over the last `window` positions or all."""
         c = self.config
-        q_SHK = self.linear(x_SD, f"{name}.q_proj", c.qkv_bias).reshape(-1, c.heads, c.head_dim)
-        k_SGK = self.linear(x_SD, f"{name}.k_proj", c.qkv_bias).reshape(-1, c.kv_heads, c.head_dim)
-        v_SGK = self.linear(x_SD, f"{name}.v_proj", c.qkv_bias).reshape(-1, c.kv_heads, c.head_dim)
+        q_SX = self.linear(x_SD, f"{name}.q_proj", c.qkv_bias)  # X: all heads
+        k_SX = self.linear(x_SD, f"{name}.k_proj", c.qkv_bias)
+        v_SX = self.linear(x_SD, f"{name}.v_proj", c.qkv_bias)
+        if c.qk_norm_whole:
+            q_SX, k_SX = self.norm(q_SX, f"{name}.q_norm"), self.norm(k_SX, f"{name}.k_norm")
+        q_SHK = q_SX.reshape(-1, c.heads, c.head_dim)
+        k_SGK = k_SX.reshape(-1, c.kv_heads, c.head_dim)
+        v_SGK = v_SX.reshape(-1, c.kv_heads, c.head_dim)
         if c.qk_norm:
             q_SHK = self.norm(q_SHK, f"{name}.q_norm")
             k_SGK = self.norm(k_SGK, f"{name}.k_norm")
@@ -78,11 +117,131 @@ class Reference:
             k_SK = rotate(k_SGK[:, g], cos_SJ, sin_SJ)
             scores_SS = q_SK @ k_SK.T / math.sqrt(c.head_dim)
             scores_SS[hidden_SS] = -np.inf
-            out_SHK[:, h] = softmax(scores_SS) @ v_SGK[:, g]
+            if c.sinks:
+                # A key that every query sees, with this score and a value of zero.
+                sink_S1 = np.full((S, 1), self.weights[f"{name}.sinks"][h])
+                weights_SS = softmax(np.concatenate([scores_SS, sink_S1], axis=1))[:, :-1]
+            else:
+                weights_SS = softmax(scores_SS)
+            out_SHK[:, h] = weights_SS @ v_SGK[:, g]
         return self.linear(out_SHK.reshape(S, -1), f"{name}.o_proj", c.o_bias)
 
+    def latent_attention(self, x_SD: np.ndarray, name: str, window: int | None) -> np.ndarray:
+        """Multi-head latent attention of the layer called `name`, with every key and value written
+        out: section 2.1 of DeepSeek-V2, arXiv 2405.04434."""
+        c = self.config
+        mla = c.mla
+        assert mla is not None
+        S = len(x_SD)
+        if mla.q_rank is None:
+            q_SX = self.linear(x_SD, f"{name}.q_proj", False)  # X: all heads
+        else:
+            latent_SX = self.linear(x_SD, f"{name}.q_a_proj", mla.bias)
+            normed_SX = self.norm(latent_SX, f"{name}.q_a_layernorm", mla.norm_eps)
+            q_SX = self.linear(normed_SX, f"{name}.q_b_proj", False)
+        q_SHK = q_SX.reshape(S, c.heads, mla.nope_dim + mla.rope_dim)
+        # One latent per position, from which the keys' parts without position and the values of all
+        # heads are made, and one key that carries the position for all of them.
+        latent_SX = self.linear(x_SD, f"{name}.kv_a_proj_with_mqa", mla.bias)
+        latent_SX, shared_key_SK = np.split(latent_SX, [mla.kv_rank], axis=1)
+        normed_SX = self.norm(latent_SX, f"{name}.kv_a_layernorm", mla.norm_eps)
+        kv_SX = self.linear(normed_SX, f"{name}.kv_b_proj", False)
+        kv_SHX = kv_SX.reshape(S, c.heads, mla.nope_dim + mla.value_dim)
+
+        cos_SJ, sin_SJ = rotation(c.rope, mla.rope_dim, S)
+        turn = rotate_neighbours if mla.interleaved else rotate
+        shared_key_SK = turn(shared_key_SK, cos_SJ, sin_SJ)
+        scale = latent_score_factor(c.rope) / math.sqrt(mla.nope_dim + mla.rope_dim)
+        hidden_SS = ~visible(S, window)
+        out_SHK = np.empty((S, c.heads, mla.value_dim), x_SD.dtype)
+        for h in range(c.heads):
+            nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.nope_dim], axis=1)
+            q_SK = np.concatenate([nope_SK, turn(rope_SK, cos_SJ, sin_SJ)], axis=1)
+            nope_SK, v_SK = np.split(kv_SHX[:, h], [mla.nope_dim], axis=1)
+            k_SK = np.concatenate([nope_SK, shared_key_SK], axis=1)
+            scores_SS = q_SK @ k_SK.T * scale
+            scores_SS[hidden_SS] = -np.inf
+            out_SHK[:, h] = softmax(scores_SS) @ v_SK
+        return self.linear(out_SHK.reshape(S, -1), f"{name}.o_proj", c.o_bias)
+
+    def mixture(self, x_SD: np.ndarray, name: str) -> np.ndarray:
+        """The mixture of experts of the layer called `name`: each token's experts in ascending
+        order, and then the one that every token goes to."""
+        moe = self.config.moe
+        assert moe is not None
+        routing = self.route(x_SD, name)
+        y_SD = np.zeros_like(x_SD)
+        for token in range(len(x_SD)):
+            chosen = zip(routing.experts_SA[token], routing.weights_SA[token], strict=True)
+            for expert, weight in chosen:
+                y_SD[token] += weight * self.expert(x_SD[token], name, expert)
+        if moe.shared_ffn:
+            shared_SD = self.feed_forward(x_SD, f"{name}.{moe.names.shared}")
+            if moe.shared_gate:
+                gate_DX = self.weights[f"{name}.{moe.names.shared_gate}"].T  # (D, 1)
+                shared_SD = sigmoid(x_SD @ gate_DX) * shared_SD
+            y_SD = y_SD + shared_SD
+        return y_SD
+
+    def route(self, x_SD: np.ndarray, name: str) -> Routing:
+        """The experts and weights of each token in the layer called `name`."""
+        moe = self.config.moe
+        assert moe is not None
+        separate, stacked = moe.names.separate, moe.names.stacked
+        router = f"{name}.{stacked.router}"
+        if router not in self.weights and separate is not None:
+            router = f"{name}.{separate.router}"
+        logits_SE = x_SD @ self.weights[router].T
+        if moe.router_bias:
+            logits_SE = logits_SE + self.weights[f"{name}.{stacked.router_bias}"]
+        scores_SE = {"softmax": softmax, "sigmoid": sigmoid}[moe.scoring](logits_SE)
+        chosen_by_SE = scores_SE
+        if moe.selection_bias:
+            chosen_by_SE = scores_SE + self.weights[f"{name}.{moe.names.selection_bias}"]
+        experts_SA, margin_S = choose(chosen_by_SE, moe)
+        weights_SA = np.take_along_axis(scores_SE, experts_SA, axis=1)
+        if moe.normalized:
+            weights_SA = weights_SA / weights_SA.sum(axis=1, keepdims=True)
+        return Routing(experts_SA, weights_SA * moe.scaling, margin_S)
+
+    def expert(self, x_D: np.ndarray, name: str, number: int) -> np.ndarray:
+        """What one expert of the layer called `name` makes of one token."""
+        moe = self.config.moe
+        assert moe is not None
+        gate_FD, up_FD, down_DF = self.expert_weights(name, number)
+        gate_F, up_F = gate_FD @ x_D, up_FD @ x_D
+        stacked = moe.names.stacked
+        if moe.expert_bias:
+            gate_up_X = self.weights[f"{name}.{stacked.gate_up_bias}"][number]  # (2 F,)
+            gate_F, up_F = gate_F + gate_up_X[::2], up_F + gate_up_X[1::2]
+        if moe.alpha is not None and moe.limit is not None:
+            gate_F, up_F = np.minimum(gate_F, moe.limit), np.clip(up_F, -moe.limit, moe.limit)
+            hidden_F = (up_F + 1) * gate_F * sigmoid(moe.alpha * gate_F)
+        else:
+            hidden_F = ACTIVATIONS[self.config.activation](gate_F) * up_F
+        out_D = down_DF @ hidden_F
+        if moe.expert_bias:
+            out_D = out_D + self.weights[f"{name}.{stacked.down_bias}"][number]
+        return out_D
+
+    def expert_weights(self, name: str, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gate (F, D), up (F, D) and down (D, F) of one expert, however they are stored."""
+        assert self.config.moe is not None
+        separate, stacked = self.config.moe.names.separate, self.config.moe.names.stacked
+        if f"{name}.{stacked.gate_up}" in self.weights:
+            gate_up = self.weights[f"{name}.{stacked.gate_up}"][number]
+            down = self.weights[f"{name}.{stacked.down}"][number]
+            if stacked.transposed:
+                return gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T
+            gate_FD, up_FD = np.split(gate_up, 2)
+            return gate_FD, up_FD, down
+        assert separate is not None
+        parts = (separate.gate, separate.up, separate.down)
+        gate_FD, up_FD, down_DF = (self.weights[f"{name}.{part}".format(number)] for part in parts)
+        return gate_FD, up_FD, down_DF
+
     def feed_forward(self, x_SD: np.ndarray, name: str) -> np.ndarray:
-        """The gated feed-forward network of the layer called `name`."""
+        """The gated feed-forward network called `name`."""
         bias = self.config.mlp_bias
         gate_SF = ACTIVATIONS[self.config.activation](self.linear(x_SD, f"{name}.gate_proj", bias))
         up_SF = self.linear(x_SD, f"{name}.up_proj", bias)
@@ -93,10 +252,39 @@ class Reference:
         y = x @ self.weights[f"{name}.weight"].T
         return y + self.weights[f"{name}.bias"] if bias else y
 
-    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        """RMSNorm over the last axis, Zhang and Sennrich 2019, arXiv 1910.07467."""
+    def norm(self, x: np.ndarray, name: str, eps: float | None = None) -> np.ndarray:
+        """RMSNorm over the last axis, Zhang and Sennrich 2019, arXiv 1910.07467; `eps` is the
+        model's unless given."""
+        eps = self.config.norm_eps if eps is None else eps
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(mean_square + self.config.norm_eps) * self.weights[f"{name}.weight"]
+        return x / np.sqrt(mean_square + eps) * self.weights[f"{name}.weight"]
+
+
+def choose(scores_SE: np.ndarray, moe: Moe) -> tuple[np.ndarray, np.ndarray]:
+    """The experts (S, A) of each token, ascending, and the margin (S,) of the choice: the best
+    `moe.kept_groups` groups, and in them the best `moe.top_k` experts, the lower number among
+    equals."""
+    S = len(scores_SE)
+    margin_S = np.full(S, np.inf)
+    if moe.kept_groups < moe.groups:
+        members = scores_SE.reshape(S, moe.groups, -1)
+        best = np.sort(members, axis=2)
+        group_scores = best[:, :, -1] if moe.group_score == "max" else best[:, :, -2:].sum(axis=2)
+        kept, margin_S = top(group_scores, moe.kept_groups)
+        excluded = np.ones((S, moe.groups), bool)
+        np.put_along_axis(excluded, kept, False, axis=1)
+        scores_SE = np.where(excluded[:, :, None], -np.inf, members).reshape(S, -1)
+    experts_SA, margin_of_experts_S = top(scores_SE, moe.top_k)
+    return experts_SA, np.minimum(margin_S, margin_of_experts_S)
+
+
+def top(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of the `count` greatest scores of each row, ascending, and by how much the least
+    of them exceeds the greatest of the others."""
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=1)
+    others = np.full(len(scores), -np.inf) if count == scores.shape[1] else ranked[:, count]
+    return np.sort(order[:, :count], axis=1), ranked[:, count - 1] - others
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -110,6 +298,12 @@ def visible(length: int, window: int | None) -> np.ndarray:
     `window`."""
     back = np.arange(length)[:, None] - np.arange(length)  # how far key j lies before query i
     return (back >= 0) & (back < (length if window is None else window))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf is right: the quotient is 0
+        return 1 / (1 + np.exp(-x))
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -137,6 +331,13 @@ def rotate(x_SK: np.ndarray, cos_SJ: np.ndarray, sin_SJ: np.ndarray) -> np.ndarr
     a_SJ, b_SJ = np.split(x_SK, 2, axis=-1)
     turned = np.concatenate([a_SJ * cos_SJ - b_SJ * sin_SJ, b_SJ * cos_SJ + a_SJ * sin_SJ], axis=-1)
     return turned.astype(x_SK.dtype)
+
+
+def rotate_neighbours(x_SK: np.ndarray, cos_SJ: np.ndarray, sin_SJ: np.ndarray) -> np.ndarray:
+    """As `rotate`, where pair j is elements 2 j and 2 j + 1."""
+    a_SJ, b_SJ = x_SK[:, ::2], x_SK[:, 1::2]
+    turned_SJ2 = np.stack([a_SJ * cos_SJ - b_SJ * sin_SJ, b_SJ * cos_SJ + a_SJ * sin_SJ], axis=-1)
+    return turned_SJ2.reshape(x_SK.shape).astype(x_SK.dtype)
 
 
 def rotation(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,12 +396,21 @@ def yarn_ramp(rope: Rope, head_dim: int) -> np.ndarray:
 def yarn_attention_factor(rope: Rope) -> float:
     """What cosine and sine are multiplied by, so that attention stays as sharp as it was trained:
     as the configuration says, or section 3.4 of the same paper."""
-
-    def grown(mscale: float) -> float:
-        return 0.1 * mscale * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return grown(rope.mscale) / grown(rope.mscale_all_dim)
-    return grown(1.0)
+        return yarn_growth(rope, rope.mscale) / yarn_growth(rope, rope.mscale_all_dim)
+    return yarn_growth(rope, 1.0)
+
+
+def latent_score_factor(rope: Rope) -> float:
+    """What the scores of latent attention are multiplied by beside the usual scale: once for the
+    queries and once for the keys, of which rope, and so yarn's factor, reaches only a part."""
+    if rope.kind == "yarn" and rope.mscale_all_dim:
+        return yarn_growth(rope, rope.mscale_all_dim) ** 2
+    return 1.0
+
+
+def yarn_growth(rope: Rope, mscale: float) -> float:
+    """How much sharper attention becomes by stretching, in yarn's rule with weight `mscale`."""
+    return 0.1 * mscale * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0

@@ -6,7 +6,8 @@
 Needs torch and transformers (the `dev` extra). For each variant and prompt P it stores, in float32:
 ids_P (S,), logits_P (S, V) at every position, hidden_P (layers + 1, S, D): the residual stream
 entering each layer and after the final norm, and greedy_P: the continuation, recomputed without a
-cache, so that the rope types that depend on the length are well defined.
+cache, so that the rope types that depend on the length are well defined. For a mixture of experts
+also experts_P (mixtures, S, A), ascending, and weights_P, as the router of each chose them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,27 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny_models import VARIANTS, tiny_prompts, write_checkpoint  # noqa: E402
+from tiny_models import (  # noqa: E402
+    MOE_VARIANTS,
+    VARIANTS,
+    stacked_weights,
+    tiny_config,
+    tiny_prompts,
+    tiny_weights,
+    write_checkpoint,
+)
+
+from mpishard.reference import Reference  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 CONTINUATION = 8
 LEAST_MARGIN = 2e-3  # of the logits' standard deviation, ten times the tolerance of the tests
+LEAST_ROUTER_MARGIN = 2e-4  # of the scores, a hundred times what rounding does to them
 
 
 def main() -> None:
@@ -35,27 +48,33 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     GOLDEN.mkdir(exist_ok=True)
-    for variant in sys.argv[1:] or VARIANTS:
+    for variant in sys.argv[1:] or VARIANTS | MOE_VARIANTS:
         arrays = golden(variant)
         np.savez_compressed(GOLDEN / f"{variant}.npz", **arrays)
         print(f"{variant}: least margin {arrays['margin']:.4f} of the logits' standard deviation")
     if not sys.argv[1:]:
         for file in GOLDEN.glob("*.npz"):
-            if file.stem not in VARIANTS:
+            if file.stem not in VARIANTS | MOE_VARIANTS:
                 file.unlink()
 
 
 def golden(variant: str) -> dict[str, Any]:
     """The arrays of one file; raises SystemExit if two tokens are too close to tell apart."""
     arrays: dict[str, Any] = {"transformers": np.array(transformers.__version__)}
-    margins = []
+    margins, sequences = [], []
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(variant, directory)
+        if variant in MOE_VARIANTS:
+            check_stacked(variant, directory)
         for p, ids in enumerate(tiny_prompts(variant)):
             # Afresh for each prompt, because dynamic rope remembers the longest sequence it saw.
             model = load(directory)
+            routed = watch_routers(model)
             logits, hidden = forward(model, ids)
             arrays |= {f"ids_{p}": np.array(ids), f"logits_{p}": logits, f"hidden_{p}": hidden}
+            if routed:
+                arrays[f"experts_{p}"] = np.stack([experts for experts, _ in routed])
+                arrays[f"weights_{p}"] = np.stack([weights for _, weights in routed])
             sequence = list(ids)
             for _ in range(CONTINUATION):
                 logits, _ = forward(model, sequence)
@@ -63,16 +82,62 @@ def golden(variant: str) -> dict[str, Any]:
                 margins.append((first - second) / logits.std())
                 sequence.append(int(logits[-1].argmax()))
             arrays[f"greedy_{p}"] = np.array(sequence[len(ids) :])
+            sequences.append(sequence)
     arrays["margin"] = np.array(min(margins))
     if min(margins) < LEAST_MARGIN:
         raise SystemExit(f"{variant}: two tokens are {min(margins):.1e} apart: take another seed")
+    if router_margin(variant, sequences) < LEAST_ROUTER_MARGIN:
+        raise SystemExit(f"{variant}: a router comes to a near-tie: take another seed")
     return arrays
+
+
+def check_stacked(variant: str, directory: str) -> None:
+    """Raise SystemExit unless transformers stacks the experts as `stacked_weights` does."""
+    with tempfile.TemporaryDirectory() as other:
+        load(directory).save_pretrained(other, save_original_format=False)
+        theirs, ours = load_file(f"{other}/model.safetensors"), stacked_weights(variant)
+    if theirs.keys() != ours.keys():
+        raise SystemExit(f"{variant}: transformers has {sorted(theirs.keys() ^ ours.keys())}")
+    differing = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+    if differing:
+        raise SystemExit(f"{variant}: transformers has other values in {differing}")
+
+
+def watch_routers(model: transformers.PreTrainedModel) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A list to which the first forward pass of `model` adds the experts and weights (S, A) of each
+    mixture, experts ascending."""
+    routed: list[tuple[np.ndarray, np.ndarray]] = []
+    handles: list[Any] = []
+
+    def note(router: torch.nn.Module, arguments: Any, output: tuple[torch.Tensor, ...]) -> None:
+        _, weights, experts = output
+        order = experts.argsort(dim=-1)
+        routed.append((experts.gather(-1, order).numpy(), weights.gather(-1, order).numpy()))
+        handles.pop(0).remove()
+
+    for module in model.modules():
+        if type(module).__name__.lower().endswith("topkrouter"):
+            handles.append(module.register_forward_hook(note))
+    return routed
+
+
+def router_margin(variant: str, sequences: list[list[int]]) -> float:
+    """The least margin of any choice of experts. It only decides about the seed, so that our own
+    oracle may say it."""
+    model = Reference(tiny_config(variant), tiny_weights(variant))
+    found = [model.routings(sequence) for sequence in sequences]
+    margins = [routing.margin_S.min() for routings in found for routing in routings.values()]
+    return min(margins, default=np.inf)
 
 
 def load(directory: str) -> transformers.PreTrainedModel:
     """The model, which must have found each of its weights in the checkpoint and left none."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     wrong = {what: names for what, names in report.items() if names}
     if wrong:

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from mpishard.description.config import ModelConfig
-from mpishard.description.partition import Weight, weight_table
+from mpishard.description.config import Mla, ModelConfig
+from mpishard.description.partition import weight_table
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PROMPT_LENGTHS = (11, 21)
@@ -54,6 +54,21 @@ def _mistral(*sizes: Any, **fields: Any) -> dict:
 
 def _qwen2(*sizes: Any, **fields: Any) -> dict:
     return _llama(*sizes, **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"} | fields)
+
+
+def _mixture(family: str, *sizes: Any, **fields: Any) -> dict:
+    """The same for a mixture of experts; F is the width of the dense layers, if there are any."""
+    architectures = {
+        "mixtral": "MixtralForCausalLM",
+        "qwen2_moe": "Qwen2MoeForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "olmoe": "OlmoeForCausalLM",
+        "gpt_oss": "GptOssForCausalLM",
+        "deepseek_v2": "DeepseekV2ForCausalLM",
+        "deepseek_v3": "DeepseekV3ForCausalLM",
+    }
+    named = {"architectures": [architectures[family]], "model_type": family}
+    return _llama(*sizes, **named | fields)
 
 
 def _qwen3(*sizes: Any, **fields: Any) -> dict:
@@ -198,8 +213,230 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3-bias": _qwen3(8, 1, 39, 71, 99, head_dim=10, attention_bias=True),
 }
 
+# Mixtures of experts. Their numbers, the number that a token goes to and the width of one differ
+# too, and few divide.
+MOE_VARIANTS: dict[str, dict[str, Any]] = {
+    "mixtral-full": _mixture(
+        *("mixtral", 8, 4, 32, 19, 61),
+        head_dim=None,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        rope_theta=300.0,
+        router_jitter_noise=0.0,
+    ),
+    "mixtral-window": _mixture(
+        *("mixtral", 6, 3, 34, 21, 67),
+        head_dim=10,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=6,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 200.0},
+    ),
+    "qwen2_moe-shared": _mixture(
+        *("qwen2_moe", 8, 4, 48, 33, 63),
+        num_experts=7,
+        num_experts_per_tok=3,
+        moe_intermediate_size=17,
+        shared_expert_intermediate_size=23,
+        norm_topk_prob=False,
+        use_sliding_window=False,
+        rope_theta=300.0,
+    ),
+    "qwen2_moe-mixed": _mixture(
+        *("qwen2_moe", 4, 2, 36, 35, 65),
+        num_hidden_layers=4,
+        head_dim=10,
+        qkv_bias=False,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=15,
+        shared_expert_intermediate_size=27,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[2, 3],
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+        rope_parameters={"rope_type": "linear", "rope_theta": 200.0, "factor": 3.0},
+    ),
+    "qwen3_moe-plain": _mixture(
+        *("qwen3_moe", 6, 2, 31, 37, 69),
+        head_dim=8,
+        num_experts=9,
+        num_experts_per_tok=4,
+        moe_intermediate_size=13,
+        norm_topk_prob=False,
+        attention_bias=True,
+        rope_theta=300.0,
+    ),
+    "qwen3_moe-normed": _mixture(
+        *("qwen3_moe", 8, 4, 33, 39, 71),
+        num_hidden_layers=3,
+        head_dim=6,
+        num_local_experts=8,  # as transformers 5 spells it
+        num_experts_per_tok=3,
+        moe_intermediate_size=11,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=7,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    "olmoe-plain": _mixture(
+        *("olmoe", 6, 3, 48, 16, 73),
+        num_experts=10,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        clip_qkv=None,
+        rope_theta=300.0,
+    ),
+    "olmoe-normed": _mixture(
+        *("olmoe", 4, _ABSENT, 40, 22, 75),
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    # Limits so low that they cut off what the tiny experts compute.
+    "gpt_oss-yarn": _mixture(
+        *("gpt_oss", 8, 4, 35, 18, 77),
+        num_hidden_layers=3,
+        head_dim=10,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        experts_per_token=2,
+        sliding_window=5,
+        swiglu_limit=0.8,
+        rope_theta=7.0,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 1.0,
+            "beta_slow": 0.25,
+            "truncate": False,
+        },
+    ),
+    "gpt_oss-plain": _mixture(
+        *("gpt_oss", 6, 2, 37, 14, 79),
+        head_dim=8,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        attention_bias=False,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+        swiglu_alpha=1.1,
+        swiglu_limit=0.6,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    "deepseek_v2-lite": _mixture(
+        *("deepseek_v2", 4, 4, 40, 29, 81),
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=13,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        q_lora_rank=None,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=10,
+        v_head_dim=9,
+        rope_theta=5.0,
+        rope_scaling={
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 1.0,
+            "beta_slow": 0.25,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    ),
+    "deepseek_v2-full": _mixture(
+        *("deepseek_v2", 6, 6, 42, 31, 83),
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        moe_intermediate_size=15,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,  # without effect
+        routed_scaling_factor=1.6,
+        attention_bias=True,
+        mlp_bias=True,
+        q_lora_rank=14,
+        kv_lora_rank=10,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    "deepseek_v3-groups": _mixture(
+        *("deepseek_v3", 8, 8, 48, 33, 85),
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=12,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        moe_intermediate_size=11,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=10,
+        v_head_dim=8,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 5.0,
+            "factor": 3.0,
+            "original_max_position_embeddings": 18,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+    ),
+    "deepseek_v3-plain": _mixture(
+        *("deepseek_v3", 6, 6, 36, 35, 87),
+        first_k_dense_replace=0,
+        n_routed_experts=7,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        q_lora_rank=None,
+        kv_lora_rank=13,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=6,
+        v_head_dim=11,
+        rope_interleave=False,
+        rope_theta=100.0,
+    ),
+}
 
-# 0 but where a greedy continuation would repeat itself or come to a near-tie.
+
+# 0 but where a greedy continuation would repeat itself or come to a near-tie, or
+# a router would.
 _SEEDS = {
     "llama-gqa": 5,
     "llama-uneven": 17,
@@ -218,42 +455,194 @@ _SEEDS = {
     "qwen3-tied": 3,
     "qwen3-mixed": 1,
     "qwen3-bias": 1,
+    "mixtral-full": 13,
+    "mixtral-window": 12,
+    "qwen2_moe-shared": 3,
+    "qwen2_moe-mixed": 1,
+    "qwen3_moe-plain": 8,
+    "qwen3_moe-normed": 43,
+    "olmoe-plain": 33,
+    "gpt_oss-yarn": 5,
+    "gpt_oss-plain": 8,
+    "deepseek_v2-lite": 1,
+    "deepseek_v3-plain": 7,
 }
 
 
 def tiny_config(variant: str) -> ModelConfig:
     """The configuration of `variant`."""
-    return ModelConfig.from_json(VARIANTS[variant], None, f"{variant}/config.json")
+    return ModelConfig.from_json(raw_config(variant), None, f"{variant}/config.json")
+
+
+def raw_config(variant: str) -> dict[str, Any]:
+    """The ``config.json`` of `variant`."""
+    return VARIANTS[variant] if variant in VARIANTS else MOE_VARIANTS[variant]
 
 
 def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Every weight of `variant`, by its Hugging Face name, in `dtype`."""
     random = np.random.RandomState(_SEEDS.get(variant, 0))
+    config = tiny_config(variant)
+    if config.moe is None:
+        return {
+            weight.name: _draw(random, weight.field, weight.shape).astype(dtype)
+            for weight in weight_table(config)
+        }
+    wide = ("e_score_correction_bias",)  # as in every checkpoint
     return {
-        weight.name: _draw(random, weight).astype(dtype)
-        for weight in weight_table(tiny_config(variant))
+        name: _draw(random, name, shape).astype(np.float32 if name.endswith(wide) else dtype)
+        for name, shape in _moe_shapes(config).items()
     }
+
+
+def stacked_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """The same, with the experts stored together."""
+    config, weights = tiny_config(variant), tiny_weights(variant, dtype)
+    assert config.moe is not None
+    separate, stacked = config.moe.names.separate, config.moe.names.stacked
+    if separate is None:
+        return weights
+    for layer in np.flatnonzero(config.moe.layers):
+        name = f"model.layers.{layer}."
+        parts = {
+            part: [
+                weights.pop(name + getattr(separate, part).format(expert))
+                for expert in range(config.moe.experts)
+            ]
+            for part in ("gate", "up", "down")
+        }
+        weights[name + stacked.gate_up] = np.concatenate(
+            [np.stack(parts["gate"]), np.stack(parts["up"])], axis=1
+        )
+        weights[name + stacked.down] = np.stack(parts["down"])
+        weights[name + stacked.router] = weights.pop(name + separate.router)
+    return weights
+
+
+def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight of a mixture of experts, one by one where the family
+    stores them so."""
+    D, V = config.hidden, config.vocab
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for layer in range(config.layers):
+        of_layer = _attention_shapes(config) | {
+            "input_layernorm.weight": (D,),
+            "post_attention_layernorm.weight": (D,),
+        }
+        of_layer |= _experts_shapes(config, layer)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    shapes["model.norm.weight"] = (D,)
+    if not config.tied:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    if config.mla is not None:
+        return _latent_shapes(config, config.mla)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, rows in (("q", q), ("k", kv), ("v", kv)):
+        shapes[f"{part}_proj.weight"] = (rows, D)
+        if config.qkv_bias:
+            shapes[f"{part}_proj.bias"] = (rows,)
+    shapes["o_proj.weight"] = (D, q)
+    if config.o_bias:
+        shapes["o_proj.bias"] = (D,)
+    if config.qk_norm:
+        shapes |= {f"{part}_norm.weight": (config.head_dim,) for part in "qk"}
+    if config.qk_norm_whole:
+        shapes |= {"q_norm.weight": (q,), "k_norm.weight": (kv,)}
+    if config.sinks:
+        shapes["sinks"] = (config.heads,)
+    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _latent_shapes(config: ModelConfig, mla: Mla) -> dict[str, tuple[int, ...]]:
+    D, H, query = config.hidden, config.heads, config.heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if mla.q_rank is None:
+        shapes["q_proj.weight"] = (query, D)
+    else:
+        shapes["q_a_proj.weight"] = (mla.q_rank, D)
+        if mla.bias:
+            shapes["q_a_proj.bias"] = (mla.q_rank,)
+        shapes["q_a_layernorm.weight"] = (mla.q_rank,)
+        shapes["q_b_proj.weight"] = (query, mla.q_rank)
+    shapes["kv_a_proj_with_mqa.weight"] = (mla.kv_rank + mla.rope_dim, D)
+    if mla.bias:
+        shapes["kv_a_proj_with_mqa.bias"] = (mla.kv_rank + mla.rope_dim,)
+    shapes["kv_a_layernorm.weight"] = (mla.kv_rank,)
+    shapes["kv_b_proj.weight"] = (H * (mla.nope_dim + mla.value_dim), mla.kv_rank)
+    shapes["o_proj.weight"] = (D, H * mla.value_dim)
+    if config.o_bias:
+        shapes["o_proj.bias"] = (D,)
+    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    moe, D = config.moe, config.hidden
+    assert moe is not None
+    if not moe.layers[layer]:
+        return _gated_shapes("mlp", config.ffn, D, config.mlp_bias)
+    separate, E, F = moe.names.separate, moe.experts, moe.ffn
+    if separate is None:
+        return {
+            "mlp.router.weight": (E, D),
+            "mlp.router.bias": (E,),
+            "mlp.experts.gate_up_proj": (E, D, 2 * F),
+            "mlp.experts.gate_up_proj_bias": (E, 2 * F),
+            "mlp.experts.down_proj": (E, F, D),
+            "mlp.experts.down_proj_bias": (E, D),
+        }
+    shapes: dict[str, tuple[int, ...]] = {separate.router: (E, D)}
+    if moe.names.selection_bias:
+        shapes[moe.names.selection_bias] = (E,)
+    for expert in range(E):
+        shapes |= {
+            separate.gate.format(expert): (F, D),
+            separate.up.format(expert): (F, D),
+            separate.down.format(expert): (D, F),
+        }
+    if moe.shared_ffn:
+        shapes |= _gated_shapes(moe.names.shared, moe.shared_ffn, D, config.mlp_bias)
+    if moe.names.shared_gate:
+        shapes[moe.names.shared_gate] = (1, D)
+    return shapes
+
+
+def _gated_shapes(name: str | None, F: int, D: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+        shapes[f"{name}.{part}_proj.weight"] = shape
+        if bias:
+            shapes[f"{name}.{part}_proj.bias"] = shape[:1]
+    return shapes
 
 
 def tiny_prompts(variant: str) -> list[list[int]]:
     """Prompts of different lengths for `variant`."""
     random = np.random.RandomState(1000 + _SEEDS.get(variant, 0))
-    vocab = VARIANTS[variant]["vocab_size"]
+    vocab = raw_config(variant)["vocab_size"]
     return [random.randint(0, vocab, length).tolist() for length in PROMPT_LENGTHS]
 
 
 def write_checkpoint(
-    variant: str, directory: str | Path, dtype: str = "float32", shards: int = 1
+    variant: str,
+    directory: str | Path,
+    dtype: str = "float32",
+    shards: int = 1,
+    stacked: bool = False,
 ) -> Path:
     """`directory`, after writing `variant` into it as Hugging Face does, the weights as `dtype` in
-    one file or in `shards` files with an index."""
+    one file or in `shards` files with an index, experts one by one or `stacked`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = VARIANTS[variant]
+    config = raw_config(variant)
     spelling = "dtype" if "rope_parameters" in config else "torch_dtype"
     (directory / "config.json").write_text(json.dumps(config | {spelling: dtype}, indent=2))
 
-    weights = tiny_weights(variant, DTYPES[dtype])
+    weights = (stacked_weights if stacked else tiny_weights)(variant, DTYPES[dtype])
     if shards == 1:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
@@ -271,9 +660,12 @@ def write_checkpoint(
     return directory
 
 
-def _draw(random: np.random.RandomState, weight: Weight) -> np.ndarray:
+def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Norms within a third of 1, biases and matrices of a standard deviation of 0.2, all exact in
-    8 significant bits."""
-    if "norm" in weight.field:
-        return 1 + random.randint(-42, 43, weight.shape) / 128
-    return random.randint(-89, 90, weight.shape) / 256
+    8 significant bits. The bias that experts are selected by is lowered, so that most scores are
+    below zero and those of the groups left out must be put below them."""
+    if name.endswith("e_score_correction_bias"):
+        return random.randint(-89, 90, shape) / 256 - 1
+    if "norm" in name:
+        return 1 + random.randint(-42, 43, shape) / 128
+    return random.randint(-89, 90, shape) / 256

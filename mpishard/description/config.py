@@ -40,16 +40,106 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Separate:
+    """The tensors of a mixture whose experts are stored one by one, as most checkpoints have them.
+    Each name follows ``model.layers.N.``, and ``{}`` stands for the number of the expert."""
+
+    router: str = "mlp.gate.weight"  # (E, D)
+    gate: str = "mlp.experts.{}.gate_proj.weight"  # (F, D)
+    up: str = "mlp.experts.{}.up_proj.weight"  # (F, D)
+    down: str = "mlp.experts.{}.down_proj.weight"  # (D, F)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The tensors of a mixture whose experts are stored together. Each name follows
+    ``model.layers.N.``; a bias that the family does not have is None."""
+
+    router: str = "mlp.gate.weight"  # (E, D)
+    gate_up: str = "mlp.experts.gate_up_proj"  # (E, 2 F, D): the rows of gate, then those of up
+    down: str = "mlp.experts.down_proj"  # (E, D, F)
+    router_bias: str | None = None  # (E,)
+    gate_up_bias: str | None = None  # (E, 2 F), laid out as gate_up
+    down_bias: str | None = None  # (E, D)
+    # Then gate_up is (E, D, 2 F), the columns of gate and up taking turns, and down (E, F, D).
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a family calls the tensors of a mixture, in each of the ways in which it stores them,
+    of which a checkpoint uses one; the rest, None where the family has no such thing, is called
+    the same in both. Names follow ``model.layers.N.``."""
+
+    separate: Separate | None = Separate()
+    stacked: Stacked = Stacked()
+    selection_bias: str | None = None  # (E,), float32 whatever the other weights are
+    shared: str | None = None  # then .gate_proj.weight (F, D), and so on, as a dense layer's mlp
+    shared_gate: str | None = None  # (1, D)
+
+
+@dataclass(frozen=True)
+class Moe:
+    """The mixture of experts that takes the place of the feed-forward network in some layers.
+
+    The router scores every expert, `top_k` of them are chosen, and their outputs are summed with
+    weights: the scores of the chosen, divided by their sum if `normalized`, times `scaling`. A
+    softmax over the chosen alone, as gpt_oss has it, is a softmax over all, normalized.
+    """
+
+    experts: int  # E
+    top_k: int  # A, the experts that each token goes to
+    ffn: int  # F of one expert
+    layers: tuple[bool, ...]  # whether each layer has experts; the others are dense
+    scoring: str  # "softmax" over all experts, or "sigmoid" of each
+    normalized: bool
+    names: ExpertNames
+    scaling: float = 1.0
+    selection_bias: bool = False  # added to the scores for choosing, not for weighting
+    groups: int = 1  # neighbouring experts form so many groups of one size …
+    kept_groups: int = 1  # … and only those in so many, the best, can be chosen
+    group_score: str = "max"  # of a group: "max" of its scores, or the "top-2 sum"
+    shared_ffn: int = 0  # F of the expert to which every token goes as well; 0: there is none
+    shared_gate: bool = False  # its output is multiplied by the sigmoid of a product with x
+    router_bias: bool = False
+    expert_bias: bool = False  # on all three projections of an expert
+    # The clamped activation, (up + 1) gate sigmoid(alpha gate), where gate is cut off above limit
+    # and up beyond ±limit; None: the model's activation(gate) up.
+    alpha: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention, DeepSeek-V2, arXiv 2405.04434: all heads' keys and values are
+    projections of one latent vector per position, beside which only one rotated key is kept.
+
+    A query or key is `nope_dim` elements without position and then `rope_dim` rotated ones. Where
+    yarn has an mscale_all_dim, the scores are also multiplied by the square of
+    0.1 mscale_all_dim ln(factor) + 1.
+    """
+
+    q_rank: int | None  # width of the queries' latent; None: queries are projected directly
+    kv_rank: int  # width of the latent that keys and values share
+    nope_dim: int
+    rope_dim: int
+    value_dim: int  # width of a head's value
+    bias: bool  # on the projections to the latents
+    interleaved: bool  # rope turns neighbours, not an element of each half
+    norm_eps: float = 1e-6  # of the norms of the latents, whatever the model's is
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything about a decoder that its mathematics depends on."""
 
-    family: str  # "llama", "mistral", "qwen2" or "qwen3"
+    family: str  # "llama", "mistral", … as model_type has it
     hidden: int  # D
     layers: int
     heads: int  # H
     kv_heads: int  # G
-    head_dim: int  # K
-    ffn: int  # F
+    head_dim: int  # K, of queries and keys
+    ffn: int  # F, of dense layers
     vocab: int  # V
     norm_eps: float
     activation: str  # "silu", "gelu_pytorch_tanh" or "relu"
@@ -63,6 +153,10 @@ class ModelConfig:
     max_positions: int  # positions usable with the rope's scaling
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    qk_norm_whole: bool = False  # RMSNorm over all heads of q and of k together
+    sinks: bool = False  # a logit per head that takes part in the softmax and has no value
+    moe: Moe | None = None
+    mla: Mla | None = None
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -85,23 +179,25 @@ class ModelConfig:
         hidden = fields.integer("hidden_size")
         layers = fields.integer("num_hidden_layers")
         heads = fields.integer("num_attention_heads")
-        head_dim = _head_dim(fields, family, hidden, heads)
-        qkv_bias = _bias(fields, "attention_bias", family.qkv_bias)
-        rope, max_positions = _rope(fields, family, head_dim)
+        rope_dim = _rope_dim(fields, family, hidden, heads)
+        rope, max_positions = _rope(fields, family, rope_dim)
+        mla = _mla(fields, family) if family.latent else None
+        _refuse_quantized(fields, family)
+        bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
         config = cls(
             family=family.name,
             hidden=hidden,
             layers=layers,
             heads=heads,
             kv_heads=_kv_heads(fields, family, heads),
-            head_dim=head_dim,
+            head_dim=mla.nope_dim + mla.rope_dim if mla else rope_dim,
             ffn=fields.integer("intermediate_size"),
             vocab=fields.integer("vocab_size"),
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
-            activation=_activation(fields),
+            norm_eps=fields.number("rms_norm_eps", family.norm_eps),
+            activation=_activation(fields, family),
             tied=fields.flag("tie_word_embeddings", False),
-            qkv_bias=qkv_bias,
-            o_bias=qkv_bias and family.o_bias,
+            qkv_bias=bias and not mla,
+            o_bias=bias and family.o_bias,
             mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias),
             qk_norm=family.qk_norm,
             rope=rope,
@@ -109,10 +205,43 @@ class ModelConfig:
             max_positions=max_positions,
             eos_ids=_eos_ids(fields, generation, family),
             bos_id=_bos_id(fields, generation, family),
+            qk_norm_whole=family.qk_norm_whole,
+            sinks=family.sinks,
+            moe=_moe(fields, family.mixture, layers) if family.mixture else None,
+            mla=mla,
             raw=raw,
         )
-        fields.refuse_the_others(family.name)
+        fields.refuse_the_others(family.name, family.ignored)
         return config
+
+
+_DEFAULT_THETA = 10000.0
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+_DEFAULT_Q_RANK = 1536
+_DEFAULT_ALPHA = 1.702
+_DEFAULT_LIMIT = 7.0
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """How a family's file describes its mixture of experts, and what it need not say."""
+
+    ffn: str  # the field with the width of an expert
+    names: ExpertNames = ExpertNames()
+    dense: str = "never"  # which layers are: "never", "by step" or "the first"
+    first_dense: int = 0
+    scoring: str = "softmax"
+    normalized: bool | None = None  # None: for norm_topk_prob to choose
+    normalized_default: bool = False
+    shared: str | None = (
+        None  # the field with the shared expert's width, or with how many there are
+    )
+    shared_count: int = 0  # default where it is how many, which make one of their widths together
+    choice: str = "top k"  # or as topk_method says, "greedy" unless it does, or "noaux_tc"
+    scaling: float | None = None  # the default of routed_scaling_factor; None: there is no such
+    biases: bool = False  # on the router and the experts
+    clamped: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,12 +254,29 @@ class _Family:
     o_bias: bool  # whether o has a bias where q, k and v have one
     mlp_bias: bool | None
     qk_norm: bool
-    sliding: str  # "never", "everywhere" or "by layer"
+    # "never", "everywhere", "everywhere by a switch", "from a layer", "alternating", beginning with
+    # the first layer, or "alternating before a layer".
+    sliding: str
     max_positions: int
     kv_heads: int | None  # None: as many as query heads
     head_dim: int | None  # None: hidden / heads
     bos_id: int | None
     eos_id: int | None
+    norm_eps: float = 1e-6
+    theta: float = _DEFAULT_THETA
+    rope: dict[str, Any] = field(default_factory=dict)  # as rope_scaling, where there is none
+    window: int | None = _DEFAULT_WINDOW
+    qkv_bias_field: str = "attention_bias"
+    qkv_bias_default: bool = False
+    qk_norm_whole: bool = False
+    sinks: bool = False
+    latent: bool = (
+        False  # attention is Mla, and attention_bias means its latents' projections and o
+    )
+    latent_pairs: bool | None = None  # whether rope is interleaved; None: for rope_interleave
+    mixture: _Mixture | None = None
+    quantization: str | None = None  # the quant_method that its weights may have
+    ignored: frozenset[str] = frozenset()  # fields without effect in this family alone
 
 
 _FAMILIES = {
@@ -166,7 +312,7 @@ _FAMILIES = {
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
-        sliding="by layer",
+        sliding="from a layer",
         max_positions=32768,
         kv_heads=32,
         head_dim=None,
@@ -179,18 +325,202 @@ _FAMILIES = {
         o_bias=True,
         mlp_bias=False,
         qk_norm=True,
-        sliding="by layer",
+        sliding="from a layer",
         max_positions=32768,
         kv_heads=32,
         head_dim=128,
         bos_id=None,
         eos_id=None,
     ),
+    "MixtralForCausalLM": _Family(
+        name="mixtral",
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding="everywhere",
+        max_positions=131072,
+        kv_heads=8,
+        head_dim=None,
+        bos_id=1,
+        eos_id=2,
+        norm_eps=1e-5,
+        theta=1e6,
+        window=None,
+        mixture=_Mixture(
+            ffn="intermediate_size",
+            normalized=True,
+            names=ExpertNames(
+                separate=Separate(
+                    router="block_sparse_moe.gate.weight",
+                    gate="block_sparse_moe.experts.{}.w1.weight",
+                    up="block_sparse_moe.experts.{}.w3.weight",
+                    down="block_sparse_moe.experts.{}.w2.weight",
+                )
+            ),
+        ),
+    ),
+    "Qwen2MoeForCausalLM": _Family(
+        name="qwen2_moe",
+        qkv_bias=None,
+        qkv_bias_field="qkv_bias",
+        qkv_bias_default=True,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding="alternating before a layer",
+        max_positions=32768,
+        kv_heads=16,
+        head_dim=None,
+        bos_id=None,
+        eos_id=None,
+        mixture=_Mixture(
+            ffn="moe_intermediate_size",
+            dense="by step",
+            shared="shared_expert_intermediate_size",
+            names=ExpertNames(
+                shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate.weight"
+            ),
+        ),
+    ),
+    "Qwen3MoeForCausalLM": _Family(
+        name="qwen3_moe",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=False,
+        qk_norm=True,
+        sliding="everywhere by a switch",
+        max_positions=32768,
+        kv_heads=4,
+        head_dim=None,
+        bos_id=None,
+        eos_id=None,
+        mixture=_Mixture(ffn="moe_intermediate_size", dense="by step"),
+    ),
+    "OlmoeForCausalLM": _Family(
+        name="olmoe",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=False,
+        qk_norm=False,
+        qk_norm_whole=True,
+        sliding="never",
+        max_positions=4096,
+        kv_heads=None,
+        head_dim=None,
+        bos_id=None,
+        eos_id=50279,
+        norm_eps=1e-5,
+        mixture=_Mixture(ffn="intermediate_size"),
+    ),
+    "GptOssForCausalLM": _Family(
+        name="gpt_oss",
+        qkv_bias=None,
+        qkv_bias_default=True,
+        o_bias=True,
+        mlp_bias=False,
+        qk_norm=False,
+        sinks=True,
+        sliding="alternating",
+        max_positions=131072,
+        kv_heads=8,
+        head_dim=64,
+        bos_id=None,
+        eos_id=None,
+        norm_eps=1e-5,
+        theta=150000.0,
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        window=128,
+        mixture=_Mixture(
+            ffn="intermediate_size",
+            normalized=True,
+            biases=True,
+            clamped=True,
+            names=ExpertNames(
+                separate=None,
+                stacked=Stacked(
+                    router="mlp.router.weight",
+                    router_bias="mlp.router.bias",
+                    gate_up_bias="mlp.experts.gate_up_proj_bias",
+                    down_bias="mlp.experts.down_proj_bias",
+                    transposed=True,
+                ),
+            ),
+        ),
+        quantization="mxfp4",
+        ignored=frozenset({"initial_context_length"}),
+    ),
+    "DeepseekV2ForCausalLM": _Family(
+        name="deepseek_v2",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=None,
+        qk_norm=False,
+        sliding="never",
+        max_positions=2048,
+        kv_heads=None,
+        head_dim=None,
+        bos_id=1,
+        eos_id=2,
+        latent=True,
+        latent_pairs=True,
+        mixture=_Mixture(
+            ffn="moe_intermediate_size",
+            dense="the first",
+            normalized=False,
+            choice="topk_method",
+            scaling=1.0,
+            shared="n_shared_experts",
+            shared_count=2,
+            names=ExpertNames(shared="mlp.shared_experts"),
+        ),
+        # transformers, too, computes the same whatever norm_topk_prob says, and has this code.
+        ignored=frozenset({"norm_topk_prob", "auto_map"}),
+    ),
+    "DeepseekV3ForCausalLM": _Family(
+        name="deepseek_v3",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding="never",
+        max_positions=4096,
+        kv_heads=None,
+        head_dim=None,
+        bos_id=0,
+        eos_id=1,
+        latent=True,
+        mixture=_Mixture(
+            ffn="moe_intermediate_size",
+            dense="the first",
+            first_dense=3,
+            scoring="sigmoid",
+            normalized_default=True,
+            choice="noaux_tc",
+            scaling=2.5,
+            shared="n_shared_experts",
+            shared_count=1,
+            names=ExpertNames(
+                selection_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts"
+            ),
+        ),
+        # The layers that predict several tokens come after the last, and are left out.
+        ignored=frozenset({"num_nextn_predict_layers", "num_mtp_layers", "auto_map"}),
+    ),
 }
 
-_DEFAULT_THETA = 10000.0
-_DEFAULT_WINDOW = 4096
-_DEFAULT_MAX_WINDOW_LAYERS = 28
+# Where use_sliding_window must switch the window on, and where layer_types may place it.
+_SWITCHED = ("from a layer", "alternating before a layer", "everywhere by a switch")
+_BY_LAYER = ("from a layer", "alternating before a layer", "alternating")
+
+# The spellings of one number.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok", "experts_per_token")
 
 # The names of transformers' table of activations, with those that mean the same function.
 _ACTIVATIONS = {
@@ -247,17 +577,17 @@ _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path attn_implementation
-    chunk_size_feed_forward cross_attention_hidden_size dtype experts_implementation is_decoder
-    is_llama_config max_sequence_length model_max_length name_or_path padding_side pretraining_tp
-    return_dict seq_length tie_encoder_decoder tie_last_hidden_states tokenizer_class
-    tokenizer_model_max_length torch_dtype torchscript transformers.js_config transformers_version
-    unsloth_fixed unsloth_optimized unsloth_version use_bfloat16 use_cache use_flash_attention
-    use_flash_attn use_sdpa
+    chunk_size_feed_forward cross_attention_hidden_size dtype ep_size experts_implementation
+    is_decoder is_llama_config max_sequence_length model_max_length name_or_path padding_side
+    pretraining_tp return_dict seq_length tie_encoder_decoder tie_last_hidden_states
+    tokenizer_class tokenizer_model_max_length torch_dtype torchscript transformers.js_config
+    transformers_version unsloth_fixed unsloth_optimized unsloth_version use_bfloat16 use_cache
+    use_flash_attention use_flash_attn use_sdpa
 
-    attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop classifier_dropout
-    classifier_dropout_prob embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob
-    initializer_range neftune_noise_alpha output_router_logits resid_dropout resid_pdrop
-    router_aux_loss_coef tf_legacy_loss
+    attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop aux_loss_alpha
+    classifier_dropout classifier_dropout_prob embd_pdrop gradient_checkpointing hidden_dropout
+    hidden_dropout_prob initializer_range neftune_noise_alpha output_router_logits resid_dropout
+    resid_pdrop router_aux_loss_coef router_jitter_noise seq_aux tf_legacy_loss
 
     finetuning_task id2label label2id num_labels output_attentions output_hidden_states prefix
     problem_type task_specific_params
@@ -307,6 +637,32 @@ class _Fields:
             self.refuse(name, "is missing: it must be a positive whole number")
         return value
 
+    def whole(self, name: str, default: int) -> int:
+        """A whole number that is not negative."""
+        value = self.get(name)
+        if value is None:
+            value = default
+        if type(value) is not int or value < 0:
+            self.refuse(name, "must be a whole number that is not negative")
+        return value
+
+    def agreed(self, *names: str) -> int:
+        """A positive whole number that goes by each of `names` and stands under at least one."""
+        values = {name: self.optional_integer(name) for name in names}
+        given = [name for name in names if values[name] is not None]
+        if not given:
+            self.refuse(names[0], "is missing: it must be a positive whole number")
+        for name in given[1:]:
+            if values[name] != values[given[0]]:
+                self.refuse(name, f"contradicts {given[0]} = {values[given[0]]}")
+        return self.integer(given[0])
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Raise UserError unless the field has a value of `allowed`, or none."""
+        verb = "is" if len(allowed) == 1 else "are"
+        if self.get(name) not in (None, *allowed):
+            self.refuse(name, f"is not implemented: {' and '.join(map(_shown, allowed))} {verb}")
+
     def optional_number(self, name: str) -> float | None:
         """A finite number that is not negative, or None."""
         value = self.get(name)
@@ -348,11 +704,11 @@ class _Fields:
             self.refuse(name, "must be an object")
         return _Fields(value, self.source, within=f"{name}.") if value else None
 
-    def refuse_the_others(self, reader: str) -> None:
-        """Raise UserError for a field that was not asked for and may change the mathematics of
-        `reader`, a family or kind of rope."""
+    def refuse_the_others(self, reader: str, ignored: frozenset[str] = frozenset()) -> None:
+        """Raise UserError for a field that was not asked for, is not `ignored` and may change the
+        mathematics of `reader`, a family or kind of rope."""
         for name, value in self.values.items():
-            if name in self.asked or name in _HARMLESS or name.endswith("_token_id"):
+            if name in self.asked | ignored | _HARMLESS or name.endswith("_token_id"):
                 continue
             remedy = "remove it from the file if it does not change the mathematics"
             if value is not None and name not in _UNSUPPORTED:
@@ -377,7 +733,24 @@ def _family(fields: _Fields) -> _Family:
     return family
 
 
-def _head_dim(fields: _Fields, family: _Family, hidden: int, heads: int) -> int:
+def _refuse_quantized(fields: _Fields, family: _Family) -> None:
+    """Raise UserError for quantized weights, but for those that the family is published with."""
+    if family.quantization is None:
+        return  # then the field is refused with the others
+    section = fields.section("quantization_config")
+    if section and section.text("quant_method", "") != family.quantization:
+        fields.refuse("quantization_config", f"is not implemented: {family.quantization} is")
+
+
+def _rope_dim(fields: _Fields, family: _Family, hidden: int, heads: int) -> int:
+    """How many elements of a head are rotated: all but for latent attention."""
+    if family.latent:
+        rope_dim = fields.integer("qk_rope_head_dim")
+        if fields.optional_integer("head_dim", absent=rope_dim) not in (None, rope_dim):
+            fields.refuse("head_dim", f"contradicts qk_rope_head_dim = {rope_dim}")
+        if rope_dim % 2:
+            fields.refuse("qk_rope_head_dim", f"must be even for rope's pairs, not {rope_dim}")
+        return rope_dim
     head_dim = fields.optional_integer("head_dim", absent=family.head_dim)
     if head_dim is None:
         if hidden % heads:
@@ -388,6 +761,8 @@ def _head_dim(fields: _Fields, family: _Family, hidden: int, heads: int) -> int:
         head_dim = hidden // heads
     if head_dim % 2:
         fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
+    if family.qk_norm_whole and head_dim * heads != hidden:
+        fields.refuse("head_dim", f"contradicts {family.name}, whose heads fill hidden_size")
     return head_dim
 
 
@@ -401,20 +776,123 @@ def _kv_heads(fields: _Fields, family: _Family, heads: int) -> int:
             "num_attention_heads",
             f"must be a multiple of num_key_value_heads = {kv_heads}{default}",
         )
+    if family.latent and kv_heads != heads:
+        fields.refuse("num_key_value_heads", f"must be num_attention_heads = {heads}")
     return kv_heads
 
 
-def _activation(fields: _Fields) -> str:
+def _mla(fields: _Fields, family: _Family) -> Mla:
+    nope_dim, rope_dim = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+    fields.only("qk_head_dim", nope_dim + rope_dim)
+    interleaved = family.latent_pairs
+    if interleaved is None:
+        interleaved = fields.flag("rope_interleave", True)
+    return Mla(
+        q_rank=fields.optional_integer("q_lora_rank", absent=_DEFAULT_Q_RANK),
+        kv_rank=fields.integer("kv_lora_rank"),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        value_dim=fields.integer("v_head_dim"),
+        bias=fields.flag("attention_bias", False),
+        interleaved=interleaved,
+    )
+
+
+def _moe(fields: _Fields, mixture: _Mixture, layers: int) -> Moe:
+    experts = fields.agreed(*_EXPERTS)
+    top_k = fields.agreed(*_TOP_K)
+    ffn = fields.integer(mixture.ffn)
+    normalized = mixture.normalized
+    if normalized is None:
+        normalized = fields.flag("norm_topk_prob", mixture.normalized_default)
+    groups, kept_groups = _groups(fields, mixture, experts)
+    if top_k > experts // groups * kept_groups:
+        within = f" in {kept_groups} of {groups} groups" if groups > 1 else ""
+        fields.refuse(
+            _TOP_K[0], f"must be at most the {experts // groups * kept_groups} experts{within}"
+        )
+    fields.only("scoring_func", mixture.scoring)
+    return Moe(
+        experts=experts,
+        top_k=top_k,
+        ffn=ffn,
+        layers=_sparse_layers(fields, mixture, layers),
+        scoring=mixture.scoring,
+        normalized=normalized,
+        names=mixture.names,
+        scaling=fields.number("routed_scaling_factor", mixture.scaling) if mixture.scaling else 1.0,
+        selection_bias=mixture.names.selection_bias is not None,
+        groups=groups,
+        kept_groups=kept_groups,
+        group_score="top-2 sum" if mixture.choice == "noaux_tc" else "max",
+        shared_ffn=_shared_ffn(fields, mixture, ffn),
+        shared_gate=mixture.names.shared_gate is not None,
+        router_bias=mixture.biases,
+        expert_bias=mixture.biases,
+        alpha=fields.number("swiglu_alpha", _DEFAULT_ALPHA) if mixture.clamped else None,
+        limit=fields.number("swiglu_limit", _DEFAULT_LIMIT) if mixture.clamped else None,
+    )
+
+
+def _sparse_layers(fields: _Fields, mixture: _Mixture, layers: int) -> tuple[bool, ...]:
+    """Whether each layer is a mixture."""
+    if mixture.dense == "the first":
+        fields.only("moe_layer_freq", 1)
+        first = fields.whole("first_k_dense_replace", mixture.first_dense)
+        return tuple(layer >= first for layer in range(layers))
+    if mixture.dense == "by step":
+        step = fields.integer("decoder_sparse_step", 1)
+        dense = fields.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            fields.refuse("mlp_only_layers", "must be a list of the numbers of layers")
+        return tuple((n + 1) % step == 0 and n not in dense for n in range(layers))
+    return (True,) * layers
+
+
+def _groups(fields: _Fields, mixture: _Mixture, experts: int) -> tuple[int, int]:
+    """How many groups the experts form, and in how many of them experts can be chosen."""
+    if mixture.choice == "topk_method":
+        fields.only("topk_method", "greedy", "group_limited_greedy")
+        fields.asked |= {"n_group", "topk_group"}
+        if fields.text("topk_method", "greedy") == "greedy":
+            return 1, 1
+        groups, kept = fields.integer("n_group"), fields.integer("topk_group")
+    elif mixture.choice == "noaux_tc":
+        fields.only("topk_method", "noaux_tc")
+        groups, kept = fields.integer("n_group", 8), fields.integer("topk_group", 4)
+    else:
+        return 1, 1
+    if experts % groups:
+        fields.refuse("n_group", f"must divide the {experts} experts")
+    if kept > groups:
+        fields.refuse("topk_group", f"must be at most n_group = {groups}")
+    if mixture.choice == "noaux_tc" and experts // groups < 2:
+        fields.refuse("n_group", f"must leave two of the {experts} experts to a group")
+    return groups, kept
+
+
+def _shared_ffn(fields: _Fields, mixture: _Mixture, ffn: int) -> int:
+    """The width of the expert that every token goes to, 0 where there is none."""
+    if mixture.shared is None:
+        return 0
+    if not mixture.shared_count:
+        return fields.integer(mixture.shared)
+    return ffn * (fields.optional_integer(mixture.shared, absent=mixture.shared_count) or 0)
+
+
+def _activation(fields: _Fields, family: _Family) -> str:
     name = fields.text("hidden_act", "silu")
     if name not in _ACTIVATIONS:
         fields.refuse("hidden_act", f"is not implemented: {', '.join(_ACTIVATIONS)} are")
+    if family.mixture and family.mixture.clamped and _ACTIVATIONS[name] != "silu":
+        fields.refuse("hidden_act", f'contradicts {family.name}, where it is always "silu"')
     return _ACTIVATIONS[name]
 
 
-def _bias(fields: _Fields, name: str, always: bool | None) -> bool:
+def _bias(fields: _Fields, name: str, always: bool | None, default: bool = False) -> bool:
     """Whether projections have a bias: as the field says or, where the family `always` has it one
     way, so; a field that contradicts that is refused."""
-    bias = fields.flag(name, default=bool(always))
+    bias = fields.flag(name, default if always is None else always)
     if always is not None and bias != always:
         fields.refuse(name, f"contradicts the family, where it is always {_shown(always)}")
     return bias
@@ -423,12 +901,15 @@ def _bias(fields: _Fields, name: str, always: bool | None) -> bool:
 def _windows(fields: _Fields, family: _Family, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, None where it sees everything."""
     window = _window(fields, family)
-    first = 0
-    if family.sliding == "by layer":
-        first = fields.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
-        if type(first) is not int or first < 0:
-            fields.refuse("max_window_layers", "must be a whole number that is not negative")
-    windows = tuple(window if layer >= first else None for layer in range(layers))
+    bound = _DEFAULT_MAX_WINDOW_LAYERS
+    if family.sliding in _SWITCHED:
+        bound = fields.whole("max_window_layers", bound)
+    slides = {
+        "from a layer": lambda layer: layer >= bound,
+        "alternating": lambda layer: layer % 2 == 0,
+        "alternating before a layer": lambda layer: layer % 2 == 0 and layer < bound,
+    }.get(family.sliding, lambda layer: True)
+    windows = tuple(window if slides(layer) else None for layer in range(layers))
     types = fields.get("layer_types")
     if types is None:
         return windows
@@ -441,22 +922,23 @@ def _windows(fields: _Fields, family: _Family, layers: int) -> tuple[int | None,
     if "sliding_attention" in types and window is None:
         fields.refuse("layer_types", "has sliding_attention, but no sliding window is in use")
     by_type = tuple(meaning[kind] for kind in types)
-    if family.sliding != "by layer" and by_type != windows:
+    if family.sliding not in _BY_LAYER and by_type != windows:
         fields.refuse("layer_types", f"contradicts {family.name}, whose layers are all alike")
     return by_type
 
 
 def _window(fields: _Fields, family: _Family) -> int | None:
     """The one width that the layers with a sliding window share, or None."""
-    if family.sliding == "by layer" and not fields.flag("use_sliding_window", False):
+    switched = family.sliding in _SWITCHED
+    if switched and not fields.flag("use_sliding_window", False):
         fields.asked.add("sliding_window")
         return None
     window = None
     if family.sliding != "never":
-        window = fields.optional_integer("sliding_window", absent=_DEFAULT_WINDOW)
-    if family.sliding == "by layer":
+        window = fields.optional_integer("sliding_window", absent=family.window)
+    if switched:
         return window
-    # llama and mistral have no switch; where it stands, it must say what happens anyway.
+    # The others have no switch; where it stands, it must say what happens anyway.
     if fields.flag("use_sliding_window", window is not None) != (window is not None):
         fields.refuse("use_sliding_window", f"contradicts {family.name} with a window of {window}")
     if fields.values.get("use_sliding_window") is False:
@@ -472,8 +954,8 @@ def _rope(fields: _Fields, family: _Family, head_dim: int) -> tuple[Rope, int]:
     sections = [fields.section("rope_scaling"), fields.section("rope_parameters")]
     given = [section for section in sections if section is not None]
     ropes = [
-        _read_rope(section, theta, positions, original)
-        for section in given or [_Fields({}, fields.source)]
+        _read_rope(section, theta, family.theta, positions, original)
+        for section in given or [_Fields(family.rope, fields.source)]
     ]
     rope = ropes[0]
     if rope != ropes[-1]:
@@ -490,7 +972,11 @@ def _rope(fields: _Fields, family: _Family, head_dim: int) -> tuple[Rope, int]:
 
 
 def _read_rope(
-    section: _Fields, outer_theta: float | None, positions: int, outer_original: int | None
+    section: _Fields,
+    outer_theta: float | None,
+    default_theta: float,
+    positions: int,
+    outer_original: int | None,
 ) -> Rope:
     """The rope that one object, rope_scaling or rope_parameters, describes. `outer_theta` and
     `outer_original` stand beside the object, the latter overruling what stands inside, as in
@@ -501,7 +987,7 @@ def _read_rope(
         section.refuse(name, f"is not implemented: {', '.join(_ROPE_KINDS)} are")
     theta = section.optional_number("rope_theta")
     if theta is None:
-        theta = _DEFAULT_THETA if outer_theta is None else outer_theta
+        theta = default_theta if outer_theta is None else outer_theta
     elif outer_theta is not None and theta != outer_theta:
         section.refuse("rope_theta", f"contradicts rope_theta = {outer_theta:g} outside")
     inner_original = section.optional_integer("original_max_position_embeddings")

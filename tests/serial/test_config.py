@@ -6,9 +6,17 @@ import json
 from typing import Any
 
 import pytest
-from tiny_models import VARIANTS, tiny_config
+from tiny_models import MOE_VARIANTS, VARIANTS, raw_config, tiny_config
 
-from mpishard.description.config import ModelConfig, Rope
+from mpishard.description.config import (
+    ExpertNames,
+    Mla,
+    ModelConfig,
+    Moe,
+    Rope,
+    Separate,
+    Stacked,
+)
 from mpishard.errors import UserError
 
 FAMILIES = {
@@ -17,6 +25,29 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+MIXTURES = {
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+# The least that a mixture must say beside what every model must.
+LEAST: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 16, "num_experts_per_tok": 3},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},
+    "qwen3_moe": EXPERTS,
+    "olmoe": {"num_experts": 16, "num_experts_per_tok": 3},
+    "gpt_oss": {"num_local_experts": 16, "num_experts_per_tok": 3},
+    "deepseek_v2": {"n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+    | LATENT,
+    "deepseek_v3": {"n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+    | LATENT,
+}
 SOURCE = "model/config.json"
 ABSENT = object()
 
@@ -24,14 +55,14 @@ ABSENT = object()
 def document(family: str = "llama", /, **changes: Any) -> dict[str, Any]:
     """The least that a configuration must say, with `changes`."""
     least = {
-        "architectures": [FAMILIES[family]],
+        "architectures": [(FAMILIES | MIXTURES)[family]],
         "model_type": family,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
         "num_attention_heads": 32,
         "vocab_size": 100,
-    }
+    } | LEAST.get(family, {})
     raw = {name: value for name, value in (least | changes).items() if value is not ABSENT}
     return json.loads(json.dumps(raw))
 
@@ -93,6 +124,129 @@ def test_defaults_of_qwen3():
     assert (config.family, config.kv_heads, config.head_dim) == ("qwen3", 32, 128)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
     assert (config.qk_norm, config.max_positions) == (True, 32768)
+
+
+def mixture(family: str, /, **changes: Any) -> Moe:
+    moe = read(family, **changes).moe
+    assert moe is not None
+    return moe
+
+
+def latent(family: str, /, **changes: Any) -> Mla:
+    mla = read(family, **changes).mla
+    assert mla is not None
+    return mla
+
+
+EVERYWHERE = (True, True, True)
+
+
+def test_dense_families_have_no_mixture():
+    for family in FAMILIES:
+        config = read(family)
+        assert (config.moe, config.mla) == (None, None)
+        assert not (config.sinks or config.qk_norm_whole)
+
+
+def test_defaults_of_mixtral():
+    config = read("mixtral")
+    assert (config.family, config.kv_heads, config.head_dim) == ("mixtral", 8, 2)
+    assert (config.norm_eps, config.rope.theta, config.max_positions) == (1e-5, 1e6, 131072)
+    assert config.windows == (None, None, None)
+    assert (config.eos_ids, config.bos_id) == ((2,), 1)
+    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+    part = "block_sparse_moe.experts.{}."
+    names = Separate(
+        "block_sparse_moe.gate.weight", f"{part}w1.weight", f"{part}w3.weight", f"{part}w2.weight"
+    )
+    assert config.moe == Moe(16, 3, 96, EVERYWHERE, "softmax", True, ExpertNames(names))
+
+
+def test_defaults_of_qwen2_moe():
+    config = read("qwen2_moe")
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (16, 2, 1e-6)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
+    assert (config.windows, config.max_positions) == ((None, None, None), 32768)
+    assert (config.eos_ids, config.bos_id) == ((), None)
+    names = ExpertNames(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate.weight")
+    assert config.moe == Moe(
+        16, 3, 24, EVERYWHERE, "softmax", False, names, shared_ffn=40, shared_gate=True
+    )
+
+
+def test_defaults_of_qwen3_moe():
+    config = read("qwen3_moe")
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (4, 2, 1e-6)
+    assert (config.qkv_bias, config.o_bias, config.qk_norm) == (False, False, True)
+    assert (config.windows, config.max_positions) == ((None, None, None), 32768)
+    assert config.moe == Moe(16, 3, 24, EVERYWHERE, "softmax", False, ExpertNames())
+
+
+def test_defaults_of_olmoe():
+    config = read("olmoe")
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (32, 2, 1e-5)
+    assert (config.qkv_bias, config.o_bias) == (False, False)
+    assert (config.qk_norm, config.qk_norm_whole) == (False, True)
+    assert (config.eos_ids, config.bos_id, config.max_positions) == ((50279,), None, 4096)
+    assert config.moe == Moe(16, 3, 96, EVERYWHERE, "softmax", False, ExpertNames())
+
+
+def test_defaults_of_gpt_oss():
+    config = read("gpt_oss")
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (8, 64, 1e-5)
+    assert (config.qkv_bias, config.o_bias, config.sinks) == (True, True, True)
+    assert config.windows == (128, None, 128)
+    assert config.rope == Rope("yarn", 150000.0, 32.0, 4096, truncate=False)
+    assert (config.eos_ids, config.bos_id, config.max_positions) == ((), None, 131072)
+    moe = config.moe
+    assert moe is not None
+    assert (moe.experts, moe.top_k, moe.ffn, moe.layers) == (16, 3, 96, EVERYWHERE)
+    assert (moe.scoring, moe.normalized, moe.scaling) == ("softmax", True, 1.0)
+    assert (moe.router_bias, moe.expert_bias, moe.alpha, moe.limit) == (True, True, 1.702, 7.0)
+    assert moe.names == ExpertNames(
+        None,
+        Stacked(
+            "mlp.router.weight",
+            router_bias="mlp.router.bias",
+            gate_up_bias="mlp.experts.gate_up_proj_bias",
+            down_bias="mlp.experts.down_proj_bias",
+            transposed=True,
+        ),
+    )
+
+
+def test_defaults_of_deepseek_v2():
+    config = read("deepseek_v2")
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (32, 20, 1e-6)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert (config.eos_ids, config.bos_id, config.max_positions) == ((2,), 1, 2048)
+    assert config.mla == Mla(1536, 20, 12, 8, 10, bias=False, interleaved=True)
+    names = ExpertNames(shared="mlp.shared_experts")
+    assert config.moe == Moe(16, 3, 24, EVERYWHERE, "softmax", False, names, shared_ffn=48)
+
+
+def test_defaults_of_deepseek_v3():
+    config = read("deepseek_v3", num_hidden_layers=5)
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (32, 20, 1e-6)
+    assert (config.eos_ids, config.bos_id, config.max_positions) == ((1,), 0, 4096)
+    assert config.mla == Mla(1536, 20, 12, 8, 10, bias=False, interleaved=True)
+    assert config.moe == Moe(
+        experts=16,
+        top_k=3,
+        ffn=24,
+        layers=(False, False, False, True, True),
+        scoring="sigmoid",
+        normalized=True,
+        names=ExpertNames(
+            selection_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts"
+        ),
+        scaling=2.5,
+        selection_bias=True,
+        groups=8,
+        kept_groups=4,
+        group_score="top-2 sum",
+        shared_ffn=24,
+    )
 
 
 # -- options
@@ -180,6 +334,114 @@ def test_begin_of_sequence_id():
     assert read("llama", {"bos_token_id": 7}, bos_token_id=5).bos_id == 7
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_number_of_experts_in_every_spelling(family):
+    given = {"num_experts", "num_local_experts", "n_routed_experts"}
+    for name in given:
+        spelled = dict.fromkeys(given, ABSENT) | {name: 8}
+        changes = {"n_group": 2, "topk_group": 1} if family == "deepseek_v3" else {}
+        assert mixture(family, **spelled, **changes).experts == 8
+    assert mixture(family, num_experts=16, num_local_experts=16).experts == 16
+
+
+def test_the_published_name_of_top_k_of_gpt_oss():
+    assert mixture("gpt_oss", experts_per_token=3).top_k == 3
+    assert mixture("gpt_oss", experts_per_token=3, num_experts_per_tok=ABSENT).top_k == 3
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
+def test_normalized_weights(family):
+    assert mixture(family, norm_topk_prob=True).normalized
+    assert not mixture(family, norm_topk_prob=False).normalized
+
+
+def test_deepseek_v2_does_not_normalize_whatever_its_file_says():
+    assert read("deepseek_v2", norm_topk_prob=True) == read("deepseek_v2")
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_dense_layers_by_step_and_by_name(family):
+    def layers(**changes):
+        return mixture(family, num_hidden_layers=4, **changes).layers
+
+    assert layers(decoder_sparse_step=2) == (False, True, False, True)
+    assert layers(decoder_sparse_step=3) == (False, False, True, False)
+    assert layers(mlp_only_layers=[0, 2]) == (False, True, False, True)
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[3]) == (False, True, False, False)
+    assert layers(mlp_only_layers=None) == (True, True, True, True)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_the_first_layers_of_deepseek_are_dense(family):
+    layers = mixture(family, first_k_dense_replace=1, moe_layer_freq=1).layers
+    assert layers == (False, True, True)
+    assert mixture(family, first_k_dense_replace=0).layers == (True, True, True)
+
+
+def test_shared_experts_of_deepseek():
+    assert mixture("deepseek_v3", n_shared_experts=3).shared_ffn == 72
+    assert mixture("deepseek_v3", n_shared_experts=None).shared_ffn == 0
+
+
+def test_groups_of_deepseek_v2():
+    groups = {"n_group": 4, "topk_group": 2}
+    greedy = mixture("deepseek_v2", topk_method="greedy", **groups)
+    assert (greedy.groups, greedy.kept_groups) == (1, 1)
+    assert mixture("deepseek_v2", n_group=None, topk_group=None) == greedy
+    limited = mixture("deepseek_v2", topk_method="group_limited_greedy", **groups)
+    assert (limited.groups, limited.kept_groups, limited.group_score) == (4, 2, "max")
+    assert mixture("deepseek_v2", routed_scaling_factor=16.0).scaling == 16.0
+
+
+def test_groups_of_deepseek_v3():
+    moe = mixture("deepseek_v3", n_group=4, topk_group=2, topk_method="noaux_tc")
+    assert (moe.groups, moe.kept_groups, moe.group_score) == (4, 2, "top-2 sum")
+
+
+def test_latent_attention():
+    direct = latent("deepseek_v2", q_lora_rank=None, head_dim=8, qk_head_dim=20)
+    assert (direct.q_rank, direct.bias) == (None, False)
+    assert latent("deepseek_v3", q_lora_rank=14, rope_interleave=False).interleaved is False
+    config = read("deepseek_v3", attention_bias=True)
+    assert (config.mla and config.mla.bias, config.o_bias, config.qkv_bias) == (True, True, False)
+    config = read("deepseek_v2", mlp_bias=True)
+    assert (config.mlp_bias, config.o_bias) == (True, False)
+
+
+def test_biases_of_mixtures():
+    config = read("qwen2_moe", qkv_bias=False)
+    assert (config.qkv_bias, config.o_bias) == (False, False)
+    for family in ("qwen3_moe", "olmoe", "gpt_oss"):
+        config = read(family, attention_bias=True)
+        assert (config.qkv_bias, config.o_bias) == (True, True)
+        config = read(family, attention_bias=False)
+        assert (config.qkv_bias, config.o_bias) == (False, False)
+
+
+def test_windows_of_mixtures():
+    assert read("mixtral", sliding_window=7).windows == (7, 7, 7)
+    assert read("qwen3_moe", sliding_window=7).windows == (None, None, None)
+    used = {"use_sliding_window": True, "sliding_window": 7}
+    assert read("qwen3_moe", **used, max_window_layers=1).windows == (7, 7, 7)
+    assert read("qwen2_moe", sliding_window=0).windows == (None, None, None)
+    assert read("qwen2_moe", **used).windows == (7, None, 7)
+    assert read("qwen2_moe", **used, max_window_layers=1).windows == (7, None, None)
+    mixed = ["full_attention", "sliding_attention", "sliding_attention"]
+    for family in ("qwen2_moe", "gpt_oss"):
+        changes = used if family == "qwen2_moe" else {"sliding_window": 7}
+        assert read(family, **changes, layer_types=mixed).windows == (None, 7, 7)
+
+
+def test_the_activation_of_gpt_oss():
+    moe = mixture("gpt_oss", swiglu_alpha=1.5, swiglu_limit=3)
+    assert (moe.alpha, moe.limit) == (1.5, 3.0)
+
+
+def test_the_rope_of_gpt_oss_is_stretched_unless_the_file_says_otherwise():
+    assert read("gpt_oss", rope_theta=500.0).rope.kind == "yarn"
+    assert read("gpt_oss", rope_parameters={"rope_type": "default"}).rope.kind == "default"
+
+
 # -- rope: what each kind reads, in both spellings
 
 LLAMA3 = {
@@ -223,10 +485,10 @@ ROPES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 @pytest.mark.parametrize("kind, fields, rope, positions", ROPES, ids=[row[0] for row in ROPES])
 def test_ropes_in_every_spelling(kind, fields, rope, positions, family):
-    base = {"max_position_embeddings": 64, "head_dim": 8}
+    base = {"max_position_embeddings": 64, "head_dim": 8, "hidden_size": 256}
     spellings = [
         {"rope_theta": 500.0, "rope_scaling": fields | {"type": kind}},
         {"rope_theta": 500, "rope_scaling": fields | {"rope_type": kind}},
@@ -404,10 +666,214 @@ def test_mistral_as_transformers_5_writes_it():
     assert config.rope.theta == 1e9
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The real mixtures' files: bookkeeping that says nothing is left out.
+
+
+def test_mixtral_8x7b():
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mixtral",
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.36.0.dev0",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+        None,
+        SOURCE,
+    )
+    assert config.moe is not None
+    assert (config.moe.experts, config.moe.top_k, config.moe.ffn) == (8, 2, 14336)
+
+
+def test_qwen3_30b():
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "decoder_sparse_step": 1,
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.51.0",
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        None,
+        SOURCE,
+    )
+    assert config.moe is not None
+    assert (config.moe.experts, config.moe.top_k, config.moe.ffn) == (128, 8, 768)
+    assert (config.moe.normalized, config.head_dim) == (True, 128)
+
+
+def test_gpt_oss_20b():
+    types = ["sliding_attention", "full_attention"] * 12
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "eos_token_id": 200002,
+            "experts_per_token": 4,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2880,
+            "initial_context_length": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 2880,
+            "layer_types": types,
+            "max_position_embeddings": 131072,
+            "model_type": "gpt_oss",
+            "num_attention_heads": 64,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "output_router_logits": False,
+            "pad_token_id": 199999,
+            "quantization_config": {
+                "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+                "quant_method": "mxfp4",
+            },
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "rope_theta": 150000,
+            "router_aux_loss_coef": 0.9,
+            "sliding_window": 128,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+            "transformers_version": "4.55.0.dev0",
+            "use_cache": True,
+            "vocab_size": 201088,
+        },
+        None,
+        SOURCE,
+    )
+    assert config.windows == (128, None) * 12
+    assert config.max_positions == 131072
+
+
+def test_deepseek_v2_lite():
+    config = ModelConfig.from_json(
+        {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"},
+            "aux_loss_alpha": 0.001,
+            "bos_token_id": 100000,
+            "eos_token_id": 100001,
+            "first_k_dense_replace": 1,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 10944,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 163840,
+            "model_type": "deepseek_v2",
+            "moe_intermediate_size": 1408,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "pretraining_tp": 1,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+            "rope_theta": 10000,
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "softmax",
+            "seq_aux": True,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.33.1",
+            "use_cache": True,
+            "v_head_dim": 128,
+            "vocab_size": 102400,
+        },
+        None,
+        SOURCE,
+    )
+    assert config.moe is not None
+    assert config.moe.layers == (False,) + (True,) * 26
+    assert (config.moe.experts, config.moe.shared_ffn, config.moe.groups) == (64, 2816, 1)
+    assert config.mla == Mla(None, 512, 128, 64, 128, bias=False, interleaved=True)
+    assert config.max_positions == 163840
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *MOE_VARIANTS])
 def test_tiny_models_are_read(variant):
     config = tiny_config(variant)
-    assert config.raw == VARIANTS[variant]
+    assert config.raw == raw_config(variant)
     assert len(config.windows) == config.layers
 
 
@@ -640,6 +1106,71 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"frobnicate": 3},
         f"frobnicate = 3 is not a field that is known for llama: {REMOVE}",
     ),
+    # Mixtures of experts.
+    *[
+        (family, {name: ABSENT}, f"{name} is missing: it must be a positive whole number")
+        for family in MIXTURES
+        for name in LEAST[family]
+        if name not in ("num_local_experts", "n_routed_experts")
+    ],
+    ("olmoe", {"num_experts": ABSENT}, "num_experts is missing: it must be a positive whole"),
+    (
+        "qwen3_moe",
+        {"num_local_experts": 8},
+        "num_local_experts = 8 contradicts num_experts = 16",
+    ),
+    ("qwen3_moe", {"num_experts_per_tok": 17}, "num_experts_per_tok = 17 must be at most the 16"),
+    ("gpt_oss", {"experts_per_token": 4}, "experts_per_token = 4 contradicts num_experts_per_tok"),
+    (
+        "mixtral",
+        {"norm_topk_prob": True},
+        f"norm_topk_prob = true is not a field that is known for mixtral: {REMOVE}",
+    ),
+    ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0 must be a positive whole"),
+    ("qwen2_moe", {"mlp_only_layers": [0.5]}, "mlp_only_layers = [0.5] must be a list of the"),
+    ("qwen3_moe", {"layer_types": ["sliding_attention"] * 3}, "has sliding_attention, but no"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 asks for clipped queries, keys and values"),
+    ("olmoe", {"head_dim": 4}, "head_dim = 4 contradicts olmoe, whose heads fill hidden_size"),
+    ("gpt_oss", {"hidden_act": "relu"}, 'hidden_act = "relu" contradicts gpt_oss, where it is'),
+    ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit = 0 must be a positive number"),
+    (
+        "gpt_oss",
+        {"quantization_config": {"quant_method": "awq"}},
+        'quantization_config = {"quant_method": "awq"} is not implemented: mxfp4 is',
+    ),
+    (
+        "mixtral",
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        'quantization_config = {"quant_method": "mxfp4"} asks for quantized weights',
+    ),
+    ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not implemented: 1 is"),
+    (
+        "deepseek_v2",
+        {"topk_method": "noaux_tc"},
+        'topk_method = "noaux_tc" is not implemented: "greedy" and "group_limited_greedy" are',
+    ),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group is missing"),
+    (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 1},
+        "num_experts_per_tok = 3 must be at most the 2 experts in 1 of 8 groups",
+    ),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, 'scoring_func = "sigmoid" is not implemented'),
+    ("deepseek_v2", {"head_dim": 12}, "head_dim = 12 contradicts qk_rope_head_dim = 8"),
+    ("deepseek_v2", {"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7 must be even for rope's pairs"),
+    ("deepseek_v2", {"qk_head_dim": 21}, "qk_head_dim = 21 is not implemented: 20 is"),
+    (
+        "deepseek_v2",
+        {"num_key_value_heads": 8},
+        "num_key_value_heads = 8 must be num_attention_heads = 32",
+    ),
+    ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" is not implemented'),
+    ("deepseek_v3", {"n_group": 5}, "n_group = 5 must divide the 16 experts"),
+    ("deepseek_v3", {"n_group": 16}, "n_group = 16 must leave two of the 16 experts to a group"),
+    ("deepseek_v3", {"topk_group": 9}, "topk_group = 9 must be at most n_group = 8"),
+    ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace = -1 must be a whole"),
+    ("deepseek_v3", {"rope_interleave": "no"}, 'rope_interleave = "no" must be true or false'),
+    ("deepseek_v3", {"mlp_bias": True}, "mlp_bias = true contradicts the family"),
     ("qwen2", {"mtp": [1]}, f"mtp = [1] is not a field that is known for qwen2: {REMOVE}"),
 ]
 

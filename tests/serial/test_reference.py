@@ -7,22 +7,33 @@ import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_models import VARIANTS, tiny_config, tiny_prompts, tiny_weights, write_checkpoint
+from tiny_models import (
+    MOE_VARIANTS,
+    VARIANTS,
+    stacked_weights,
+    tiny_config,
+    tiny_prompts,
+    tiny_weights,
+    write_checkpoint,
+)
 
 from mpishard import reference
-from mpishard.description.config import ModelConfig
-from mpishard.reference import Reference
+from mpishard.description.config import ModelConfig, Moe
+from mpishard.reference import Reference, Routing
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 BOUND = 2e-4  # of the standard deviation of what is compared
+NEAR_TIE = 2e-4  # of a router's scores, far more than rounding changes them
 PROMPTS = range(2)
 
 Weights = dict[str, np.ndarray]
+EVERY_VARIANT = [*VARIANTS, *MOE_VARIANTS]
 
 
 def golden(variant: str) -> dict[str, np.ndarray]:
@@ -37,11 +48,11 @@ def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def test_there_are_goldens_of_every_variant():
-    assert {file.stem for file in GOLDEN.glob("*.npz")} == set(VARIANTS)
+    assert {file.stem for file in GOLDEN.glob("*.npz")} == set(EVERY_VARIANT)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY_VARIANT)
 def test_agrees_with_transformers(variant, dtype):
     expected = golden(variant)
     config = tiny_config(variant)
@@ -60,7 +71,7 @@ def test_agrees_with_transformers(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY_VARIANT)
 def test_continues_as_transformers(variant, dtype):
     expected = golden(variant)
     model = Reference(tiny_config(variant), tiny_weights(variant), dtype)
@@ -71,7 +82,94 @@ def test_continues_as_transformers(variant, dtype):
         assert model.greedy(expected[f"ids_{p}"].tolist(), len(theirs)) == theirs
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_routes_as_transformers(variant, dtype):
+    expected = golden(variant)
+    moe = mixture_of(variant)
+    model = Reference(tiny_config(variant), tiny_weights(variant), dtype)
+    for p in PROMPTS:
+        routings = model.routings(expected[f"ids_{p}"].tolist())
+        assert list(routings) == np.flatnonzero(moe.layers).tolist()
+        assert near_ties(routings) == []  # which could not be compared
+        theirs = zip(expected[f"experts_{p}"], expected[f"weights_{p}"], strict=True)
+        for ours, (experts_SA, weights_SA) in zip(routings.values(), theirs, strict=True):
+            assert ours.weights_SA.dtype == dtype
+            assert np.array_equal(ours.experts_SA, experts_SA)
+            assert deviation(ours.weights_SA, weights_SA) < BOUND
+
+
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_no_router_comes_to_a_near_tie_in_a_continuation(variant):
+    expected = golden(variant)
+    model = Reference(tiny_config(variant), tiny_weights(variant))
+    for p in PROMPTS:
+        sequence = [*expected[f"ids_{p}"].tolist(), *expected[f"greedy_{p}"].tolist()]
+        assert near_ties(model.routings(sequence)) == []
+
+
+def mixture_of(variant: str) -> Moe:
+    moe = tiny_config(variant).moe
+    assert moe is not None
+    return moe
+
+
+def near_ties(routings: dict[int, Routing]) -> list[str]:
+    """Which choices of experts rounding might turn over."""
+    return [
+        f"layer {layer}, token {token}: scores {routing.margin_S[token]:.1e} apart"
+        for layer, routing in routings.items()
+        for token in np.flatnonzero(routing.margin_S < NEAR_TIE)
+    ]
+
+
+def test_a_near_tie_is_reported():
+    variant = "mixtral-full"
+    config, weights = tiny_config(variant), tiny_weights(variant)
+    router = weights["model.layers.1.block_sparse_moe.gate.weight"]
+    ids = tiny_prompts(variant)[0]
+    routing = Reference(config, weights).routings(ids)[1]
+    chosen, last = routing.experts_SA[3], routing.weights_SA[3].argmin()
+    other = next(e for e in range(mixture_of(variant).experts) if e not in chosen)
+    router[other] = router[chosen[last]]
+    ties = near_ties(Reference(config, weights).routings(ids))
+    assert any(tie.startswith("layer 1, token 3: ") for tie in ties)
+
+
+def test_choosing_takes_the_lowest_of_equals_and_says_so():
+    moe = replace(mixture_of("mixtral-full"), experts=4, top_k=2)
+    scores_SE = np.array([[0.25, 0.5, 0.25, 0.125], [0.125, 0.5, 0.0, 1.0]])
+    experts_SA, margin_S = reference.choose(scores_SE, moe)
+    assert experts_SA.tolist() == [[0, 1], [1, 3]]
+    assert margin_S.tolist() == [0, 0.375]
+
+
+def test_experts_of_other_groups_are_not_chosen_whatever_their_scores():
+    moe = replace(mixture_of("deepseek_v3-groups"), experts=6, groups=3, kept_groups=2, top_k=4)
+    scores_SE = np.array([[-1.0, -2.0, -0.5, -8.0, -3.0, -4.0]])
+    experts_SA, margin_S = reference.choose(scores_SE, moe)
+    assert experts_SA.tolist() == [[0, 1, 4, 5]]  # sums of two: -3, -8.5 and -7
+    assert margin_S.tolist() == [1.5]
+    by_best = replace(moe, group_score="max")
+    assert reference.choose(scores_SE, by_best)[0].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_the_bias_for_choosing_is_stored_in_float32(stored):
+    weights = tiny_weights("deepseek_v3-groups", stored)
+    wide = [name for name in weights if weights[name].dtype == np.float32]
+    assert wide == [f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_stacked_experts_are_the_same_experts(variant):
+    config, ids = tiny_config(variant), tiny_prompts(variant)[0]
+    one_by_one, _ = Reference(config, tiny_weights(variant)).forward(ids)
+    stacked, _ = Reference(config, stacked_weights(variant)).forward(ids)
+    assert np.array_equal(one_by_one, stacked)
+
+
+@pytest.mark.parametrize("variant", EVERY_VARIANT)
 def test_a_mistake_shows(variant):
     config, weights = tiny_config(variant), tiny_weights(variant)
     expected = golden(variant)
@@ -88,14 +186,84 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
     """What an implementation may get wrong: ``(description, configuration, weights)`` that would
     make a right one compute the same as the wrong one."""
     yield "epsilon ten times too small", replace(config, norm_eps=config.norm_eps / 10), weights
-    activation = "silu" if config.activation != "silu" else "gelu_pytorch_tanh"
-    yield "another activation", replace(config, activation=activation), weights
+    if config.moe is None or config.moe.alpha is None:
+        activation = "silu" if config.activation != "silu" else "gelu_pytorch_tanh"
+        yield "another activation", replace(config, activation=activation), weights
+    if config.moe is not None:
+        for mistake, moe in moe_mistakes(config.moe):
+            yield mistake, replace(config, moe=moe), weights
+    if config.qk_norm_whole:
+        norms = [name for name in weights if name.endswith(("q_norm.weight", "k_norm.weight"))]
+        by_head = {name: weights[name][: config.head_dim] for name in norms}
+        yield (
+            "norms of each head",
+            replace(config, qk_norm=True, qk_norm_whole=False),
+            weights | by_head,
+        )
+    if config.mla is not None:
+        yield (
+            "pairs the other way",
+            with_mla(config, interleaved=not config.mla.interleaved),
+            weights,
+        )
+        yield "the model's epsilon in latents", with_mla(config, norm_eps=config.norm_eps), weights
+    if config.sinks:
+        yield "no sinks", replace(config, sinks=False), weights
     for mistake, rope in rope_mistakes(config):
         yield mistake, replace(config, rope=rope), weights
     for mistake, windows in window_mistakes(config):
         yield mistake, replace(config, windows=windows), weights
     for mistake, changed in weight_mistakes(config, weights):
         yield mistake, config, weights | changed
+
+
+def moe_mistakes(moe: Moe) -> Iterator[tuple[str, Moe]]:
+    yield "one expert more", replace(moe, top_k=moe.top_k + 1)
+    yield "one expert less", replace(moe, top_k=moe.top_k - 1)
+    yield "normalized the other way", replace(moe, normalized=not moe.normalized)
+    if moe.shared_ffn:
+        yield "no shared expert", replace(moe, shared_ffn=0)
+    if moe.shared_gate:
+        yield "no gate of the shared expert", replace(moe, shared_gate=False)
+    if moe.scaling != 1:
+        yield "no scaling", replace(moe, scaling=1.0)
+    if moe.groups > 1:
+        other = "max" if moe.group_score != "max" else "top-2 sum"
+        yield "no groups", replace(moe, groups=1, kept_groups=1)
+        yield "one group more", replace(moe, kept_groups=moe.kept_groups + 1)
+        yield "another score of groups", replace(moe, group_score=other)
+    if moe.router_bias:
+        yield "no bias of the router", replace(moe, router_bias=False)
+    if moe.alpha and moe.limit:
+        yield "alpha a tenth too large", replace(moe, alpha=1.1 * moe.alpha)
+        yield "limit a tenth too large", replace(moe, limit=1.1 * moe.limit)
+        yield "no limit", replace(moe, limit=np.inf)
+
+
+def with_mla(config: ModelConfig, **changes: Any) -> ModelConfig:
+    assert config.mla is not None
+    return replace(config, mla=replace(config.mla, **changes))
+
+
+def router_of(config: ModelConfig) -> str:
+    """The name of a layer's router in the checkpoints of `tiny_models`."""
+    assert config.moe is not None
+    return (config.moe.names.separate or config.moe.names.stacked).router
+
+
+def gate_for_up(weights: Weights, layer: str) -> Weights:
+    """The gates and ups of a layer, each under the name of the other."""
+    twins = {"gate_proj.weight": "up_proj.weight", ".w1.weight": ".w3.weight"}
+    changed: Weights = {}
+    for name in weights:
+        if name.startswith(layer) and name.endswith("gate_up_proj"):  # they take turns
+            pairs = weights[name].reshape(*weights[name].shape[:2], -1, 2)
+            changed[name] = pairs[..., ::-1].reshape(weights[name].shape)
+        for gate, up in twins.items():
+            if name.startswith(layer) and name.endswith(gate):
+                other = name.removesuffix(gate) + up
+                changed |= {name: weights[other], other: weights[name]}
+    return changed
 
 
 def rope_mistakes(config):
@@ -139,11 +307,18 @@ def weight_mistakes(config, weights):
             yield f"no {name}", {name: np.zeros_like(weights[name])}
         if "norm" in name:
             yield f"no {name}", {name: np.ones_like(weights[name])}
-    gate, up = f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"
-    yield "gate for up", {gate: weights[up], up: weights[gate]}
+    yield "gate for up", gate_for_up(weights, layer)
+    if config.moe is not None and config.moe.layers[-1]:
+        router = layer + router_of(config)
+        yield "experts in another order", {router: np.roll(weights[router], 1, axis=0)}
     if not config.tied:
         yield "embedding for head", {"lm_head.weight": weights["model.embed_tokens.weight"]}
 
+    heads = latent_mistakes if config.mla else head_mistakes
+    yield from heads(config, weights, layer)
+
+
+def head_mistakes(config, weights, layer):
     def by_head(part, heads):
         return weights[f"{layer}self_attn.{part}_proj.weight"].reshape(heads, config.head_dim, -1)
 
@@ -167,14 +342,34 @@ def weight_mistakes(config, weights):
     yield "scores scaled twice", {f"{layer}self_attn.q_proj.weight": turned}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
-    def rotate_neighbours(x_SK, cos_SJ, sin_SJ):
-        a_SJ, b_SJ = x_SK[:, ::2], x_SK[:, 1::2]
-        turned = (a_SJ * cos_SJ - b_SJ * sin_SJ, b_SJ * cos_SJ + a_SJ * sin_SJ)
-        return np.stack(turned, axis=-1).reshape(x_SK.shape)
+def latent_mistakes(config, weights, layer):
+    mla, H = config.mla, config.heads
+    q = f"{layer}self_attn.q_{'b_' if mla.q_rank else ''}proj.weight"
+    kv = f"{layer}self_attn.kv_b_proj.weight"
+    o = f"{layer}self_attn.o_proj.weight"
+    turned = [1, 0, *range(2, H)]
+    for name in (q, kv):
+        by_head = weights[name].reshape(H, -1, weights[name].shape[1])
+        yield (
+            f"heads 0 and 1 of {name} swapped",
+            {name: by_head[turned].reshape(-1, by_head.shape[2])},
+        )
+    by_head = weights[kv].reshape(H, mla.nope_dim + mla.value_dim, mla.kv_rank)
+    keys, values = by_head[:, : mla.nope_dim], by_head[:, mla.nope_dim :]
+    values_first = np.concatenate([values, keys], axis=1)
+    yield "values before keys", {kv: values_first.reshape(weights[kv].shape)}
+    rolled = np.roll(weights[f"{layer}self_attn.kv_a_proj_with_mqa.weight"], mla.rope_dim, axis=0)
+    yield "shared key before the latent", {f"{layer}self_attn.kv_a_proj_with_mqa.weight": rolled}
+    yield "scores scaled twice", {q: weights[q] / np.sqrt(config.head_dim)}
+    by_head = weights[o].reshape(len(weights[o]), H, -1)
+    yield "heads 0 and 1 of o swapped", {o: by_head[:, turned].reshape(weights[o].shape)}
 
-    monkeypatch.setattr(reference, "rotate", rotate_neighbours)
+
+@pytest.mark.parametrize("variant", EVERY_VARIANT)
+def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
+    halves, neighbours = reference.rotate, reference.rotate_neighbours
+    monkeypatch.setattr(reference, "rotate", neighbours)
+    monkeypatch.setattr(reference, "rotate_neighbours", halves)
     expected = golden(variant)
     logits_SV, _ = Reference(tiny_config(variant), tiny_weights(variant)).forward(
         expected["ids_1"].tolist()
@@ -246,6 +441,16 @@ def test_checkpoints_of_every_type_hold_the_same_model(dtype, shards, tmp_path):
             assert held == load_file(file).keys()
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_checkpoints_of_mixtures(variant, stacked, tmp_path):
+    directory = write_checkpoint(variant, tmp_path, "bfloat16", stacked=stacked)
+    weights = load_file(directory / "model.safetensors")
+    expected = (stacked_weights if stacked else tiny_weights)(variant)
+    assert weights.keys() == expected.keys()
+    assert all(np.array_equal(weights[name], expected[name]) for name in weights)
+
+
 def test_the_oracle_shares_no_arithmetic():
     tree = ast.parse(Path(reference.__file__).read_text())
     imported = set()
@@ -254,5 +459,6 @@ def test_the_oracle_shares_no_arithmetic():
             imported |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             imported.add(node.module or ".")
-    allowed = {"__future__", "math", "collections.abc", "numpy", "mpishard.description.config"}
+    standard = {"__future__", "math", "collections.abc", "typing"}
+    allowed = standard | {"numpy", "mpishard.description.config"}
     assert imported <= allowed
