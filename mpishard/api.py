@@ -53,6 +53,7 @@ from mpishard.description.layout import (
     Layout,
     block_sizes,
     check_degrees,
+    check_experts,
     check_flash_decoding,
     check_tensor_parallel,
     make_layout,
@@ -60,7 +61,7 @@ from mpishard.description.layout import (
 from mpishard.engine.generate import Answer, Request, Timing, check_request, generate
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
-from mpishard.model import Decoder
+from mpishard.model import Decoder, check_runs
 from mpishard.parallel.data import collect, deal
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
@@ -230,23 +231,25 @@ class Model:
         for first in range(0, len(sequences), self.mesh.dp.size):
             together = sequences[first : first + self.mesh.dp.size]
             mine = together[self.mesh.dp.rank] if self.mesh.dp.rank < len(together) else []
-            scores = self._score(np.array(mine, np.int64), hidden_states, chunk)
+            longest = max(map(len, together))
+            scores = self._score(np.array(mine, np.int64), hidden_states, chunk or longest, longest)
             lengths = [len(ids) for ids in together]
             lengths += [0] * (self.mesh.dp.size - len(together))
             yield from self._gather_scores(scores, lengths, len(together))
 
-    def _score(self, ids_S: np.ndarray, hidden_states: bool, chunk: int | None) -> Scores:
-        """This replica's scores of one sequence, fed in steps of at most `chunk` tokens, whole on
-        rank 0 of the replica. The sequence has no tokens where fewer are left than replicas."""
-        decoder, chunk = self.decoder, chunk or max(1, len(ids_S))
+    def _score(self, ids_S: np.ndarray, hidden_states: bool, chunk: int, longest: int) -> Scores:
+        """This replica's scores of one sequence, whole on rank 0 of the replica, fed in steps of at
+        most `chunk` tokens, as many as the `longest` of all replicas' sequences takes. The
+        sequence has no tokens where fewer are left than replicas."""
+        decoder = self.decoder
         cache = decoder.new_cache(len(ids_S), min(chunk, len(ids_S)))
         streams = self.config.layers + 1 if hidden_states else 0
         logits = [np.empty((0, self.config.vocab), decoder.dtype)]
         hidden = [[np.empty((0, self.config.hidden), decoder.dtype)] for _ in range(streams)]
-        for start in range(0, len(ids_S), chunk):
+        for start in range(0, longest, chunk):
             new_S = ids_S[start : start + chunk]
-            feed = Feed(new_S, cache, len(ids_S) - start - len(new_S))
-            step = pack([feed], decoder.division, all_logits=True)
+            feed = Feed(new_S, cache, max(0, len(ids_S) - start - len(new_S)))
+            step = pack([feed] if len(new_S) else [], decoder.division, all_logits=True)
 
             def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:
                 hidden[layer].append(decoder.whole(x_nD, step))
@@ -325,11 +328,14 @@ def load(
         source = open_source(path)
         layout = _layout(source, comm.size, tp, dp, cp, command, switches)
         config = source.config
+        given = [name for name, value in switches.items() if value is not None]
+        check_experts(config, layout, given)
+        check_runs(config)
         if max_positions is not None:
             config = replace(config, max_positions=max_positions)
     mesh = Mesh.split(comm, layout, config)
     with together(comm):
-        weights = load_weights(source, layout.tp, mesh.tp.rank, DTYPES[compute_dtype])
+        weights = load_weights(source, mesh.cut, mesh.weights, DTYPES[compute_dtype])
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
 
 
@@ -380,7 +386,9 @@ def _layout(
     if not isinstance(source, ShardDirectory):
         tp = 1 if tp is None else tp
         return make_layout(ranks, tp, dp, cp, command(tp), **switches)
-    right = source.tp
+    right = source.cut.tp
+    if switches.get("ep") is None and source.config.moe:
+        switches = switches | {"ep": source.cut.ep}
     replica = cp * right
     line = f"`mpirun -n {replica * (dp or max(1, ranks // replica))} {command(right)}`"
     if tp not in (None, right):

@@ -41,12 +41,14 @@ from mpishard.communication.collectives import MAX, MIN, all_reduce
 from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Group
 from mpishard.description.config import ModelConfig
-from mpishard.description.partition import weight_table
+from mpishard.description.cut import Cut
+from mpishard.description.partition import weights_of
 from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import Draw, Sampling
 from mpishard.errors import UserError
 from mpishard.model import Decoder, Layer
 from mpishard.parallel.attention import Attend
+from mpishard.parallel.expert import Mixture
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
@@ -197,10 +199,11 @@ def prompt_work(model: Decoder, batch: int, tokens: int) -> Work:
     own_S = division.tokens(0, tokens)[division.cp_rank]
     wanted = int(np.count_nonzero(own_S == tokens - 1))
     seen = batch * visible_keys(config, own_S, np.arange(tokens))
+    routed = _routed(model, batch * tokens)
     return Work(
-        product_flops=product_flops(*_shard(model), batch * len(own_S), batch * wanted),
+        product_flops=product_flops(*_shard(model), batch * len(own_S), batch * wanted, routed),
         attention_flops=_flops_per_key(config, division.heads[division.sharer]) * seen,
-        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize),
+        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize, routed),
         cache_bytes=0,
     )
 
@@ -217,44 +220,52 @@ def generation_work(model: Decoder, batch: int, start: int, stop: int) -> Work:
     own = [division.tokens(*part)[division.cp_rank] for part in ((0, start), (start, stop))]
     kept_T = np.concatenate([positions[division.kept(positions)] for positions in own])
     seen = batch * visible_keys(config, np.arange(start, stop), kept_T) // (stop - start)
+    routed = _routed(model, batch)
     key_and_value = 2 * model.kv_heads * config.head_dim * model.dtype.itemsize
     return Work(
-        product_flops=product_flops(*_shard(model), batch, batch),
+        product_flops=product_flops(*_shard(model), batch, batch, routed),
         attention_flops=_flops_per_key(config, sum(division.heads)) * seen,
-        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize),
+        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize, routed),
         cache_bytes=key_and_value * seen,
     )
 
 
-def weight_bytes(config: ModelConfig, tp: int, rank: int, itemsize: int) -> int:
-    """Bytes of all weights of a rank."""
-    return itemsize * sum(
-        math.prod(weight.shard_shape(config, tp, rank)) for weight in weight_table(config)
-    )
+def weight_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int) -> int:
+    """Bytes of all weights of a rank, which has set `index` of those that `cut` makes."""
+    held = weights_of(config, cut, index)
+    return itemsize * sum(math.prod(weight.shard_shape(config, cut, index)) for weight in held)
 
 
-def read_bytes(config: ModelConfig, tp: int, rank: int, itemsize: int) -> int:
-    """Bytes of the weights of a rank that every step reads whole: all but the embedding, of which
-    it reads a few rows, unless the embedding is also the head."""
-    return itemsize * sum(
-        math.prod(weight.shard_shape(config, tp, rank))
-        for weight in weight_table(config)
-        if weight.field != "embedding" or config.tied
-    )
+def read_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int, tokens: int = 1) -> int:
+    """Bytes of the weights of a rank that a step reads: all but the embedding, of which it reads a
+    few rows, unless the embedding is also the head; of a mixture, the experts that `tokens` tokens
+    choose if all choices are equally likely."""
+    read = 0.0
+    for weight in weights_of(config, cut, index):
+        if weight.field != "embedding" or config.tied:
+            chosen = 1.0
+            if config.moe and weight.expert is not None:
+                chosen -= (1 - config.moe.top_k / config.moe.experts) ** tokens
+            read += chosen * math.prod(weight.shard_shape(config, cut, index))
+    return int(itemsize * read)
 
 
-def product_flops(config: ModelConfig, tp: int, rank: int, tokens: int, wanted: int) -> int:
+def product_flops(
+    config: ModelConfig, cut: Cut, index: int, tokens: int, wanted: int, routed: int = 0
+) -> int:
     """Floating-point operations of a rank's products with weights in a step of `tokens` tokens,
-    `wanted` of which go through the head."""
+    `wanted` of which go through the head, and of experts that divide `routed` tokens evenly."""
     head = "embedding" if config.tied else "head"
-    flops = 0
-    for weight in weight_table(config):
-        shape = weight.shard_shape(config, tp, rank)
-        if weight.layer is not None and len(shape) == 2:
+    flops = 0.0
+    for weight in weights_of(config, cut, index):
+        shape = weight.shard_shape(config, cut, index)
+        if config.moe and weight.expert is not None:
+            flops += 2 * routed * config.moe.top_k / config.moe.experts * math.prod(shape)
+        elif weight.layer is not None and len(shape) == 2:
             flops += 2 * tokens * math.prod(shape)
         elif weight.field == head:
             flops += 2 * wanted * math.prod(shape)
-    return flops
+    return int(flops)
 
 
 def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray) -> int:
@@ -418,6 +429,8 @@ def _matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
 def _products(layer: Layer) -> tuple[Callable[[], None], int]:
     """Work that multiplies PRODUCT_ROWS tokens with a layer's weights plainly, and its flops."""
     attention, ffn = layer.attention, layer.ffn
+    if isinstance(ffn, Mixture):
+        ffn = next(iter(ffn.experts.values()))
     weights = [attention.q, attention.k, attention.v, attention.o, ffn.gate, ffn.up, ffn.down]
     widths = {w_OI.shape[1] for w_OI in weights}
     x_by_width = {width: np.ones((PRODUCT_ROWS, width), attention.q.dtype) for width in widths}
@@ -497,9 +510,14 @@ def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> di
     return dict(zip(names, map(int, most), strict=True))
 
 
-def _shard(model: Decoder) -> tuple[ModelConfig, int, int]:
+def _shard(model: Decoder) -> tuple[ModelConfig, Cut, int]:
     """What the counts of a rank's weights depend on."""
-    return model.config, model.mesh.tp.size, model.mesh.tp.rank
+    return model.config, model.mesh.cut, model.mesh.weights
+
+
+def _routed(model: Decoder, tokens: int) -> int:
+    """The tokens that the ranks which divide the experts have, where each replica has `tokens`."""
+    return model.mesh.layout.together * tokens
 
 
 def _flops_per_key(config: ModelConfig, heads: int) -> int:

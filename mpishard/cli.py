@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpishard
 from mpishard import launch
-from mpishard.description.layout import MERGES, ORDERS, PREFILLS
+from mpishard.description.layout import DISPATCHES, MERGES, ORDERS, PREFILLS
 from mpishard.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TP_FLAGS = ("--tp", "--tensor-parallel-size")
 DP_FLAGS = ("--dp", "--data-parallel-size")
 CP_FLAGS = ("--cp", "--context-parallel-size")
+EP_FLAGS = ("--ep", "--expert-parallel-size")
 
 
 def main() -> int:
@@ -178,6 +179,14 @@ def _add_layout(command: Parser) -> None:
         help="consecutive positions of a divided cache on the same rank (default: 1)",
     )  # fmt: skip
     layout.add_argument(
+        *EP_FLAGS, type=count, default=None, metavar="N",
+        help="ranks that divide the experts of a mixture (default: 1, or what the shards say)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-dispatch", dest="dispatch", choices=DISPATCHES, default=None,
+        help="how tokens and experts meet (default: all-to-all)",
+    )  # fmt: skip
+    layout.add_argument(
         "--max-positions", type=count, default=None, metavar="N",
         help="positions to allow instead of those of config.json",
     )  # fmt: skip
@@ -200,6 +209,10 @@ def _add_shard(commands) -> None:
     command.add_argument(
         *TP_FLAGS, type=count, required=True, metavar="N",
         help="ranks to cut the model for",
+    )  # fmt: skip
+    command.add_argument(
+        *EP_FLAGS, type=count, default=1, metavar="N",
+        help="ranks to divide the experts of a mixture for (default: 1)",
     )  # fmt: skip
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",

@@ -41,7 +41,7 @@ STDIN_PATIENCE = 5.0  # seconds
 def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard shard``: the ranks share the files to be written."""
     with together(world):
-        conversion = Conversion(open_source(args.model), args.out, args.tp, args.dtype)
+        conversion = Conversion(open_source(args.model), args.out, args.tp, args.dtype, args.ep)
         if world.rank == 0:
             conversion.prepare()
     with _bar(world, conversion.worker_bytes(world.rank, world.size), "writing", "B") as advance:
@@ -51,7 +51,8 @@ def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         if world.rank == 0:
             conversion.finish()
     if world.rank == 0:
-        _say(f"{args.out}: {conversion.total_bytes / 1e6:.1f} MB for {args.tp} ranks")
+        ranks = conversion.cut.ranks
+        _say(f"{args.out}: {conversion.total_bytes / 1e6:.1f} MB for {ranks} ranks")
 
 
 def inspect(args: argparse.Namespace, world: MPI.Intracomm) -> None:

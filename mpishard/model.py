@@ -16,11 +16,13 @@ import numpy as np
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.ops import ACTIVATIONS, rms_norm
 from mpishard.arithmetic.packed import Division, KVCache, Step
+from mpishard.arithmetic.routing import Router
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig
+from mpishard.description.config import ModelConfig, Moe
 from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
 from mpishard.description.partition import weight_table
-from mpishard.parallel import context, sequence, tensor
+from mpishard.errors import UserError
+from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import Attend, attention_of
 
 # Called with (layer, x_nD) for this rank's tokens of the residual stream entering each layer, and
@@ -35,7 +37,7 @@ class Layer:
     attention_norm: np.ndarray  # (D,)
     attention: tensor.Attention
     ffn_norm: np.ndarray  # (D,)
-    ffn: tensor.FeedForward
+    ffn: tensor.FeedForward | expert.Mixture
 
 
 class Decoder:
@@ -53,7 +55,12 @@ class Decoder:
         self.head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
         self.stream = sequence if mesh.layout.sequence_parallel else tensor
         attend = attention_of(mesh.layout)
-        self.layers = [_layer(config, number, w, attend) for number, w in enumerate(layers)]
+        dispatch = expert.DISPATCHES[mesh.layout.dispatch]
+        whole_norm = _whole_norm(config, mesh) if config.qk_norm_whole else None
+        self.layers = [
+            _layer(config, number, w, attend, dispatch, whole_norm)
+            for number, w in enumerate(layers)
+        ]
         self.division = division_of(config, mesh)
         self.dtype = self.embedding_vD.dtype
         held = kv_heads_of(config, mesh.tp.size, mesh.tp.rank)
@@ -84,7 +91,10 @@ class Decoder:
             h_nD = rms_norm(x_nD, layer.attention_norm, eps)
             x_nD = x_nD + stream.attention(h_nD, layer.attention, number, step, turn, mesh)
             h_nD = rms_norm(x_nD, layer.ffn_norm, eps)
-            x_nD = x_nD + stream.feed_forward(h_nD, layer.ffn, step, mesh)
+            if isinstance(layer.ffn, expert.Mixture):
+                x_nD = x_nD + expert.feed_forward(h_nD, layer.ffn, stream, step, mesh)
+            else:
+                x_nD = x_nD + stream.feed_forward(h_nD, layer.ffn, step, mesh)
         if observe:
             observe(len(self.layers), rms_norm(x_nD, self.norm, eps))
         x_MD = rms_norm(stream.pick(x_nD, step, mesh), self.norm, eps)
@@ -115,6 +125,19 @@ class Decoder:
             (np.cos(angles_N11J) * self._amplitude).astype(self.dtype),
             np.concatenate([-sin_N11J, sin_N11J], axis=2, dtype=self.dtype, casting="same_kind"),
         )
+
+
+def check_runs(config: ModelConfig) -> None:
+    """Refuse a model that can be converted and inspected, but not run (UserError)."""
+    for what, needed in (
+        ("multi-head latent attention", config.mla is not None),
+        ("attention sinks", config.sinks),
+    ):
+        if needed:
+            raise UserError(
+                f"{config.family} models have {what}, which is not built yet: they can be sharded "
+                "and inspected, and mpishard.reference computes them"
+            )
 
 
 def division_of(config: ModelConfig, mesh: Mesh) -> Division:
@@ -163,19 +186,40 @@ def _dynamic_frequencies(config: ModelConfig, length: int) -> np.ndarray:
     return rotary.frequencies(width, theta)
 
 
+Fields = dict[str, np.ndarray]
+
+
 def _by_field(
     config: ModelConfig, weights: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """The weights by the partition table's field names: the model's own, and each layer's."""
-    own: dict[str, np.ndarray] = {}
-    layers: list[dict[str, np.ndarray]] = [{} for _ in range(config.layers)]
+) -> tuple[Fields, list[dict[int | None, Fields]]]:
+    """The weights by the partition table's field names: the model's own, and each layer's, those of
+    each expert apart. Of the experts there are those that this rank has."""
+    own: Fields = {}
+    layers: list[dict[int | None, Fields]] = [{None: {}} for _ in range(config.layers)]
     for weight in weight_table(config):
-        place = own if weight.layer is None else layers[weight.layer]
-        place[weight.field] = weights[weight.name]
+        if weight.name in weights:
+            place = own
+            if weight.layer is not None:
+                place = layers[weight.layer].setdefault(weight.expert, {})
+            place[weight.field] = weights[weight.name]
     return own, layers
 
 
-def _layer(config: ModelConfig, number: int, w: dict[str, np.ndarray], attend: Attend) -> Layer:
+def _layer(
+    config: ModelConfig,
+    number: int,
+    fields: dict[int | None, Fields],
+    attend: Attend,
+    dispatch: expert.Dispatch,
+    whole_norm: tensor.WholeNorm | None,
+) -> Layer:
+    w = fields[None]
+    ffn: tensor.FeedForward | expert.Mixture
+    if config.moe and config.moe.layers[number]:
+        experts = {place: own for place, own in fields.items() if place is not None}
+        ffn = _mixture(config, config.moe, w, experts, dispatch)
+    else:
+        ffn = _feed_forward(config, w)
     return Layer(
         attention_norm=w["attention_norm"],
         attention=tensor.Attention(
@@ -189,19 +233,57 @@ def _layer(config: ModelConfig, number: int, w: dict[str, np.ndarray], attend: A
             o_bias=w.get("o_bias"),
             q_norm=w.get("q_norm"),
             k_norm=w.get("k_norm"),
+            whole_norm=whole_norm,
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             window=config.windows[number],
             attend=attend,
         ),
         ffn_norm=w["ffn_norm"],
-        ffn=tensor.FeedForward(
-            gate=w["gate"],
-            up=w["up"],
-            down=w["down"],
-            gate_bias=w.get("gate_bias"),
-            up_bias=w.get("up_bias"),
-            down_bias=w.get("down_bias"),
-            activation=ACTIVATIONS[config.activation],
-        ),
+        ffn=ffn,
+    )
+
+
+def _whole_norm(config: ModelConfig, mesh: Mesh) -> tensor.WholeNorm:
+    K, (_, ranks) = config.head_dim, sharers_of(config, mesh.tp.size, mesh.tp.rank)
+    return tensor.WholeNorm(config.heads * K, config.kv_heads * K, len(ranks))
+
+
+def _feed_forward(config: ModelConfig, w: Fields) -> tensor.FeedForward:
+    return tensor.FeedForward(
+        gate=w["gate"],
+        up=w["up"],
+        down=w["down"],
+        gate_bias=w.get("gate_bias"),
+        up_bias=w.get("up_bias"),
+        down_bias=w.get("down_bias"),
+        activation=ACTIVATIONS[config.activation],
+    )
+
+
+def _mixture(
+    config: ModelConfig,
+    moe: Moe,
+    w: Fields,
+    experts: dict[int, Fields],
+    dispatch: expert.Dispatch,
+) -> expert.Mixture:
+    how = Router(
+        moe.top_k,
+        moe.scoring,
+        moe.normalized,
+        moe.scaling,
+        moe.groups,
+        moe.kept_groups,
+        moe.group_score,
+    )
+    return expert.Mixture(
+        router=w["router"],
+        router_bias=w.get("router_bias"),
+        selection_bias=w.get("selection_bias"),
+        experts={number: _feed_forward(config, own) for number, own in experts.items()},
+        shared=_feed_forward(config, w) if moe.shared_ffn else None,
+        shared_gate=w.get("shared_gate"),
+        how=how,
+        dispatch=dispatch,
     )

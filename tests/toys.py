@@ -16,7 +16,7 @@ from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, block_sizes
-from mpishard.description.partition import weight_table
+from mpishard.description.partition import weights_of
 from mpishard.model import Decoder, Observer
 from mpishard.parallel import context
 from mpishard.reference import Reference
@@ -79,17 +79,16 @@ def mesh_of(comm: MPI.Intracomm, variant: str, layout: Layout) -> Iterator[Mesh]
     """The mesh of `layout` for `variant`, freed afterwards."""
     mesh = Mesh.split(comm, layout, tiny_config(variant))
     yield mesh
-    for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv):
+    for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv, mesh.experts, mesh.ep, mesh.etp):
         group.comm.Free()
 
 
 def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:
     """`variant` on this rank of `mesh`, cut by the partition table."""
     config, weights = tiny_config(variant), tiny_weights(variant, dtype)
-    tp = mesh.tp
     shards = {
-        weight.name: weights[weight.name][weight.slices(config, tp.size, tp.rank)]
-        for weight in weight_table(config)
+        weight.name: weights[weight.name][weight.slices(config, mesh.cut, mesh.weights)]
+        for weight in weights_of(config, mesh.cut, mesh.weights)
     }
     return Decoder(config, shards, mesh)
 

@@ -64,7 +64,6 @@ class Division:
         parts = [self.tokens(0, first)[self.cp_rank], self.tokens(first, length)[self.cp_rank]]
         return sum(len(part[self.kept(part)]) for part in parts)
 
-
     def most_room(self, length: int) -> int:
         """At least as many positions as this rank keeps of a sequence of up to `length`, however
         many of them are fed in the first step."""
@@ -184,7 +183,9 @@ def pack(
     The caches' lengths are advanced by the new tokens.
     """
     segments: list[Segment] = []
-    ids, positions, places, wanted = [], [], [], []
+    nothing = np.empty(0, np.int64)  # a step may feed nothing at all
+    ids, positions, places = [nothing], [nothing], [[nothing] * division.cp]
+    wanted: list[int] = []
     begin = stop = 0  # of a sequence's new tokens among all of the step's, and this rank's
     for feed in feeds:
         ids_S, cache, remaining = Feed(*feed)

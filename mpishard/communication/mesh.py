@@ -8,7 +8,8 @@ from mpi4py import MPI
 
 from mpishard.communication.ledger import Ledger
 from mpishard.description.config import ModelConfig
-from mpishard.description.layout import Layout, sharers_of
+from mpishard.description.cut import Cut
+from mpishard.description.layout import Layout, cut_of, set_of, sharers_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Mesh:
     cp: Group  # the ranks of a replica that hold the same weights
     tp: Group  # the ranks of a replica that divide its weights
     kv: Group  # the ranks of a replica that divide the cache of the same key/value heads, by cp, tp
+    experts: Group  # the ranks that hold all experts once, by ep, etp
+    ep: Group  # those of them that hold the same part of each expert's width
+    etp: Group  # those of them that hold the same experts
+    cut: Cut
+    weights: int  # which set of the weights of `cut` this rank has
     ledger: Ledger
 
     @classmethod
@@ -56,6 +62,12 @@ class Mesh:
         first = sharers_of(config, layout.tp, tp)[1].start if layout.flash_decoding else tp
         ledger = Ledger()
 
+        cut = cut_of(config, layout)
+        weights = set_of(cut, layout, comm.rank)
+        own = weights if config.moe else comm.rank % layout.replica
+        copy = comm.rank // max(layout.replica, layout.ep)  # of all experts
+        etp = max(1, layout.replica // layout.ep)
+
         def group(name: str, color: int, key: int) -> Group:
             return Group(comm.Split(color, key), name, ledger)
 
@@ -66,5 +78,10 @@ class Mesh:
             cp=group("cp", color=dp * layout.tp + tp, key=cp),
             tp=group("tp", color=dp * layout.cp + cp, key=tp),
             kv=group("kv", color=dp * layout.tp + first, key=cp * layout.tp + tp),
+            experts=group("experts", color=copy, key=own),
+            ep=group("ep", color=copy * etp + own % etp, key=own // etp),
+            etp=group("etp", color=copy * layout.ep + own // etp, key=own % etp),
+            cut=cut,
+            weights=weights,
             ledger=ledger,
         )

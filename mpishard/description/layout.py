@@ -16,9 +16,11 @@ Counting query heads alone would balance some odd layouts better (8 query heads 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mpishard.description.config import ModelConfig
+from mpishard.description.cut import Cut
 from mpishard.errors import UserError
 
 
@@ -47,6 +49,7 @@ def block_sizes(length: int, parts: int) -> list[int]:
 PREFILLS = ("ring", "all-gather")
 ORDERS = ("zigzag", "contiguous")
 MERGES = ("reduce-scatter", "all-to-all", "all-reduce")
+DISPATCHES = ("all-to-all", "gather")
 
 # More positions than any sequence has; their products with sizes stay within 64 bits.
 MOST_POSITIONS = 2**31 - 1
@@ -61,7 +64,8 @@ class Layout:
     With context parallelism (``cp``), `prefill` says how new keys and values meet the queries of
     other ranks and `order` which tokens of a prompt a rank has. Where the cache is divided, `merge`
     says how partial attentions become one, and `interleave` how many consecutive positions lie on
-    the same rank.
+    the same rank. Of a mixture, `ep` ranks divide the experts, and those that a replica has beyond
+    them the width of each; `dispatch` says how tokens and experts meet.
     """
 
     tp: int = 1
@@ -73,6 +77,8 @@ class Layout:
     order: str = ORDERS[0]
     merge: str = MERGES[0]
     interleave: int = 1
+    ep: int = 1
+    dispatch: str = DISPATCHES[0]
 
     @property
     def world(self) -> int:
@@ -88,6 +94,11 @@ class Layout:
     def divides_cache(self) -> bool:
         """Whether the positions of a sequence's cache lie on several ranks."""
         return self.flash_decoding or self.cp > 1
+
+    @property
+    def together(self) -> int:
+        """The number of neighbouring replicas that share experts and so step together."""
+        return max(1, self.ep // self.replica)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """``(dp, cp, tp)`` of world rank `rank`."""
@@ -118,6 +129,8 @@ SWITCHES: dict[str, tuple[str, bool | int | str]] = {
     "order": ("--cp-order", ORDERS[0]),
     "merge": ("--decode-merge", MERGES[0]),
     "interleave": ("--kv-interleave", 1),
+    "ep": ("--ep", 1),
+    "dispatch": ("--expert-dispatch", DISPATCHES[0]),
 }
 
 
@@ -212,7 +225,9 @@ def make_layout(
 
 
 def _check_switches(layout: Layout, given: dict[str, bool | int | str]) -> None:
-    choices = (("prefill", PREFILLS), ("order", ORDERS), ("merge", MERGES))
+    choices = (
+        ("prefill", PREFILLS), ("order", ORDERS), ("merge", MERGES), ("dispatch", DISPATCHES)
+    )  # fmt: skip
     for name, known in choices:
         if getattr(layout, name) not in known:
             flag = SWITCHES[name][0]
@@ -228,6 +243,52 @@ def _check_switches(layout: Layout, given: dict[str, bool | int | str]) -> None:
                 f"{no_effect} where every rank has the whole cache of its heads: leave it out, or "
                 "divide the cache with --flash-decoding or --cp 2"
             )
+
+
+def check_experts(config: ModelConfig, layout: Layout, given: Iterable[str]) -> None:
+    """Refuse an `ep` that the model's experts or the ranks cannot be divided by, and switches
+    `given` that have no effect on a model without experts (UserError)."""
+    moe, ep, replica = config.moe, layout.ep, layout.replica
+    if moe is None:
+        for name in {"ep", "dispatch"} & set(given):
+            flag = f"{SWITCHES[name][0]} {getattr(layout, name)}"
+            raise UserError(f"{flag} has no effect on a model without experts: leave it out")
+        return
+    if not 1 <= ep <= moe.experts:
+        raise UserError(
+            f"--ep {ep} must be 1 to the model's {moe.experts} experts: "
+            "a rank without an expert would have nothing to do"
+        )
+    fits = [n for n in range(1, min(moe.experts, layout.world) + 1) if _divides(n, layout)]
+    if not _divides(ep, layout):
+        raise UserError(
+            f"--ep {ep} does not divide {layout.degrees}: it must divide the {replica} ranks of a "
+            f"replica, or be a number of whole replicas that divides them; use --ep "
+            f"{' or '.join(map(str, fits))}"
+        )
+    if replica // ep > moe.ffn:
+        raise UserError(
+            f"--ep {ep} leaves {replica // ep} ranks to divide the width {moe.ffn} of an expert: "
+            f"use a larger --ep of {' or '.join(map(str, fits))}"
+        )
+
+
+def _divides(ep: int, layout: Layout) -> bool:
+    if ep <= layout.replica:
+        return layout.replica % ep == 0
+    return ep % layout.replica == 0 and layout.dp % (ep // layout.replica) == 0
+
+
+def cut_of(config: ModelConfig, layout: Layout) -> Cut:
+    """How `layout` cuts a model's weights."""
+    if config.moe is None:
+        return Cut(layout.tp)
+    return Cut(layout.tp, layout.ep, max(layout.replica, layout.ep))
+
+
+def set_of(cut: Cut, layout: Layout, rank: int) -> int:
+    """Which set of the weights that `cut` makes world rank `rank` has."""
+    return rank % cut.ranks if cut.ranks > cut.tp else layout.coordinates(rank)[2]
 
 
 def _were(number: int) -> str:

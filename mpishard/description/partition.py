@@ -1,21 +1,30 @@
 """The one table that cuts the weights.
 
-Each row names a tensor of the checkpoint, its whole shape and how it is divided over the
-tensor-parallel ranks. The converter, the loader, the verifier and the tests all read it; no layer
-of the model ever slices a weight.
+Each row names a tensor of the checkpoint, its whole shape and how it is divided over the ranks. The
+converter, the loader, the verifier and the tests all read it; no layer of the model ever slices a
+weight.
 
-============================  ==============  =========================================
+============================  ==============  ====================================================
 weights                       whole shape     cut
-============================  ==============  =========================================
+============================  ==============  ====================================================
 embedding, lm_head            (V, D)          rows: a block of the vocabulary
 q_proj, its bias              (H*K, D)        rows: this rank's query heads
 k_proj, v_proj, their biases  (G*K, D)        rows: this rank's key/value heads
 o_proj                        (D, H*K)        columns: this rank's query heads
-gate_proj, up_proj, biases    (F, D)          rows: a block of the feed-forward width
-down_proj                     (D, F)          columns: a block of the feed-forward width
-norms, o_proj's and           (D,) or (K,)    whole on every rank
-down_proj's biases
-============================  ==============  =========================================
+sinks                         (H,)            this rank's query heads
+q_norm, k_norm over all       (H*K,), (G*K,)  this rank's query or key/value heads
+heads together
+gate_proj, up_proj, biases,   (F, D)          rows: a block of the feed-forward width
+also of a shared expert
+down_proj, the same           (D, F)          columns: a block of the feed-forward width
+experts                       as gate_proj …  only on the ranks that have this expert, and there
+                                              by a block of its width
+norms, routers, biases of     (D,) or (K,) …  whole on every rank; biases of experts' down_proj
+o_proj and down_proj                          on those that have the expert
+============================  ==============  ====================================================
+
+Multi-head latent attention has projections to latents, whole on every rank with their norms, and
+from latents to heads, cut by rows into this rank's query heads.
 
 Cutting the outputs (rows) is column parallelism in Megatron-LM's words, which thinks of ``x @ A``,
 and cutting the inputs (columns) is row parallelism (Shoeybi et al. 2019, arXiv 1909.08053).
@@ -23,21 +32,58 @@ and cutting the inputs (columns) is row parallelism (Shoeybi et al. 2019, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from mpishard.description.config import ModelConfig
-from mpishard.description.layout import block, kv_heads_of, query_heads_of
+from mpishard.description.config import Mla, ModelConfig, Moe, Separate
+from mpishard.description.cut import Cut
+from mpishard.description.layout import (
+    block,
+    check_tensor_parallel,
+    kv_heads_of,
+    query_heads_of,
+)
+from mpishard.errors import UserError
+
+
+def experts_of(experts: int, cut: Cut, index: int) -> slice:
+    """The experts, of so many, that set `index` of the weights has."""
+    return block(experts, cut.ep, cut.ep_rank(index))
+
+
+def check_cut(config: ModelConfig, cut: Cut) -> None:
+    """Refuse a cut for which some rank would be left without a query head or an expert, or which
+    does not add up (UserError)."""
+    for flag, value in (("--tp", cut.tp), ("--ep", cut.ep)):
+        if value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    check_tensor_parallel(config, cut.tp)
+    if config.moe is None and (cut.ep > 1 or cut.ranks != cut.tp):
+        raise UserError(
+            f"{cut} divides experts, but a {config.family} model with this config.json has none: "
+            f"use --tp {cut.tp} alone"
+        )
+    if config.moe is not None and cut.ep > config.moe.experts:
+        raise UserError(
+            f"--ep {cut.ep} is more than the model's {config.moe.experts} experts: "
+            f"a rank without an expert would have nothing to do; use --ep 1 to {config.moe.experts}"
+        )
+    if cut.ranks < 1 or cut.ranks % cut.tp or cut.ranks % cut.ep:
+        raise UserError(
+            f"weights cannot be cut into {cut.ranks} parts for --tp {cut.tp} --ep {cut.ep}: "
+            f"the number must be a multiple of both, as {Cut(cut.tp, cut.ep).ranks} is"
+        )
 
 
 @dataclass(frozen=True)
 class Weight:
     """One tensor of the checkpoint.
 
-    `name` is its Hugging Face name. `layer` and `field` say where the model keeps it: `field` of
-    decoder layer `layer`, or of the model itself where `layer` is None. `axis` is the axis along
-    which it is cut and `unit` what the cut follows; both None for a weight that every rank holds
-    whole.
+    `name` is its Hugging Face name. `layer`, `field` and `expert` say where the model keeps it:
+    `field` of decoder layer `layer`, or of the model itself where `layer` is None; of expert
+    `expert`, or where that is None of what every token passes, which in a layer with experts is the
+    shared one. `axis` is the axis along which it is cut and `unit` what the cut follows; both None
+    for a weight that is not cut. A `wide` weight is stored in float32 whatever the others are.
     """
 
     name: str
@@ -45,30 +91,40 @@ class Weight:
     field: str
     shape: tuple[int, ...]
     axis: int | None = None
-    unit: str | None = None  # "query heads", "kv heads", "ffn" or "vocabulary"
+    unit: str | None = None  # "query heads", "kv heads", "ffn", "vocabulary" or "expert ffn"
+    expert: int | None = None
+    wide: bool = False
 
-    def slices(self, config: ModelConfig, tp: int, rank: int) -> tuple[slice, ...]:
-        """The part that tensor-parallel rank `rank` of `tp` holds, as one slice per axis."""
+    def held(self, config: ModelConfig, cut: Cut, index: int) -> bool:
+        """Whether set `index` of the weights has a part of it; only experts are not in all."""
+        if self.expert is None or config.moe is None:
+            return True
+        own = experts_of(config.moe.experts, cut, index)
+        return own.start <= self.expert < own.stop
+
+    def slices(self, config: ModelConfig, cut: Cut, index: int) -> tuple[slice, ...]:
+        """The part that set `index` of the weights has, one slice per axis, if it has any."""
         whole = tuple(slice(0, length) for length in self.shape)
         if self.axis is None:
             return whole
-        cut = _bounds(config, self.unit, tp, rank)
-        return whole[: self.axis] + (cut,) + whole[self.axis + 1 :]
+        bounds = _bounds(config, self.unit, self.shape[self.axis], cut, index)
+        return whole[: self.axis] + (bounds,) + whole[self.axis + 1 :]
 
-    def shard_shape(self, config: ModelConfig, tp: int, rank: int) -> tuple[int, ...]:
-        """The shape of the part that tensor-parallel rank `rank` of `tp` holds."""
-        return tuple(cut.stop - cut.start for cut in self.slices(config, tp, rank))
+    def shard_shape(self, config: ModelConfig, cut: Cut, index: int) -> tuple[int, ...]:
+        """The shape of the part that set `index` of the weights has, if it has any."""
+        return tuple(part.stop - part.start for part in self.slices(config, cut, index))
 
 
-def _bounds(config: ModelConfig, unit: str | None, tp: int, rank: int) -> slice:
+def _bounds(config: ModelConfig, unit: str | None, length: int, cut: Cut, index: int) -> slice:
+    tp, rank = cut.tp, cut.tp_rank(index)
     if unit == "query heads":
-        return _scaled(query_heads_of(config, tp, rank), config.head_dim)
+        return _scaled(query_heads_of(config, tp, rank), length // config.heads)
     if unit == "kv heads":
-        return _scaled(kv_heads_of(config, tp, rank), config.head_dim)
-    if unit == "ffn":
-        return block(config.ffn, tp, rank)
-    if unit == "vocabulary":
-        return block(config.vocab, tp, rank)
+        return _scaled(kv_heads_of(config, tp, rank), length // config.kv_heads)
+    if unit in ("ffn", "vocabulary"):
+        return block(length, tp, rank)
+    if unit == "expert ffn":
+        return block(length, cut.etp, cut.etp_rank(index))
     raise ValueError(f"unknown unit {unit!r}")
 
 
@@ -76,62 +132,174 @@ def _scaled(heads: slice, width: int) -> slice:
     return slice(heads.start * width, heads.stop * width)
 
 
+def weights_of(config: ModelConfig, cut: Cut, index: int) -> list[Weight]:
+    """The weights of which set `index` has a part, in the order of `weight_table`."""
+    return [weight for weight in weight_table(config) if weight.held(config, cut, index)]
+
+
 def weight_table(config: ModelConfig) -> list[Weight]:
     """Every weight of the model, in the order in which the forward pass meets them."""
     D, V = config.hidden, config.vocab
     table = [Weight("model.embed_tokens.weight", None, "embedding", (V, D), 0, "vocabulary")]
     for layer in range(config.layers):
-        table += _layer_weights(config, layer)
+        prefix = f"model.layers.{layer}."
+        table += [
+            replace(weight, name=prefix + weight.name, layer=layer)
+            for weight in _layer_weights(config, layer)
+        ]
     table.append(Weight("model.norm.weight", None, "norm", (D,)))
     if not config.tied:
         table.append(Weight("lm_head.weight", None, "head", (V, D), 0, "vocabulary"))
     return table
 
 
-def _layer_weights(config: ModelConfig, layer: int) -> Iterable[Weight]:
-    D, F = config.hidden, config.ffn
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+def _layer_weights(config: ModelConfig, layer: int) -> Iterator[Weight]:
+    """The weights of a layer, under their names in it."""
+    D = config.hidden
+    yield _weight("input_layernorm.weight", "attention_norm", (D,))
+    yield from _latent_attention(config, config.mla) if config.mla else _attention(config)
+    yield _weight("post_attention_layernorm.weight", "ffn_norm", (D,))
+    if config.moe and config.moe.layers[layer]:
+        yield from _mixture(config, config.moe)
+    else:
+        yield from _feed_forward("mlp", D, config.ffn, config.mlp_bias)
 
-    def weight(name, field, shape, axis=None, unit=None):
-        return Weight(f"model.layers.{layer}.{name}", layer, field, shape, axis, unit)
 
-    yield weight("input_layernorm.weight", "attention_norm", (D,))
+def _weight(
+    name: str | None,
+    field: str,
+    shape: tuple[int, ...],
+    axis: int | None = None,
+    unit: str | None = None,
+    expert: int | None = None,
+) -> Weight:
+    assert name is not None, f"a family whose layers have {field} has a name for it"
+    return Weight(name, None, field, shape, axis, unit, expert)
+
+
+def _attention(config: ModelConfig) -> Iterator[Weight]:
+    D, K = config.hidden, config.head_dim
+    q, kv = config.heads * K, config.kv_heads * K
     for part, rows, unit in (("q", q, "query heads"), ("k", kv, "kv heads"), ("v", kv, "kv heads")):
-        yield weight(f"self_attn.{part}_proj.weight", part, (rows, D), 0, unit)
+        yield _weight(f"self_attn.{part}_proj.weight", part, (rows, D), 0, unit)
         if config.qkv_bias:
-            yield weight(f"self_attn.{part}_proj.bias", f"{part}_bias", (rows,), 0, unit)
+            yield _weight(f"self_attn.{part}_proj.bias", f"{part}_bias", (rows,), 0, unit)
     if config.qk_norm:
-        yield weight("self_attn.q_norm.weight", "q_norm", (config.head_dim,))
-        yield weight("self_attn.k_norm.weight", "k_norm", (config.head_dim,))
-    yield weight("self_attn.o_proj.weight", "o", (D, q), 1, "query heads")
+        yield _weight("self_attn.q_norm.weight", "q_norm", (K,))
+        yield _weight("self_attn.k_norm.weight", "k_norm", (K,))
+    if config.qk_norm_whole:
+        yield _weight("self_attn.q_norm.weight", "q_norm", (q,), 0, "query heads")
+        yield _weight("self_attn.k_norm.weight", "k_norm", (kv,), 0, "kv heads")
+    if config.sinks:
+        yield _weight("self_attn.sinks", "sinks", (config.heads,), 0, "query heads")
+    yield from _output(config, q)
+
+
+def _latent_attention(config: ModelConfig, mla: Mla) -> Iterator[Weight]:
+    D, q = config.hidden, config.heads * config.head_dim
+    if mla.q_rank is None:
+        yield _weight("self_attn.q_proj.weight", "q", (q, D), 0, "query heads")
+    else:
+        yield from _latent("q_a_proj", "q_a", mla.q_rank, D, mla.bias)
+        yield _weight("self_attn.q_a_layernorm.weight", "q_a_norm", (mla.q_rank,))
+        yield _weight("self_attn.q_b_proj.weight", "q_b", (q, mla.q_rank), 0, "query heads")
+    latent = mla.kv_rank + mla.rope_dim  # the rotated key comes out of the same product
+    yield from _latent("kv_a_proj_with_mqa", "kv_a", latent, D, mla.bias)
+    yield _weight("self_attn.kv_a_layernorm.weight", "kv_a_norm", (mla.kv_rank,))
+    kv = config.heads * (mla.nope_dim + mla.value_dim)
+    yield _weight("self_attn.kv_b_proj.weight", "kv_b", (kv, mla.kv_rank), 0, "query heads")
+    yield from _output(config, config.heads * mla.value_dim)
+
+
+def _latent(name: str, field: str, rows: int, D: int, bias: bool) -> Iterator[Weight]:
+    yield _weight(f"self_attn.{name}.weight", field, (rows, D))
+    if bias:
+        yield _weight(f"self_attn.{name}.bias", f"{field}_bias", (rows,))
+
+
+def _output(config: ModelConfig, columns: int) -> Iterator[Weight]:
+    yield _weight("self_attn.o_proj.weight", "o", (config.hidden, columns), 1, "query heads")
     if config.o_bias:
-        yield weight("self_attn.o_proj.bias", "o_bias", (D,))
-    yield weight("post_attention_layernorm.weight", "ffn_norm", (D,))
+        yield _weight("self_attn.o_proj.bias", "o_bias", (config.hidden,))
+
+
+def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[Weight]:
+    """A gated feed-forward network: a dense layer's, or an expert that every token goes to."""
     for part in ("gate", "up"):
-        yield weight(f"mlp.{part}_proj.weight", part, (F, D), 0, "ffn")
-        if config.mlp_bias:
-            yield weight(f"mlp.{part}_proj.bias", f"{part}_bias", (F,), 0, "ffn")
-    yield weight("mlp.down_proj.weight", "down", (D, F), 1, "ffn")
-    if config.mlp_bias:
-        yield weight("mlp.down_proj.bias", "down_bias", (D,))
+        yield _weight(f"{name}.{part}_proj.weight", part, (F, D), 0, "ffn")
+        if bias:
+            yield _weight(f"{name}.{part}_proj.bias", f"{part}_bias", (F,), 0, "ffn")
+    yield _weight(f"{name}.down_proj.weight", "down", (D, F), 1, "ffn")
+    if bias:
+        yield _weight(f"{name}.down_proj.bias", "down_bias", (D,))
 
 
-def uncovered(config: ModelConfig, tp: int) -> list[str]:
-    """The names of weights of which some element lies on no rank: empty for a correct table.
+def _mixture(config: ModelConfig, moe: Moe) -> Iterator[Weight]:
+    D, E, names = config.hidden, moe.experts, moe.names
+    yield _weight(separate_names(moe).router, "router", (E, D))
+    if moe.router_bias:
+        yield _weight(names.stacked.router_bias, "router_bias", (E,))
+    if moe.selection_bias:
+        # Experts are chosen by sums with it, in which a rounded digit can change the choice.
+        yield replace(_weight(names.selection_bias, "selection_bias", (E,)), wide=True)
+    if moe.shared_ffn:
+        yield from _feed_forward(names.shared, D, moe.shared_ffn, config.mlp_bias)
+    if moe.shared_gate:
+        yield _weight(names.shared_gate, "shared_gate", (1, D))
+    for expert in range(E):
+        yield from _expert(moe, D, expert)
 
-    The slices of a weight are boxes that differ along one axis, so that covering the weight means
-    covering that axis.
-    """
+
+def _expert(moe: Moe, D: int, expert: int) -> Iterator[Weight]:
+    F, names = moe.ffn, separate_names(moe)
+    for part, name in (("gate", names.gate), ("up", names.up)):
+        name = name.format(expert)
+        yield _weight(name, part, (F, D), 0, "expert ffn", expert)
+        if moe.expert_bias:
+            yield _weight(_bias(name), f"{part}_bias", (F,), 0, "expert ffn", expert)
+    name = names.down.format(expert)
+    yield _weight(name, "down", (D, F), 1, "expert ffn", expert)
+    if moe.expert_bias:
+        yield _weight(_bias(name), "down_bias", (D,), expert=expert)
+
+
+def separate_names(moe: Moe) -> Separate:
+    """The names of a mixture's tensors one by one, as the table has them, also for a family that
+    only stores its experts together."""
+    return moe.names.separate or Separate(router=moe.names.stacked.router)
+
+
+def _bias(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.bias"
+
+
+def uncovered(config: ModelConfig, cut: Cut) -> list[str]:
+    """The names of weights of which some element lies on no rank: empty for a correct table."""
+    # Whether a weight is covered does not depend on its layer, of which there may be many.
+    known: dict[Weight, bool] = {}
     gaps = []
     for weight in weight_table(config):
-        if weight.axis is None:
-            continue
-        cuts = [weight.slices(config, tp, rank)[weight.axis] for rank in range(tp)]
-        reached = 0
-        for cut in sorted(cuts, key=lambda cut: cut.start):
-            if cut.start > reached:
-                break
-            reached = max(reached, cut.stop)
-        if reached != weight.shape[weight.axis]:
+        kind = replace(weight, name="", layer=None)
+        if kind not in known:
+            known[kind] = _covered(weight, config, cut)
+        if not known[kind]:
             gaps.append(weight.name)
     return gaps
+
+
+def _covered(weight: Weight, config: ModelConfig, cut: Cut) -> bool:
+    """Whether all of a weight lies on some rank. Its slices are boxes that differ along one axis,
+    so that covering the weight means covering that axis."""
+    boxes = [
+        weight.slices(config, cut, index)
+        for index in range(cut.ranks)
+        if weight.held(config, cut, index)
+    ]
+    if weight.axis is None:
+        return boxes != []
+    reached = 0
+    for part in sorted((box[weight.axis] for box in boxes), key=lambda part: part.start):
+        if part.start > reached:
+            break
+        reached = max(reached, part.stop)
+    return reached == weight.shape[weight.axis]

@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
+from mpishard.communication.collectives import MAX, all_reduce
 from mpishard.engine.sampling import Draw, Sampling, choose
 from mpishard.errors import UserError
 from mpishard.model import Decoder
@@ -118,7 +119,7 @@ def generate(
     waiting = deque(requests)
     running: list[_Running] = []
     answers: list[Answer] = []
-    while waiting or running:
+    while _go_on(model, bool(waiting or running)):
         started = perf_counter()
         feeds = [sequence.feed(model, prefill_chunk) for sequence in running]
         tokens = sum(len(feed.ids_S) for feed in feeds)
@@ -133,6 +134,14 @@ def generate(
                 on_finish(sequence.request, sequence.answer)
         running = [sequence for sequence in running if not sequence.answer.finish_reason]
     return answers
+
+
+def _go_on(model: Decoder, busy: bool) -> bool:
+    """Whether there is a step to take: replicas that share experts take theirs together, those
+    without work with no tokens."""
+    if model.mesh.layout.together == 1:
+        return busy
+    return bool(all_reduce(np.array(busy, np.int64), model.mesh.experts, MAX))
 
 
 def next_tokens(model: Decoder, step: Step, draws: list[Draw]) -> list[int]:
@@ -200,6 +209,6 @@ def _count(timing: Timing, running: list[_Running], feeds: list[Feed], seconds: 
     if prompts:
         timing.prompt_tokens += sum(prompts)
         timing.prompt_seconds += seconds
-    else:
+    elif running:
         timing.generated_tokens += len(running)
         timing.generation_seconds += seconds

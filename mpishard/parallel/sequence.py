@@ -44,7 +44,7 @@ def attention(
     """Causal self-attention of the step's tokens over their sequences: (n, D). `turn` holds the
     rotary cosines and sines of all N tokens."""
     x_ND = whole(x_nD, step, mesh)
-    q_NhK, k_NgK, v_NgK = project(x_ND, w, turn)
+    q_NhK, k_NgK, v_NgK = project(x_ND, w, turn, mesh)
     scale = w.head_dim**-0.5
     out_NhK = w.attend(q_NhK, k_NgK, v_NgK, layer, step, scale, w.window, mesh)
     out_Nx = out_NhK.reshape(len(x_ND), w.o.shape[1])  # x: this rank's h heads, K of each
@@ -70,6 +70,16 @@ def pick(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     mine, rank = blocks[mesh.tp.rank], mesh.tp.rank
     x_mD = x_nD[step.wanted_M[bounds[rank] : bounds[rank + 1]] - mine.start]
     return all_gather(x_mD, mesh.tp, sizes=np.diff(bounds).tolist())
+
+
+def deal(x_nD: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """This rank's block of the tokens, which it has already: (n, D)."""
+    return x_nD
+
+
+def join(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+    """This rank's block of the tokens, where it stays: (n, D)."""
+    return y_nD
 
 
 def whole(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:

@@ -10,6 +10,7 @@ embed         ids_N -> partial_ND -> all_reduce(tp) -> x_ND
 attention     x_ND -> q_NhK, k_NgK, v_NgK -> out_NhK -> partial_ND -> all_reduce(tp) -> y_ND
 feed_forward  x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
 pick          x_ND -> x_MD, the rows whose logits are wanted
+deal, join    x_ND -> x_nD -> all_gather(tp) -> x_ND, around a mixture of experts
 logits        x_MD -> logits_Mv
 candidates    keys_Mv -> the best C of each row -> all_gather(tp) -> of all ranks
 
@@ -31,7 +32,17 @@ from mpishard.arithmetic.products import linear
 from mpishard.arithmetic.rotary import rotate
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
+from mpishard.description.layout import block, block_sizes
 from mpishard.parallel.attention import Attend
+
+
+@dataclass(frozen=True)
+class WholeNorm:
+    """The q and k norms of a model that takes them over all heads together, as olmoe does."""
+
+    query_width: int  # H*K
+    key_width: int  # G*K
+    sharers: int  # ranks that have the same key/value heads as this one
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,9 @@ class Attention:
     k_bias: np.ndarray | None  # (g*K,)
     v_bias: np.ndarray | None  # (g*K,)
     o_bias: np.ndarray | None  # (D,)
-    q_norm: np.ndarray | None  # (K,)
-    k_norm: np.ndarray | None  # (K,)
+    q_norm: np.ndarray | None  # (K,), or over all heads together (h*K,)
+    k_norm: np.ndarray | None  # (K,), or (g*K,)
+    whole_norm: WholeNorm | None
     head_dim: int  # K
     norm_eps: float
     window: int | None
@@ -83,7 +95,7 @@ def attention(
 ) -> np.ndarray:
     """Causal self-attention of the step's tokens over their sequences: (N, D). `turn` holds the
     rotary cosines and sines of the tokens."""
-    q_NhK, k_NgK, v_NgK = project(x_ND, w, turn)
+    q_NhK, k_NgK, v_NgK = project(x_ND, w, turn, mesh)
     scale = w.head_dim**-0.5
     out_NhK = w.attend(q_NhK, k_NgK, v_NgK, layer, step, scale, w.window, mesh)
     out_Nx = out_NhK.reshape(len(x_ND), w.o.shape[1])  # x: this rank's h heads, K of each
@@ -99,6 +111,16 @@ def feed_forward(x_ND: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     partial_ND = linear(hidden_Nf, w.down)  # row-parallel: f is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return add_bias(y_ND, w.down_bias)
+
+
+def deal(x_ND: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """This rank's block of the tokens that every rank has: (n, D)."""
+    return x_ND[block(len(x_ND), mesh.tp.size, mesh.tp.rank)]
+
+
+def join(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+    """The tokens of all ranks, each of which has a block of them: (N, D)."""
+    return all_gather(y_nD, mesh.tp, sizes=block_sizes(len(step.ids_N), mesh.tp.size))
 
 
 def whole(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
@@ -145,7 +167,7 @@ def partial_embedding(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int
 
 
 def project(
-    x_ND: np.ndarray, w: Attention, turn: tuple[np.ndarray, np.ndarray]
+    x_ND: np.ndarray, w: Attention, turn: tuple[np.ndarray, np.ndarray], mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries, keys and values of this rank's heads, normed and turned: ``(q_NhK, k_NgK,
     v_NgK)``."""
@@ -154,10 +176,26 @@ def project(
     q_NhK = linear(x_ND, w.q, w.q_bias).reshape(N, h, K)  # column-parallel: D is whole
     k_NgK = linear(x_ND, w.k, w.k_bias).reshape(N, g, K)
     v_NgK = linear(x_ND, w.v, w.v_bias).reshape(N, g, K)
-    if w.q_norm is not None and w.k_norm is not None:
+    if w.whole_norm is not None:
+        q_NhK, k_NgK = norm_all_heads(q_NhK, k_NgK, w, w.whole_norm, mesh)
+    elif w.q_norm is not None and w.k_norm is not None:
         q_NhK = rms_norm(q_NhK, w.q_norm, w.norm_eps)
         k_NgK = rms_norm(k_NgK, w.k_norm, w.norm_eps)
     return rotate(q_NhK, *turn), rotate(k_NgK, *turn), v_NgK
+
+
+def norm_all_heads(
+    q_NhK: np.ndarray, k_NgK: np.ndarray, w: Attention, norm: WholeNorm, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys scaled to a root mean square of 1 over the heads of all ranks, times the
+    weights of this rank's."""
+    assert w.q_norm is not None and w.k_norm is not None
+    squares_N2 = [(q_NhK**2).sum(axis=(1, 2)), (k_NgK**2).sum(axis=(1, 2)) / norm.sharers]
+    total_N2 = all_reduce(np.stack(squares_N2, axis=1), mesh.tp)
+    mean_N2 = total_N2 / np.array([norm.query_width, norm.key_width], total_N2.dtype)
+    scale_N211 = 1 / np.sqrt(mean_N2 + w.norm_eps)[..., np.newaxis, np.newaxis]
+    q_NhK = q_NhK * scale_N211[:, 0] * w.q_norm.reshape(q_NhK.shape[1:])
+    return q_NhK, k_NgK * scale_N211[:, 1] * w.k_norm.reshape(k_NgK.shape[1:])
 
 
 def add_bias(y_ND: np.ndarray, bias_D: np.ndarray | None) -> np.ndarray:

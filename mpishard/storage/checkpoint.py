@@ -2,12 +2,13 @@
 
 The safetensors library checks the files; the slices come from memory maps at the offsets that the
 files' headers give, because that reads columns several times faster and can convert on the way.
+Weights bear the partition table's names, also where the experts of a layer are stored together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,18 @@ from mpishard.description.partition import weight_table
 from mpishard.errors import UserError
 from mpishard.storage.arrays import DTYPES, StoredArray
 from mpishard.storage.directory import read_config, read_json
+from mpishard.storage.mxfp4 import SCALE, widen
+from mpishard.storage.placement import Placement, find_places
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {
+    "F32": DTYPES["float32"],
+    "F16": DTYPES["float16"],
+    "BF16": DTYPES["bfloat16"],
+}
+PAIRS_OF_FP4 = {"U8": np.dtype(np.uint8)}
+SCALES = {"U8": SCALE, "F8_E8M0": SCALE}
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -34,10 +43,18 @@ Header = tuple[Path, int, dict[str, Any]]  # file, where its data begin, the ten
 class Checkpoint:
     """The weights of a Hugging Face directory, none of which is read before it is asked for."""
 
-    def __init__(self, path: Path, config: ModelConfig, arrays: dict[str, StoredArray]):
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        places: dict[str, Placement],
+        arrays: dict[str, StoredArray],
+    ):
         self.path = path
         self.config = config
-        self.arrays = arrays
+        self.places = places  # of the weights
+        self.arrays = arrays  # in which they are, under the names of the files
+        self._shapes = {weight.name: weight.shape for weight in weight_table(config)}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -45,24 +62,26 @@ class Checkpoint:
         its shape and that there is none beside them.
 
         Raises UserError for damaged, truncated or missing files, for missing, misshapen or unknown
-        tensors, and for dtypes other than float32, float16 and bfloat16.
+        tensors, and for dtypes other than float32, float16 and bfloat16 and, of experts, MXFP4.
         """
         path = Path(path)
         config = read_config(path)
         headers = _read_headers(path)
-        _refuse_unknown(config, headers)
-        checkpoint = cls(path, config, _find_weights(path, config, headers))
+        places = find_places(config, headers)
+        _refuse_unknown(config, headers, {name for p in places.values() for name in p.tensors})
+        checkpoint = cls(path, config, places, _find_arrays(path, places, headers))
         if config.tied and HEAD in headers:
             _check_tied(checkpoint.arrays[EMBEDDING], _stored(HEAD, *headers[HEAD]))
         return checkpoint
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of a weight."""
-        return self.arrays[name].shape
+        return self._shapes[name]
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype in which a weight is stored."""
-        return self.arrays[name].dtype
+        """The dtype in which a weight is stored, for a quantized one that in which it comes out."""
+        place = self.places[name]
+        return DTYPES["float32"] if place.quantized else self.arrays[place.name].dtype
 
     def read(
         self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
@@ -73,8 +92,14 @@ class Checkpoint:
 
     def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """The part of a weight that `slices` cut out, as it lies in the file; nothing is read
-        until it is touched."""
-        return self.arrays[name].map()[slices]
+        until it is touched, unless it is quantized."""
+        place = self.places[name]
+        stored = [self.arrays[tensor].map() for tensor in place.tensors]
+        if place.quantized:
+            blocks, scales = (array[place.index] for array in stored)
+            return widen(blocks, scales, *slices)
+        whole = stored[0].swapaxes(-2, -1) if place.transposed else stored[0]
+        return whole[place.index][slices]
 
 
 def _read_headers(directory: Path) -> dict[str, Header]:
@@ -112,38 +137,47 @@ def _read_header(path: Path) -> dict[str, Header]:
     return {name: (path, 8 + length, entry) for name, entry in entries.items()}
 
 
-def _find_weights(
-    directory: Path, config: ModelConfig, headers: dict[str, Header]
+def _find_arrays(
+    directory: Path, places: dict[str, Placement], headers: dict[str, Header]
 ) -> dict[str, StoredArray]:
-    arrays = {}
-    for weight in weight_table(config):
-        if weight.name not in headers:
-            raise UserError(
-                f"{directory} lacks the tensor {weight.name}, "
-                f"which its config.json calls for in shape {weight.shape}"
-            )
-        array = _stored(weight.name, *headers[weight.name])
-        if array.shape != weight.shape:
-            raise UserError(
-                f"{array.path}: {weight.name} has shape {array.shape}, "
-                f"but config.json calls for {weight.shape}"
-            )
-        arrays[weight.name] = array
+    """What is stored of all places, by the names of the tensors."""
+    arrays: dict[str, StoredArray] = {}
+    for place in places.values():
+        dtypes = (PAIRS_OF_FP4, SCALES) if place.quantized else (FLOATS,)
+        for (name, shape), known in zip(place.tensors.items(), dtypes, strict=True):
+            if name in arrays:  # where another expert's weight is as well
+                continue
+            if name not in headers:
+                raise UserError(
+                    f"{directory} lacks the tensor {name}, "
+                    f"which its config.json calls for in shape {shape}"
+                )
+            array = _stored(name, *headers[name], known)
+            if array.shape != shape:
+                raise UserError(
+                    f"{array.path}: {name} has shape {array.shape}, "
+                    f"but config.json calls for {shape}"
+                )
+            arrays[name] = array
     return arrays
 
 
-def _stored(name: str, path: Path, data_start: int, entry: dict[str, Any]) -> StoredArray:
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
+def _stored(
+    name: str,
+    path: Path,
+    data_start: int,
+    entry: dict[str, Any],
+    dtypes: Mapping[str, np.dtype] = FLOATS,
+) -> StoredArray:
+    dtype = dtypes.get(entry["dtype"])
+    if dtype is None:
         raise UserError(
-            f"{path}: {name} has dtype {entry['dtype']}; "
-            f"{', '.join(SAFETENSORS_DTYPES)} can be read"
+            f"{path}: {name} has dtype {entry['dtype']}; {', '.join(dtypes)} can be read"
         )
-    dtype = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]]
     return StoredArray(path, data_start + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
 
-def _refuse_unknown(config: ModelConfig, headers: dict[str, Header]) -> None:
-    known = {weight.name for weight in weight_table(config)}
+def _refuse_unknown(config: ModelConfig, headers: dict[str, Header], known: Container[str]) -> None:
     unknown = [name for name in headers if name not in known and not _harmless(config, name)]
     if unknown:
         raise UserError(
@@ -154,7 +188,14 @@ def _refuse_unknown(config: ModelConfig, headers: dict[str, Header]) -> None:
 
 def _harmless(config: ModelConfig, name: str) -> bool:
     # Old checkpoints store the rotary frequencies, which follow from the configuration.
-    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD)
+    if name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD):
+        return True
+    # What predicts several tokens at once is stored as layers after the last, and not used.
+    more = config.raw.get("num_nextn_predict_layers")
+    return isinstance(more, int) and any(
+        name.startswith(f"model.layers.{layer}.")
+        for layer in range(config.layers, config.layers + more)
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,13 +14,13 @@ import uuid
 from math import prod
 from pathlib import Path
 
-from mpishard.description.layout import check_tensor_parallel
-from mpishard.description.partition import Weight, weight_table
+from mpishard.description.cut import Cut
+from mpishard.description.partition import Weight, check_cut, weight_table, weights_of
 from mpishard.errors import UserError
 from mpishard.storage import rank_file
-from mpishard.storage.arrays import DTYPES, Progress, StoredArray, as_bytes, checksum, row_blocks
+from mpishard.storage.arrays import Progress, StoredArray, as_bytes, checksum, row_blocks
 from mpishard.storage.directory import copy_companions
-from mpishard.storage.rank_file import Manifest, rank_file_name
+from mpishard.storage.rank_file import Manifest, dtype_of, rank_file_name
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
 from mpishard.storage.source import Source
 
@@ -34,28 +34,36 @@ def convert(
     tp: int,
     dtype: str = "float32",
     progress: Progress = lambda done: None,
+    ep: int = 1,
+    ranks: int = 0,
 ) -> None:
-    """Writes `source` as shards for `tp` ranks into the new directory `out`, in this process."""
-    conversion = Conversion(source, out, tp, dtype)
+    """Writes `source` as shards into the new directory `out`, in this process."""
+    conversion = Conversion(source, out, tp, dtype, ep, ranks)
     conversion.prepare()
     conversion.write(progress=progress)
     conversion.finish()
 
 
 class Conversion:
-    """One conversion: `source` cut for `tp` ranks, stored in `dtype`, into the directory `out`."""
+    """One conversion: `source` cut as ``Cut(tp, ep, ranks)`` says, stored in `dtype`, into the
+    directory `out`."""
 
-    def __init__(self, source: Source, out: str | Path, tp: int, dtype: str = "float32"):
-        if tp < 1:
-            raise UserError(f"--tp {tp} must be at least 1")
-        check_tensor_parallel(source.config, tp)
+    def __init__(
+        self,
+        source: Source,
+        out: str | Path,
+        tp: int,
+        dtype: str = "float32",
+        ep: int = 1,
+        ranks: int = 0,
+    ):
+        self.cut = Cut(tp, ep, ranks)
+        check_cut(source.config, self.cut)
         if dtype not in SHARD_DTYPES:
             raise UserError(f"--dtype {dtype} is not one of {', '.join(SHARD_DTYPES)}")
         self.source = source
         self.out = Path(out)
-        self.tp = tp
-        self.dtype = DTYPES[dtype]
-        self.weights = weight_table(source.config)
+        self.dtype = dtype
         self.incomplete = self.out.with_name(self.out.name + ".incomplete")
 
     @property
@@ -65,10 +73,11 @@ class Conversion:
 
     def worker_bytes(self, worker: int, workers: int) -> int:
         """The bytes of weights that one of `workers` processes writes."""
-        return self.dtype.itemsize * sum(
-            prod(weight.shard_shape(self.source.config, self.tp, rank))
-            for weight in self.weights
-            for rank in range(worker, self.tp, workers)
+        config = self.source.config
+        return sum(
+            dtype_of(weight, self.dtype).itemsize * prod(weight.shard_shape(config, self.cut, rank))
+            for rank in range(worker, self.cut.ranks, workers)
+            for weight in weights_of(config, self.cut, rank)
         )
 
     def prepare(self) -> None:
@@ -79,7 +88,7 @@ class Conversion:
         """
         if self.out.exists():
             raise UserError(f"{self.out} exists already: remove it or choose another directory")
-        manifest = Manifest(uuid.uuid4().hex, str(self.source.path), self.dtype.name, self.tp)
+        manifest = Manifest(uuid.uuid4().hex, str(self.source.path), self.dtype, self.cut)
         try:
             self._remove_interrupted()
             self._check_space()
@@ -111,8 +120,8 @@ class Conversion:
         bytes of each block. Raises UserError where the disk or the source fails."""
         manifest = Manifest.read(self.incomplete / UNFINISHED_MANIFEST)
         paths = {
-            rank: self.incomplete / rank_file_name(rank, self.tp)
-            for rank in range(worker, self.tp, workers)
+            rank: self.incomplete / rank_file_name(rank, self.cut.ranks)
+            for rank in range(worker, self.cut.ranks, workers)
         }
         try:
             places = {
@@ -121,10 +130,11 @@ class Conversion:
             }
             checksums: dict[int, dict[str, int]] = {rank: {} for rank in paths}
             # Weight by weight, not file by file: so the source is read from disk only once.
-            for weight in self.weights:
+            for weight in weight_table(self.source.config):
                 for rank in paths:
-                    place = places[rank][weight.name]
-                    checksums[rank][weight.name] = self._copy(weight, rank, place, progress)
+                    place = places[rank].get(weight.name)
+                    if place is not None:  # otherwise an expert that other ranks have
+                        checksums[rank][weight.name] = self._copy(weight, rank, place, progress)
             for rank, path in paths.items():
                 rank_file.seal(path, checksums[rank])
         except (OSError, RuntimeError) as error:  # HDF5 raises either
@@ -133,13 +143,13 @@ class Conversion:
 
     def _copy(self, weight: Weight, rank: int, place: StoredArray, progress: Progress) -> int:
         """Copies a rank's part of a weight to its place, and answers with its checksum."""
-        rows, *others = weight.slices(self.source.config, self.tp, rank)
+        rows, *others = weight.slices(self.source.config, self.cut, rank)
         crc32 = 0
         with open(place.path, "r+b") as file:
             file.seek(place.offset)
             for part in row_blocks(place.shape, SOURCE_ITEMSIZE):
                 cut = slice(rows.start + part.start, rows.start + part.stop)
-                block = self.source.read(weight.name, (cut, *others), self.dtype)
+                block = self.source.read(weight.name, (cut, *others), place.dtype)
                 file.write(as_bytes(block))
                 crc32 = checksum(block, crc32)
                 progress(block.nbytes)
@@ -150,7 +160,7 @@ class Conversion:
         manifest = self.incomplete / UNFINISHED_MANIFEST
         shards = ShardDirectory(self.incomplete, Manifest.read(manifest))
         shards.check_files()
-        for rank in range(self.tp):
+        for rank in range(self.cut.ranks):
             shards.parts(rank)
         if self.out.exists():
             raise UserError(f"{self.out} came to exist during the conversion; remove it")

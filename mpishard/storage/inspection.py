@@ -7,9 +7,10 @@ from math import prod
 
 import numpy as np
 
-from mpishard.description.config import ModelConfig
+from mpishard.description.config import Mla, ModelConfig, Moe
+from mpishard.description.cut import Cut
 from mpishard.description.layout import block, kv_heads_of, query_heads_of
-from mpishard.description.partition import weight_table
+from mpishard.description.partition import experts_of, weight_table
 from mpishard.errors import UserError
 from mpishard.storage.arrays import Progress, StoredArray, checksum
 from mpishard.storage.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ def describe(source: Source) -> list[str]:
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
-        lines.append(f"shards        --tp {manifest.tp}, made from {manifest.source}")
+        lines.append(f"shards        {manifest.cut}, made from {manifest.source}")
         lines.append(f"conversion    {manifest.conversion}")
         return [*lines, "", *_columns(_rank_rows(source))]
     return [*lines, "", *_columns(_file_rows(source))]
@@ -39,33 +40,74 @@ def _model_lines(config: ModelConfig) -> list[str]:
         f"layers        {config.layers}",
         f"hidden        {config.hidden}",
         f"heads         {config.heads} query, {config.kv_heads} key/value, width {config.head_dim}",
-        f"ffn           {config.ffn}, {config.activation}",
+        *([f"latent        {_latent(config.mla)}"] if config.mla else []),
+        *([f"ffn           {config.ffn}, {config.activation}"] if _is_dense(config) else []),
+        *([f"experts       {_experts(config, config.moe)}"] if config.moe else []),
         f"vocabulary    {config.vocab}{', head tied to the embedding' if config.tied else ''}",
         f"positions     {config.max_positions}, rope {config.rope.kind}{reach}",
     ]
 
 
+def _latent(mla: Mla) -> str:
+    queries = f", queries {mla.q_rank}" if mla.q_rank else ""
+    return f"keys and values {mla.kv_rank}, rotated key {mla.rope_dim}{queries}"
+
+
+def _is_dense(config: ModelConfig) -> bool:
+    """Whether any layer is without experts."""
+    return config.moe is None or not all(config.moe.layers)
+
+
+def _experts(config: ModelConfig, moe: Moe) -> str:
+    shared = f", and a shared one of width {moe.shared_ffn}" if moe.shared_ffn else ""
+    layers = f" in {sum(moe.layers)} of {config.layers} layers" if _is_dense(config) else ""
+    return (
+        f"{moe.experts} of width {moe.ffn}, {config.activation}, "
+        f"{moe.top_k} for a token{shared}{layers}"
+    )
+
+
 def _weights_line(source: Source) -> str:
     table = weight_table(source.config)
     parameters = sum(prod(weight.shape) for weight in table)
-    dtypes = sorted({source.dtype(weight.name).name for weight in table})
+    dtypes = sorted({_dtype_name(source, weight.name) for weight in table})
     return f"weights       {parameters:,} parameters, {' and '.join(dtypes)}"
 
 
+def _dtype_name(source: Source, name: str) -> str:
+    if isinstance(source, Checkpoint) and source.places[name].quantized:
+        return "mxfp4"
+    return source.dtype(name).name
+
+
 def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:
-    config, tp = shards.config, shards.tp
-    yield "rank", "file", "bytes", "tensors", "query heads", "kv heads", "ffn", "vocabulary"
-    for rank in range(tp):
+    columns = list(_held(shards.config, shards.cut, 0))
+    yield "rank", "file", "bytes", "tensors", *columns
+    for rank in range(shards.cut.ranks):
         yield (
             str(rank),
             shards.file(rank).name,
             f"{shards.file(rank).stat().st_size:,}",
             str(len(shards.parts(rank))),
-            _range(query_heads_of(config, tp, rank)),
-            _range(kv_heads_of(config, tp, rank)),
-            _range(block(config.ffn, tp, rank)),
-            _range(block(config.vocab, tp, rank)),
+            *map(_range, _held(shards.config, shards.cut, rank).values()),
         )
+
+
+def _held(config: ModelConfig, cut: Cut, index: int) -> dict[str, slice]:
+    """What set `index` of the weights has of all that is divided."""
+    moe, tp, rank = config.moe, cut.tp, cut.tp_rank(index)
+    held = {"query heads": query_heads_of(config, tp, rank)}
+    if config.mla is None:
+        held["kv heads"] = kv_heads_of(config, tp, rank)
+    if _is_dense(config):
+        held["ffn"] = block(config.ffn, tp, rank)
+    if moe:
+        held["experts"] = experts_of(moe.experts, cut, index)
+        held["of their width"] = block(moe.ffn, cut.etp, cut.etp_rank(index))
+        if moe.shared_ffn:
+            held["shared"] = block(moe.shared_ffn, tp, rank)
+    held["vocabulary"] = block(config.vocab, tp, rank)
+    return held
 
 
 def _file_rows(checkpoint: Checkpoint) -> Iterable[tuple[str, ...]]:
@@ -97,7 +139,9 @@ def stored_bytes(source: Source) -> int:
     if isinstance(source, Checkpoint):
         return sum(array.nbytes for array in source.arrays.values())
     return sum(
-        part.array.nbytes for rank in range(source.tp) for part in source.parts(rank).values()
+        part.array.nbytes
+        for rank in range(source.cut.ranks)
+        for part in source.parts(rank).values()
     )
 
 
@@ -114,7 +158,7 @@ def verify(source: Source, progress: Progress = lambda done: None) -> None:
             _refuse_infinite(name, array, finite)
         return
     first: dict[tuple[str, str], Part] = {}
-    for rank in range(source.tp):
+    for rank in range(source.cut.ranks):
         for name, part in source.parts(rank).items():
             crc32, finite = _read_through(part.array, progress)
             part.compare(crc32)

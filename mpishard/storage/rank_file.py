@@ -1,4 +1,4 @@
-"""One HDF5 file of a shard directory: what one rank of a tensor-parallel group holds.
+"""One HDF5 file of a shard directory: one set of weights, for the ranks that hold it.
 
 The file describes itself. Its root carries the attributes ``format_version``, ``conversion``,
 ``dtype``, the mapping (``tp``, ``ep``, ``ranks``), ``rank`` and ``config`` (config.json). Every
@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ import h5py
 import numpy as np
 
 from mpishard.description.config import ModelConfig
-from mpishard.description.partition import Weight, weight_table
+from mpishard.description.cut import Cut
+from mpishard.description.partition import Weight, weights_of
 from mpishard.errors import UserError
 from mpishard.storage.arrays import DTYPES, StoredArray, checksum
 from mpishard.storage.directory import read_json
@@ -42,6 +43,8 @@ _FILE_OPTIONS: dict[str, Any] = {
     "meta_block_size": 1 << 16,  # descriptions together, apart from the numbers
     "locking": False,  # some network file systems have no locks to give
 }
+# Nothing is ever freed; searching for free space would take ages where experts are many.
+_NEW_FILE_OPTIONS = _FILE_OPTIONS | {"fs_strategy": "aggregate"}
 
 
 def rank_file_name(rank: int, ranks: int) -> str:
@@ -60,12 +63,12 @@ class Manifest:
     conversion: str
     source: str
     dtype: str
-    tp: int
+    cut: Cut
 
     @property
     def mapping(self) -> dict[str, int]:
-        """How the weights are divided: one file for each of the `tp` ranks."""
-        return {"tp": self.tp, "ep": 1, "ranks": self.tp}
+        """How the weights are divided: one file for each of the `ranks`."""
+        return asdict(self.cut)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -78,15 +81,9 @@ class Manifest:
             mapping = raw["mapping"]
         except KeyError as error:
             raise UserError(f"{path} is not a manifest of shards: it lacks {error}") from None
-        tp: Any = mapping.get("tp") if isinstance(mapping, dict) else None
-        manifest = cls(conversion, source, dtype, tp)
-        if not isinstance(tp, int) or tp < 1 or mapping != manifest.mapping:
-            raise UserError(
-                f"{path}: mapping is {mapping}, but must have tp from 1, ep 1 and ranks equal to tp"
-            )
-        if manifest.dtype not in DTYPES:
-            raise UserError(f"{path}: dtype is {manifest.dtype!r}, not one of {', '.join(DTYPES)}")
-        return manifest
+        if dtype not in DTYPES:
+            raise UserError(f"{path}: dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
+        return cls(conversion, source, dtype, _read_mapping(path, mapping))
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON."""
@@ -98,6 +95,25 @@ class Manifest:
             "mapping": self.mapping,
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_mapping(path: Path, mapping: Any) -> Cut:
+    numbers = mapping if isinstance(mapping, dict) else {}
+    sound = numbers.keys() == {"tp", "ep", "ranks"} and all(
+        type(number) is int and number > 0 and numbers["ranks"] % number == 0
+        for number in numbers.values()
+    )
+    if not sound:
+        raise UserError(
+            f"{path}: mapping is {mapping}, but must have tp and ep, whole numbers from 1, "
+            "and ranks, a multiple of both"
+        )
+    return Cut(**numbers)
+
+
+def dtype_of(weight: Weight, dtype: str) -> np.dtype:
+    """The dtype in which shards in `dtype` hold a weight."""
+    return DTYPES["float32" if weight.wide else dtype]
 
 
 def _check_version(path: Path, version: Any) -> None:
@@ -113,6 +129,7 @@ class Part:
     """What a rank file holds of one weight: the slice, its place and its checksum."""
 
     name: str
+    names: list[str]  # as stored: of the global tensors that share the data
     whole_shape: tuple[int, ...]
     held: tuple[slice, ...]
     array: StoredArray
@@ -145,14 +162,14 @@ def create(
     allocated = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     allocated.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     allocated.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(path, "x", **_FILE_OPTIONS) as file:
+    with h5py.File(path, "x", **_NEW_FILE_OPTIONS) as file:
         file.attrs["format_version"] = UNSEALED
         for name, value in _identity(manifest, rank).items():
             file.attrs[name] = value
         file.attrs["config"] = _as_text(config.raw)
         return {
             weight.name: _create_dataset(file, weight, config, manifest, rank, allocated)
-            for weight in weight_table(config)
+            for weight in weights_of(config, manifest.cut, rank)
         }
 
 
@@ -164,15 +181,15 @@ def _create_dataset(
     rank: int,
     allocated: h5py.h5p.PropDCID,
 ) -> StoredArray:
-    dtype = DTYPES[manifest.dtype]
-    held = weight.slices(config, manifest.tp, rank)
-    shape = weight.shard_shape(config, manifest.tp, rank)
+    dtype = dtype_of(weight, manifest.dtype)
+    held = weight.slices(config, manifest.cut, rank)
+    shape = weight.shard_shape(config, manifest.cut, rank)
     dataset = file.create_dataset(weight.name, shape, _stored_dtype(dtype), dcpl=allocated)
     dataset.attrs["names"] = [weight.name]
     dataset.attrs["shape"] = weight.shape
     dataset.attrs["start"] = [cut.start for cut in held]
     dataset.attrs["stop"] = [cut.stop for cut in held]
-    dataset.attrs["dtype"] = manifest.dtype
+    dataset.attrs["dtype"] = dtype.name
     dataset.attrs["crc32"] = np.uint32(0)
     return StoredArray(Path(file.filename), dataset.id.get_offset() or 0, dtype, shape)
 
@@ -255,7 +272,8 @@ def _read_part(path: Path, name: str, dataset: h5py.Dataset) -> Part:
             f"{path}: {name} is not stored contiguously as {dtype.name}, so it cannot be mapped"
         )
     array = StoredArray(path, offset or 0, dtype, dataset.shape)
-    return Part(name, tuple(attributes["shape"].tolist()), held, array, int(attributes["crc32"]))
+    names, whole_shape = list(attributes["names"]), tuple(attributes["shape"].tolist())
+    return Part(name, names, whole_shape, held, array, int(attributes["crc32"]))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A shard directory: a model cut for `tp` ranks, one HDF5 file each.
+"""A shard directory: a model cut into sets of weights, one HDF5 file each.
 
 ``config.json``, tokenizer files, ``mpishard.json`` (the manifest) and ``rank-00000-of-00004.h5`` …
 Opening reads a few attributes of every file and no weight, whatever the model's size.
@@ -11,11 +11,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpishard.description.partition import Weight, uncovered, weight_table
+from mpishard.description.partition import (
+    Weight,
+    check_cut,
+    uncovered,
+    weight_table,
+    weights_of,
+)
 from mpishard.errors import UserError
-from mpishard.storage.arrays import DTYPES
 from mpishard.storage.directory import read_config
-from mpishard.storage.rank_file import Manifest, Part, check_header, rank_file_name, read_parts
+from mpishard.storage.rank_file import (
+    Manifest,
+    Part,
+    check_header,
+    dtype_of,
+    rank_file_name,
+    read_parts,
+)
 
 MANIFEST = "mpishard.json"
 UNFINISHED_MANIFEST = "mpishard.json.incomplete"  # until all rank files are written
@@ -27,7 +39,7 @@ class ShardDirectory:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
-        self.tp = manifest.tp
+        self.cut = manifest.cut
         self.config = read_config(path)
         self.weights = {weight.name: weight for weight in weight_table(self.config)}
         self._parts: dict[int, dict[str, Part]] = {}
@@ -44,59 +56,60 @@ class ShardDirectory:
 
     def check_files(self) -> None:
         """Refuse missing, surplus, truncated or foreign rank files (UserError)."""
-        expected = [rank_file_name(rank, self.tp) for rank in range(self.tp)]
+        expected = [rank_file_name(rank, self.cut.ranks) for rank in range(self.cut.ranks)]
         present = {file.name for file in self.path.glob("rank-*.h5")}
         missing = [name for name in expected if name not in present]
         surplus = sorted(present.difference(expected))
         if missing or surplus:
             raise UserError(
-                f"{self.path} should hold {self.tp} rank files as {MANIFEST} says, but "
+                f"{self.path} should hold {self.cut.ranks} rank files as {MANIFEST} says, but "
                 f"{len(present)} are there: "
                 + (f"{missing[0]} is missing" if missing else f"{surplus[0]} is not one of them")
             )
-        for rank in range(self.tp):
+        for rank in range(self.cut.ranks):
             check_header(self.file(rank), self.manifest, rank, self.config.raw)
-        gaps = uncovered(self.config, self.tp)
+        check_cut(self.config, self.cut)
+        gaps = uncovered(self.config, self.cut)
         if gaps:
-            raise UserError(f"{self.path}: tp {self.tp} leaves parts of {gaps[0]} on no rank")
+            raise UserError(f"{self.path}: {self.cut} leaves parts of {gaps[0]} on no rank")
 
     def file(self, rank: int) -> Path:
         """The file of a rank."""
-        return self.path / rank_file_name(rank, self.tp)
+        return self.path / rank_file_name(rank, self.cut.ranks)
 
     def parts(self, rank: int) -> dict[str, Part]:
         """What a rank's file holds of each weight, each checked to be the very slice that the
         partition table gives to that rank (UserError)."""
         if rank not in self._parts:
             parts = read_parts(self.file(rank))
-            self._check_parts(rank, parts)
-            self._parts[rank] = {name: parts[name] for name in self.weights}
+            held = {weight.name: weight for weight in weights_of(self.config, self.cut, rank)}
+            self._refuse_strangers(rank, sorted(parts.keys() - held.keys()))
+            for name, weight in held.items():
+                if name not in parts:
+                    raise UserError(f"{self.file(rank)} lacks {name}")
+                self._check_part(rank, weight, parts[name])
+            self._parts[rank] = {name: parts[name] for name in held}
         return self._parts[rank]
 
-    def _check_parts(self, rank: int, parts: dict[str, Part]) -> None:
-        strangers = sorted(parts.keys() - self.weights.keys())
-        if strangers:
-            raise UserError(
-                f"{self.file(rank)} holds {strangers[0]}, which the model does not have"
-            )
-        for weight in self.weights.values():
-            if weight.name not in parts:
-                raise UserError(f"{self.file(rank)} lacks {weight.name}")
-            self._check_part(rank, weight, parts[weight.name])
+    def _refuse_strangers(self, rank: int, strangers: list[str]) -> None:
+        for name in strangers:
+            reason = "belongs to other ranks" if name in self.weights else "the model does not have"
+            raise UserError(f"{self.file(rank)} holds {name}, which {reason}")
 
     def _check_part(self, rank: int, weight: Weight, part: Part) -> None:
-        held = weight.slices(self.config, self.tp, rank)
-        shape = weight.shard_shape(self.config, self.tp, rank)
+        held = weight.slices(self.config, self.cut, rank)
+        shape = weight.shard_shape(self.config, self.cut, rank)
         for what, found, right in (
+            ("the names", part.names, [weight.name]),
             ("the whole shape", part.whole_shape, weight.shape),
             ("the slice", _bounds(part.held), _bounds(held)),
             ("the shape", part.array.shape, shape),
-            ("the dtype", part.array.dtype.name, self.manifest.dtype),
+            ("the dtype", part.array.dtype.name, self.dtype(weight.name).name),
         ):
             if found != right:
                 raise UserError(
                     f"{self.file(rank)}: {weight.name} has {what} {found}, "
-                    f"but rank {rank} of {self.tp} should have {right}"
+                    f"but rank {rank} of {self.cut.ranks} should have {right}"
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -104,8 +117,8 @@ class ShardDirectory:
         return self.weights[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype in which a weight is stored, the same for all."""
-        return DTYPES[self.manifest.dtype]
+        """The dtype in which a weight is stored, the same for all but wide ones."""
+        return dtype_of(self.weights[name], self.manifest.dtype)
 
     def read(
         self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
@@ -114,11 +127,13 @@ class ShardDirectory:
         in the stored dtype or, converted on the way, in `dtype`. Raises UserError where data do not
         have their checksum; each rank's part of a weight is checked once."""
         weight = self.weights[name]
-        axis = weight.axis or 0  # of an uncut weight, rank 0 holds all
+        axis = weight.axis or 0  # of an uncut weight, the first rank that has it holds all
         start, stop, _ = slices[axis].indices(weight.shape[axis])
         pieces = []
-        for rank in range(self.tp):
-            held = weight.slices(self.config, self.tp, rank)[axis]
+        for rank in range(self.cut.ranks):
+            if not weight.held(self.config, self.cut, rank):
+                continue
+            held = weight.slices(self.config, self.cut, rank)[axis]
             upto = min(stop, held.stop)
             if held.start <= start < upto:
                 rows = slice(start - held.start, upto - held.start)

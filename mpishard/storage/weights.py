@@ -7,8 +7,8 @@ from math import prod
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpishard.description.layout import check_tensor_parallel
-from mpishard.description.partition import weight_table
+from mpishard.description.cut import Cut
+from mpishard.description.partition import Weight, check_cut, weights_of
 from mpishard.errors import UserError
 from mpishard.storage.arrays import map_file
 from mpishard.storage.shards import ShardDirectory
@@ -18,56 +18,75 @@ from mpishard.storage.source import Source
 ALIGNMENT = 64
 
 
-def check_fits(source: Source, tp: int) -> None:
-    """Refuse a layout that a source cannot be loaded in (UserError): shards are for one `tp`, a
-    checkpoint can be cut for any up to the number of query heads."""
-    check_tensor_parallel(source.config, tp)
-    if isinstance(source, ShardDirectory) and source.tp != tp:
+def check_fits(source: Source, cut: Cut) -> None:
+    """Refuse a cut that a source cannot be loaded in (UserError): shards are for one, a checkpoint
+    can be cut in any way that `check_cut` lets pass."""
+    check_cut(source.config, cut)
+    if isinstance(source, ShardDirectory) and source.cut != cut:
         raise UserError(
-            f"{source.path} holds shards for --tp {source.tp}, not for --tp {tp}: "
-            f"run `mpirun -n {source.tp} mpishard …` with --tp {source.tp}, "
-            f"or `mpishard shard {source.path} OUT --tp {tp}`"
+            f"{source.path} holds shards for {source.cut}, not for {cut}: "
+            f"run `mpirun -n {source.cut.ranks} mpishard …` with {source.cut}, "
+            f"or `mpishard shard {source.path} OUT {cut}`"
         )
 
 
 def load_weights(
-    source: Source, tp: int, rank: int, dtype: DTypeLike = np.float32
+    source: Source, cut: Cut, index: int, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """The parts of all weights that tensor-parallel rank `rank` of `tp` holds, by their Hugging
-    Face names, in `dtype`.
+    """The parts that set `index` of the weights, cut as `cut` says, has of them, by their Hugging
+    Face names, in `dtype`, wide ones in float32 at least.
 
     Shards stored in `dtype` are memory-mapped and read-only: nothing is copied or read before it is
     used, and the processes of a machine share the pages. Other shards are checked and converted;
     of a checkpoint the rank's slices are read and converted. Raises UserError as `check_fits`
     does, and for damaged shards where they are converted.
     """
-    check_fits(source, tp)
+    check_fits(source, cut)
+    held = weights_of(source.config, cut, index)
     if isinstance(source, ShardDirectory):
-        file, parts = map_file(source.file(rank)), source.parts(rank)
-        if source.dtype(next(iter(parts))) == dtype:
-            return {name: part.array.view(file) for name, part in parts.items()}
-        weights = _allocate({name: part.array.shape for name, part in parts.items()}, dtype)
-        for name, part in parts.items():
-            part.check()
-            weights[name][...] = part.array.view(file)
-        return weights
-    cuts = {w.name: w.slices(source.config, tp, rank) for w in weight_table(source.config)}
-    shards = {name: source.view(name, slices) for name, slices in cuts.items()}
-    weights = _allocate({name: shard.shape for name, shard in shards.items()}, dtype)
-    for name, shard in shards.items():
-        weights[name][...] = shard
+        return _load_shards(source, index, held, dtype)
+    weights = _allocate(source, cut, index, held, dtype)
+    for weight in held:
+        slices = weight.slices(source.config, cut, index)
+        weights[weight.name][...] = source.view(weight.name, slices)
     return weights
 
 
-def _allocate(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike) -> dict[str, np.ndarray]:
-    """Arrays of these shapes, one after the other in a single allocation: NumPy asks the system to
-    back a large one with huge pages, from which products read some 4 % faster than from pages of
-    4 KiB."""
-    dtype = np.dtype(dtype)
+def _load_shards(
+    source: ShardDirectory, index: int, held: list[Weight], dtype: DTypeLike
+) -> dict[str, np.ndarray]:
+    file, parts = map_file(source.file(index)), source.parts(index)
+    mapped = {
+        weight.name: parts[weight.name].array.view(file)
+        for weight in held
+        if source.dtype(weight.name) == _dtype_of(weight, dtype)
+    }
+    others = [weight for weight in held if weight.name not in mapped]
+    converted = _allocate(source, source.cut, index, others, dtype)
+    for name, array in converted.items():
+        parts[name].check()
+        array[...] = parts[name].array.view(file)
+    weights = mapped | converted
+    return {weight.name: weights[weight.name] for weight in held}
+
+
+def _dtype_of(weight: Weight, dtype: DTypeLike) -> np.dtype:
+    return np.promote_types(dtype, np.float32) if weight.wide else np.dtype(dtype)
+
+
+def _allocate(
+    source: Source, cut: Cut, index: int, held: list[Weight], dtype: DTypeLike
+) -> dict[str, np.ndarray]:
+    """Arrays for these weights, one after the other in a single allocation: NumPy asks the system
+    to back a large one with huge pages, from which products read some 4 % faster than from pages
+    of 4 KiB."""
+    shapes = {weight.name: weight.shard_shape(source.config, cut, index) for weight in held}
+    dtypes = {weight.name: _dtype_of(weight, dtype) for weight in held}
     places, stop = {}, 0
     for name, shape in shapes.items():
-        start, stop = stop, stop + -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        places[name] = slice(start, start + prod(shape) * dtype.itemsize)
+        size = prod(shape) * dtypes[name].itemsize
+        places[name] = slice(stop, stop + size)
+        stop += -(-size // ALIGNMENT) * ALIGNMENT
     room = np.empty(stop + ALIGNMENT, np.uint8)
     room = room[-room.ctypes.data % ALIGNMENT :]
-    return {name: room[places[name]].view(dtype).reshape(shapes[name]) for name in shapes}
+    return {name: room[places[name]].view(dtypes[name]).reshape(shapes[name]) for name in shapes}

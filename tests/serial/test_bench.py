@@ -20,6 +20,7 @@ import mpishard
 from mpishard import bench
 from mpishard.arithmetic.packed import pack
 from mpishard.cli import make_parser
+from mpishard.description.cut import Cut
 from mpishard.description.layout import Layout
 from mpishard.model import Decoder
 from mpishard.parallel import tensor
@@ -56,7 +57,8 @@ def ranks_of(layout: Layout, variant: str) -> list[Decoder]:
     for rank in range(layout.world):
         places = zip((layout.dp, layout.cp, layout.tp), layout.coordinates(rank), strict=True)
         dp, cp, tp = (SimpleNamespace(size=size, rank=rank) for size, rank in places)
-        mesh: Any = SimpleNamespace(layout=layout, dp=dp, cp=cp, tp=tp)
+        cut = Cut(layout.tp)
+        mesh: Any = SimpleNamespace(layout=layout, dp=dp, cp=cp, tp=tp, cut=cut, weights=tp.rank)
         decoders.append(toys.toy(variant, mesh))
     return decoders
 
@@ -219,7 +221,7 @@ def test_a_watched_model_answers_as_it_would_unwatched(model):
 
 
 def test_a_tied_embedding_is_read_whole():
-    assert bench.read_bytes(tiny_config(TIED), 1, 0, FLOAT32) == sum(
+    assert bench.read_bytes(tiny_config(TIED), Cut(1), 0, FLOAT32) == sum(
         array.nbytes for array in tiny_weights(TIED).values()
     )
 
@@ -238,7 +240,7 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
     monkeypatch.setattr(tensor, "linear", counting)
     ids_S = np.arange(PROMPT)
     decoder.forward(pack([(ids_S, decoder.new_cache(PROMPT)) for _ in range(2)]))
-    assert bench.product_flops(decoder.config, 1, 0, 2 * PROMPT, 2) == sum(flops)
+    assert bench.product_flops(decoder.config, Cut(1), 0, 2 * PROMPT, 2) == sum(flops)
 
 
 def test_reports_count_the_flops_of_their_own_steps(report):
@@ -246,7 +248,7 @@ def test_reports_count_the_flops_of_their_own_steps(report):
     per_key = 4 * config.heads * config.head_dim * config.layers
     for row in report["speeds"]:
         prompt, length = row["phase"] == "prompt", row["prompt_tokens"]
-        flops = bench.product_flops(config, 1, 0, tokens_of(row), row["batch"])
+        flops = bench.product_flops(config, Cut(1), 0, tokens_of(row), row["batch"])
         assert row["product_flops"] == flops
         # A query at position p sees p + 1 keys; the middle one after the prompt sees two more.
         keys = sum(range(1, length + 1)) if prompt else length + (TOKENS + 1) // 2
@@ -268,8 +270,8 @@ def test_visible_keys_are_neither_later_nor_before_the_window(queries, keys):
 @pytest.mark.parametrize("tp", [1, 2, 3, 6])
 def test_the_product_flops_of_all_ranks_are_those_of_one_where_no_head_is_held_twice(tp):
     config = replace(tiny_config(WINDOWED), kv_heads=6)
-    parts = [bench.product_flops(config, tp, rank, 5, 2) for rank in range(tp)]
-    assert sum(parts) == bench.product_flops(config, 1, 0, 5, 2)
+    parts = [bench.product_flops(config, Cut(tp), rank, 5, 2) for rank in range(tp)]
+    assert sum(parts) == bench.product_flops(config, Cut(1), 0, 5, 2)
 
 
 LAYOUTS = [
@@ -325,8 +327,8 @@ def test_the_tokens_of_a_prompt_are_divided_over_context_parallel_ranks():
     first, second = [bench.prompt_work(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
     # Zigzag: blocks of 3, 2, 2, 2; the first rank has the first and the last, which is answered.
     config = tiny_config(UNTIED)
-    assert first.product_flops == bench.product_flops(config, 1, 0, 2 * 5, 2)
-    assert second.product_flops == bench.product_flops(config, 1, 0, 2 * 4, 0)
+    assert first.product_flops == bench.product_flops(config, Cut(1), 0, 2 * 5, 2)
+    assert second.product_flops == bench.product_flops(config, Cut(1), 0, 2 * 4, 0)
 
 
 def test_the_mean_generation_step_stands_for_all():
@@ -461,8 +463,8 @@ def test_ranks_report_as_one(tmp_path):
     assert prompt["tokens_per_second"] * prompt["seconds_per_step"] == pytest.approx(4 * PROMPT)
     assert generation["tokens_per_second"] * generation["seconds_per_step"] == pytest.approx(4)
     config = tiny_config(UNTIED)
-    assert report["weight_bytes"] == bench.weight_bytes(config, 2, 0, FLOAT32)
-    assert bench.weight_bytes(config, 1, 0, FLOAT32) // 2 < report["weight_bytes"]
+    assert report["weight_bytes"] == bench.weight_bytes(config, Cut(2), 0, FLOAT32)
+    assert bench.weight_bytes(config, Cut(1), 0, FLOAT32) // 2 < report["weight_bytes"]
     payload = (2 * config.layers + 1) * 2 * config.hidden * FLOAT32
     reduced = generation["collectives"][0]
     assert (reduced["operation"], reduced["group"]) == ("all_reduce", "tp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import DTYPES, tiny_config, tiny_weights, write_checkpoint
+from tiny_models import (
+    DTYPES,
+    MOE_VARIANTS,
+    raw_config,
+    stacked_weights,
+    tiny_config,
+    tiny_weights,
+    write_checkpoint,
+)
 
-from mpishard.description.partition import weight_table
+from mpishard.description.config import ModelConfig
+from mpishard.description.cut import Cut
+from mpishard.description.partition import weight_table, weights_of
 from mpishard.errors import UserError
 from mpishard.storage.checkpoint import Checkpoint
+from mpishard.storage.inspection import describe, stored_bytes, verify
 from mpishard.storage.source import open_source
 from mpishard.storage.weights import check_fits, load_weights
 
@@ -58,7 +70,7 @@ def test_slices_are_read_in_the_stored_dtype(tmp_path, dtype, shards):
         assert checkpoint.shape(weight.name) == weight.shape
         assert checkpoint.dtype(weight.name) == DTYPES[dtype]
         for rank in range(5):
-            cut = weight.slices(checkpoint.config, 5, rank)
+            cut = weight.slices(checkpoint.config, Cut(5), rank)
             part = checkpoint.read(weight.name, cut)
             assert part.dtype == DTYPES[dtype] and part.flags.c_contiguous
             np.testing.assert_array_equal(part, whole[weight.name][cut])
@@ -71,11 +83,11 @@ def test_weights_are_loaded_cut_and_converted(tmp_path, stored, dtype):
     whole = tiny_weights(VARIANT, DTYPES[stored])
     for tp in (1, 4, 7):
         for rank in range(tp):
-            loaded = load_weights(source, tp, rank, dtype)
+            loaded = load_weights(source, Cut(tp), rank, dtype)
             for weight in weight_table(source.config):
                 part = loaded[weight.name]
                 assert type(part) is np.ndarray and part.dtype == dtype and part.flags.c_contiguous
-                cut = weight.slices(source.config, tp, rank)
+                cut = weight.slices(source.config, Cut(tp), rank)
                 np.testing.assert_array_equal(part, whole[weight.name][cut].astype(dtype))
 
 
@@ -88,7 +100,7 @@ def test_what_is_read_belongs_to_the_caller(directory):
 
 def test_more_ranks_than_query_heads_are_refused(directory):
     with pytest.raises(UserError, match=r"--tp 13 .* 12 query heads"):
-        check_fits(open_source(directory), 13)
+        check_fits(open_source(directory), Cut(13))
 
 
 def test_generation_settings_are_read(directory):
@@ -240,14 +252,14 @@ def test_a_tensor_that_is_only_in_the_file_and_not_in_the_index(tmp_path):
 def test_rotary_frequencies_are_let_pass(directory):
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     rewrite(directory / "model.safetensors", lambda tensors: tensors.update(more))
-    assert more.keys().isdisjoint(load_weights(open_source(directory), 1, 0))
+    assert more.keys().isdisjoint(load_weights(open_source(directory), Cut(), 0))
 
 
 def test_a_tied_head_is_let_pass_where_it_is_the_embedding(tmp_path):
     path = write_checkpoint(TIED, tmp_path) / "model.safetensors"
     head = {"lm_head.weight": tiny_weights(TIED)["model.embed_tokens.weight"]}
     rewrite(path, lambda tensors: tensors.update(head))
-    assert "lm_head.weight" not in load_weights(open_source(tmp_path), 1, 0)
+    assert "lm_head.weight" not in load_weights(open_source(tmp_path), Cut(), 0)
     head["lm_head.weight"] = head["lm_head.weight"] + 1
     rewrite(path, lambda tensors: tensors.update(head))
     message = refusal(tmp_path)
@@ -258,5 +270,225 @@ def test_a_tied_head_is_let_pass_where_it_is_the_embedding(tmp_path):
 def test_loading_keeps_no_file_open(tmp_path):
     source = open_source(write_checkpoint(VARIANT, tmp_path, shards=3))
     before = len(os.listdir("/dev/fd"))
-    weights = load_weights(source, 1, 0)
+    weights = load_weights(source, Cut(), 0)
     assert len(os.listdir("/dev/fd")) == before and len(weights) > 20
+
+
+# Experts, one by one and together.
+
+MIXTURE = "mixtral-window"  # 5 experts of width 21, hidden 34
+UP_OF_3 = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+STACKABLE = [name for name in MOE_VARIANTS if not name.startswith("gpt_oss")]
+
+
+def one_by_one(variant: str) -> dict[str, np.ndarray]:
+    """The weights of a gpt_oss under the names of the partition table, taken apart by loops."""
+    config, weights = tiny_config(variant), tiny_weights(variant)
+    assert config.moe is not None
+    for layer in range(config.layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        stored = {name: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+        for expert in range(config.moe.experts):
+            name = f"{prefix}.{expert}"
+            for part, first in (("gate", 0), ("up", 1)):
+                columns = range(first, 2 * config.moe.ffn, 2)
+                rows = [stored[f"{prefix}.gate_up_proj"][expert][:, i] for i in columns]
+                weights[f"{name}.{part}_proj.weight"] = np.stack(rows)
+                bias = [stored[f"{prefix}.gate_up_proj_bias"][expert][i] for i in columns]
+                weights[f"{name}.{part}_proj.bias"] = np.array(bias)
+            weights[f"{name}.down_proj.weight"] = stored[f"{prefix}.down_proj"][expert].T
+            weights[f"{name}.down_proj.bias"] = stored[f"{prefix}.down_proj_bias"][expert]
+    return weights
+
+
+@pytest.mark.parametrize("cut", [Cut(), Cut(2, 3), Cut(4, 2), Cut(1, 1, 3)], ids=str)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_experts_are_loaded_one_by_one_however_they_are_stored(tmp_path, variant, stacked, cut):
+    source = open_source(write_checkpoint(variant, tmp_path, "bfloat16", shards=2, stacked=stacked))
+    whole = tiny_weights(variant) if variant in STACKABLE else one_by_one(variant)
+    assert whole.keys() == {weight.name for weight in weight_table(source.config)}
+    for index in range(cut.ranks):
+        loaded = load_weights(source, cut, index)
+        held = weights_of(source.config, cut, index)
+        assert list(loaded) == [weight.name for weight in held]
+        for weight in held:
+            part = whole[weight.name][weight.slices(source.config, cut, index)]
+            assert loaded[weight.name].flags.c_contiguous
+            np.testing.assert_array_equal(loaded[weight.name], part, weight.name)
+
+
+@pytest.mark.parametrize(("variant", "stacked"), [(MIXTURE, True), ("gpt_oss-yarn", False)])
+def test_a_part_of_stacked_experts_is_looked_at_where_it_lies(tmp_path, variant, stacked):
+    source = open_source(write_checkpoint(variant, tmp_path, stacked=stacked))
+    assert isinstance(source, Checkpoint)
+    for weight in weight_table(source.config):
+        view = source.view(weight.name, weight.slices(source.config, Cut(2, 2), 0))
+        assert not view.flags.owndata and not view.flags.writeable
+        assert source.shape(weight.name) == weight.shape
+    names = stacked_weights(variant)
+    assert source.arrays.keys() == names.keys()
+    assert stored_bytes(source) == sum(array.nbytes for array in names.values())
+    verify(source)
+
+
+def test_layers_may_store_their_experts_in_different_ways(tmp_path):
+    whole, stacked = tiny_weights(MIXTURE), stacked_weights(MIXTURE)
+    mixed = {name: array for name, array in whole.items() if "layers.1." not in name}
+    mixed |= {name: array for name, array in stacked.items() if "layers.1." in name}
+    path = write_checkpoint(MIXTURE, tmp_path) / "model.safetensors"
+    save_file(mixed, path)
+    loaded = load_weights(open_source(tmp_path), Cut(), 0)
+    assert loaded.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_a_missing_expert(tmp_path):
+    path = write_checkpoint(MIXTURE, tmp_path) / "model.safetensors"
+    rewrite(path, lambda tensors: tensors.pop(UP_OF_3))
+    message = refusal(tmp_path)
+    assert f"{tmp_path} lacks the tensor {UP_OF_3}" in message and "(21, 34)" in message
+
+
+def test_missing_stacked_experts(tmp_path):
+    path = write_checkpoint("gpt_oss-plain", tmp_path) / "model.safetensors"
+    rewrite(path, lambda tensors: tensors.pop(GATE_UP))
+    message = refusal(tmp_path)
+    assert f"lacks the tensor {GATE_UP}, " in message and "(8, 37, 28)" in message
+
+
+def test_too_few_stacked_experts(tmp_path):
+    path = write_checkpoint(MIXTURE, tmp_path, stacked=True) / "model.safetensors"
+    rewrite(path, lambda tensors: tensors.update({GATE_UP: tensors[GATE_UP][:4].copy()}))
+    message = refusal(tmp_path)
+    assert f"{GATE_UP} has shape (4, 42, 34)" in message and "(5, 42, 34)" in message
+
+
+def test_experts_that_are_stored_twice(tmp_path):
+    path = write_checkpoint(MIXTURE, tmp_path) / "model.safetensors"
+    rewrite(path, lambda tensors: tensors.update({GATE_UP: stacked_weights(MIXTURE)[GATE_UP]}))
+    assert f"holds the tensor {GATE_UP}, which a mixtral model" in refusal(tmp_path)
+
+
+def test_layers_that_predict_several_tokens_are_let_pass(tmp_path):
+    variant = "deepseek_v3-groups"  # 3 layers and one of that kind
+    path = write_checkpoint(variant, tmp_path) / "model.safetensors"
+    more = {"model.layers.3.eh_proj.weight": np.ones((3, 3), np.float32)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    assert load_weights(open_source(tmp_path), Cut(), 0).keys() == tiny_weights(variant).keys()
+    more = {"model.layers.4.eh_proj.weight": np.ones((3, 3), np.float32)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    assert "model.layers.4.eh_proj.weight" in refusal(tmp_path)
+
+
+# Experts quantized to four bits.
+
+
+def by_the_specification(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The rows of one expert's matrix, number by number: sign, two bits of exponent, one of
+    mantissa, times the power of two of its group."""
+    rows, groups, _ = blocks.shape
+    wide = np.empty((rows, 32 * groups))
+    for row, column in np.ndindex(wide.shape):
+        group, place = divmod(column, 32)
+        byte = int(blocks[row, group, place // 2])
+        bits = byte >> 4 if place % 2 else byte & 15
+        sign, exponent, mantissa = bits >> 3, bits >> 1 & 3, bits & 1
+        magnitude = 2.0 ** (exponent - 1) * (1 + mantissa / 2) if exponent else mantissa / 2
+        wide[row, column] = (-1) ** sign * magnitude * 2.0 ** (int(scales[row, group]) - 127)
+    return wide
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """A gpt_oss with 5 experts as it is published, and its weights of experts in float64."""
+    directory = tmp_path_factory.mktemp("quantized")
+    raw = raw_config("gpt_oss-plain") | {"hidden_size": 64, "intermediate_size": 96}
+    raw |= {"num_local_experts": 5, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    raw["quantization_config"] = {"quant_method": "mxfp4"}
+    config = ModelConfig.from_json(raw, None, "config.json")
+    random = np.random.default_rng(11)
+    weights = {
+        weight.name: random.standard_normal(weight.shape, np.float32)
+        for weight in weight_table(config)
+        if weight.expert is None
+    }
+    prefix, expected = "model.layers.0.mlp.experts", {}
+    parts = (("gate_up_proj", 192, 64), ("down_proj", 64, 96))
+    for part, rows, columns in parts:
+        name, groups = f"{prefix}.{part}", columns // 32
+        weights[f"{name}_bias"] = random.standard_normal((5, rows), np.float32)
+        blocks = random.integers(0, 256, (5, rows, groups, 16), np.uint8)
+        scales = random.integers(115, 130, (5, rows, groups), np.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        for expert in range(5):
+            wide = by_the_specification(blocks[expert], scales[expert])
+            if part == "down_proj":
+                expected[f"{prefix}.{expert}.down_proj.weight"] = wide
+            else:
+                expected[f"{prefix}.{expert}.gate_proj.weight"] = wide[::2]
+                expected[f"{prefix}.{expert}.up_proj.weight"] = wide[1::2]
+    (directory / "config.json").write_text(json.dumps(raw))
+    save_file(weights, directory / "model.safetensors")
+    return directory, expected
+
+
+def test_four_bits_are_widened_as_the_specification_says(quantized):
+    directory, expected = quantized
+    source = open_source(directory)
+    for cut in (Cut(), Cut(2, 3), Cut(6, 2), Cut(1, 1, 5)):
+        for index in range(cut.ranks):
+            loaded = load_weights(source, cut, index)
+            for weight in weights_of(source.config, cut, index):
+                if weight.name in expected:
+                    part = expected[weight.name][weight.slices(source.config, cut, index)]
+                    np.testing.assert_array_equal(loaded[weight.name], part, weight.name)
+    assert isinstance(source, Checkpoint)
+    name = "model.layers.0.mlp.experts.4.down_proj.weight"
+    for start in range(0, 96, 7):
+        for stop in range(start, 97, 5):
+            part = source.read(name, (slice(3, 9), slice(start, stop)), ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(part, expected[name][3:9, start:stop])
+    assert source.read(name, (slice(5, 5), slice(0, 96))).shape == (0, 96)
+
+
+def test_four_bits_are_described_and_verified(quantized):
+    source = open_source(quantized[0])
+    assert "float32 and mxfp4" in "\n".join(describe(source))
+    steps: list[int] = []
+    verify(source, steps.append)
+    assert sum(steps) == stored_bytes(source)
+
+
+@pytest.fixture
+def damaged(quantized: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return Path(shutil.copytree(quantized[0], tmp_path / "damaged"))
+
+
+SCALES = "model.layers.0.mlp.experts.down_proj_scales"
+
+
+def test_a_scale_that_is_not_a_number(damaged):
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors[SCALES][2, 7, 1] = 255
+
+    rewrite(damaged / "model.safetensors", spoil)
+    with pytest.raises(UserError, match=f"{SCALES} has values that are infinite or not numbers"):
+        verify(open_source(damaged))
+
+
+def test_blocks_without_their_scales(damaged):
+    rewrite(damaged / "model.safetensors", lambda tensors: tensors.pop(SCALES))
+    message = refusal(damaged)
+    assert f"lacks the tensor {SCALES}" in message and "(5, 64, 3)" in message
+
+
+def test_blocks_of_another_kind(damaged):
+    def retype(tensors: dict[str, np.ndarray]) -> None:
+        tensors[SCALES] = tensors[SCALES].astype(np.float32)
+
+    rewrite(damaged / "model.safetensors", retype)
+    assert f"{SCALES} has dtype F32; U8, F8_E8M0 can be read" in refusal(damaged)

@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 from tiny_models import DTYPES, VARIANTS, tiny_config, tiny_weights, write_checkpoint
 
 import mpishard
+from mpishard.description.cut import Cut
 from mpishard.description.partition import weight_table
 from mpishard.errors import UserError
 from mpishard.storage import arrays
 from mpishard.storage.convert import Conversion, convert
-from mpishard.storage.inspection import verify
+from mpishard.storage.inspection import stored_bytes, verify
 from mpishard.storage.source import open_source
 from mpishard.storage.weights import load_weights
 
@@ -81,6 +82,60 @@ def test_resharding_equals_direct_conversion_bit_for_bit(tmp_path, variant, dtyp
         verify(open_source(source))
 
 
+# As the files of the ranks that hold them: with tp, ep and the number of sets.
+CUTS = [(2, 2, 2), (1, 4, 4), (3, 1, 3), (2, 3, 6), (1, 1, 2), (2, 1, 4), (1, 5, 5), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("mixtral-window", "float32"), ("deepseek_v3-plain", "bfloat16"), ("gpt_oss-yarn", "float32")],
+)
+def test_experts_are_resharded_bit_for_bit(tmp_path, variant, dtype):
+    checkpoint = write_checkpoint(variant, tmp_path / "model")
+    weights = random_weights(variant)
+    save_file(weights, checkpoint / "model.safetensors")
+    source = checkpoint
+    for tp, ep, ranks in CUTS:  # each from the one before
+        name = f"{tp}-{ep}-{ranks}"
+        again, direct = tmp_path / f"again-{name}", tmp_path / f"direct-{name}"
+        convert(open_source(source), again, tp, dtype, ep=ep, ranks=ranks)
+        convert(open_source(checkpoint), direct, tp, dtype, ep=ep, ranks=ranks)
+        assert len(list(again.glob("rank-*.h5"))) == ranks
+        assert bits(again) == bits(direct)
+        verify(open_source(again))
+        source = again
+    loaded = load_weights(open_source(source), Cut(), 0, DTYPES[dtype])
+    for name, array in loaded.items():
+        if name in weights:
+            assert array.tobytes() == weights[name].astype(array.dtype).tobytes()
+
+
+@pytest.mark.parametrize("variant", ["mixtral-window", "qwen2_moe-mixed"])
+def test_stacked_experts_become_the_same_shards(tmp_path, variant):
+    for stacked in (False, True):
+        checkpoint = write_checkpoint(variant, tmp_path / f"model-{stacked}", stacked=stacked)
+        convert(open_source(checkpoint), tmp_path / f"shards-{stacked}", 2, "bfloat16", ep=3)
+    assert bits(tmp_path / "shards-True") == bits(tmp_path / "shards-False")
+
+
+def test_what_experts_are_chosen_by_stays_wide(tmp_path):
+    variant = "deepseek_v3-plain"
+    checkpoint = write_checkpoint(variant, tmp_path / "model")
+    weights = random_weights(variant)
+    save_file(weights, checkpoint / "model.safetensors")
+    conversion = Conversion(open_source(checkpoint), tmp_path / "out", 2, "bfloat16", 3)
+    convert(open_source(checkpoint), tmp_path / "out", 2, "bfloat16", ep=3)
+    source = open_source(tmp_path / "out")
+    assert conversion.total_bytes == stored_bytes(source)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for dtype in (ml_dtypes.bfloat16, np.float32, np.float64):
+        loaded = load_weights(source, Cut(2, 3), 5, dtype)
+        assert loaded[name].dtype == (np.float64 if dtype == np.float64 else np.float32)
+        np.testing.assert_array_equal(loaded[name], weights[name])
+        others = {array.dtype for key, array in loaded.items() if "e_score" not in key}
+        assert others == {np.dtype(dtype)}
+
+
 def test_blocks_of_any_size_give_the_same_bits(checkpoint, tmp_path, monkeypatch):
     results = []
     for block_bytes in (arrays.BLOCK_BYTES, 1000, 1):
@@ -101,9 +156,9 @@ def test_checkpoints_of_every_kind(tmp_path, stored, shards):
     for dtype in ("float32", "bfloat16"):
         convert(open_source(checkpoint), tmp_path / dtype, 5, dtype)
         for rank in range(5):
-            loaded = load_weights(open_source(tmp_path / dtype), 5, rank)
+            loaded = load_weights(open_source(tmp_path / dtype), Cut(5), rank)
             for weight in weight_table(tiny_config(VARIANT)):
-                cut = weight.slices(tiny_config(VARIANT), 5, rank)
+                cut = weight.slices(tiny_config(VARIANT), Cut(5), rank)
                 np.testing.assert_array_equal(loaded[weight.name], whole[weight.name][cut])
 
 
@@ -114,7 +169,7 @@ def test_bfloat16_is_rounded_to_nearest_even(checkpoint, tmp_path):
     norm[:4] = halfway
     save_file(weights, checkpoint / "model.safetensors")
     convert(open_source(checkpoint), tmp_path / "out", 1, "bfloat16")
-    loaded = load_weights(open_source(tmp_path / "out"), 1, 0, ml_dtypes.bfloat16)
+    loaded = load_weights(open_source(tmp_path / "out"), Cut(), 0, ml_dtypes.bfloat16)
     for name, array in weights.items():
         np.testing.assert_array_equal(loaded[name].view(np.uint16), nearest_even(array))
     assert loaded["model.norm.weight"][:4].tolist() == [1, 1 + 4 / 256, -1, 1 + 2 / 256]
@@ -149,6 +204,20 @@ def test_workers_share_the_files(checkpoint, tmp_path, workers):
         assert sum(steps) == shared[worker].worker_bytes(worker, workers)
         written += steps
     assert sum(written) == shared[0].total_bytes
+    shared[0].finish()
+    assert bits(tmp_path / "shared") == bits(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_share_the_files_of_experts(tmp_path, workers):
+    source = open_source(write_checkpoint("mixtral-window", tmp_path / "model"))
+    convert(source, tmp_path / "alone", 2, ep=3)
+    shared = [Conversion(source, tmp_path / "shared", 2, ep=3) for _ in range(workers)]
+    shared[0].prepare()
+    for worker in reversed(range(workers)):
+        steps: list[int] = []
+        shared[worker].write(worker, workers, steps.append)
+        assert sum(steps) == shared[worker].worker_bytes(worker, workers)
     shared[0].finish()
     assert bits(tmp_path / "shared") == bits(tmp_path / "alone")
 
@@ -219,6 +288,8 @@ def test_a_disk_that_is_too_small(checkpoint, tmp_path, monkeypatch):
         ((13,), "--tp 13 .* 12 query heads"),
         ((0,), "--tp 0 must be at least 1"),
         ((2, "float16"), "--dtype float16 is not one of float32, bfloat16"),
+        ((2, "float32", 2), "--tp 2 --ep 2 divides experts, but a llama model"),
+        ((2, "float32", 0), "--ep 0 must be at least 1"),
     ],
 )
 def test_wrong_arguments(checkpoint, tmp_path, args, fact):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import VARIANTS, tiny_config
+from tiny_models import MOE_VARIANTS, VARIANTS, tiny_config, tiny_weights
 
 from mpishard.description import partition
 from mpishard.description.config import ModelConfig
+from mpishard.description.cut import Cut
 from mpishard.description.layout import (
     SWITCHES,
     Layout,
@@ -25,7 +27,7 @@ from mpishard.description.layout import (
     query_heads_of,
     sharers_of,
 )
-from mpishard.description.partition import uncovered, weight_table
+from mpishard.description.partition import check_cut, uncovered, weight_table, weights_of
 from mpishard.errors import UserError
 
 # (query heads, key/value heads): all, groups, one; powers of two and not
@@ -65,10 +67,10 @@ def test_shards_joined_are_the_whole_for_every_weight_and_layout():
     for config, tp in every_layout(HEADS):
         for weight in weight_table(replace(config, layers=1)):
             whole = np.arange(np.prod(weight.shape)).reshape(weight.shape)
-            slices = [weight.slices(config, tp, rank) for rank in range(tp)]
+            slices = [weight.slices(config, Cut(tp), rank) for rank in range(tp)]
             shards = [whole[cut] for cut in slices]
             assert [shard.shape for shard in shards] == [
-                weight.shard_shape(config, tp, rank) for rank in range(tp)
+                weight.shard_shape(config, Cut(tp), rank) for rank in range(tp)
             ]
             if weight.axis is None:
                 assert all((shard == whole).all() for shard in shards)
@@ -78,14 +80,23 @@ def test_shards_joined_are_the_whole_for_every_weight_and_layout():
 
 
 def test_the_proof_of_coverage_holds_for_every_layout():
-    assert [config for config, tp in every_layout() if uncovered(config, tp)] == []
+    assert [config for config, tp in every_layout() if uncovered(config, Cut(tp))] == []
 
 
 def test_a_width_smaller_than_tp_leaves_ranks_with_nothing_and_still_covers():
     config = replace(config_of(8, 4), vocab=5, ffn=3)
-    assert uncovered(config, 8) == []
+    assert uncovered(config, Cut(8)) == []
     down = next(weight for weight in weight_table(config) if weight.field == "down")
-    assert [down.shard_shape(config, 8, rank)[1] for rank in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert [down.shard_shape(config, Cut(8), rank)[1] for rank in range(8)] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_each_query_head_lies_once_beside_its_own_kv_head():
@@ -117,7 +128,7 @@ def test_the_proof_of_coverage_notices_a_gap(monkeypatch, lost):
         return slice(cut.start + (lost == "first"), cut.stop - (lost == "last"))
 
     monkeypatch.setattr(partition, "block", short)
-    gaps = uncovered(config_of(6, 3), 2)
+    gaps = uncovered(config_of(6, 3), Cut(2))
     assert "model.embed_tokens.weight" in gaps
     assert "model.layers.1.mlp.down_proj.weight" in gaps
     assert "model.layers.1.self_attn.q_proj.weight" not in gaps
@@ -152,7 +163,142 @@ def test_the_table_names_what_checkpoints_hold():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_covered_in_every_layout(variant):
     config = tiny_config(variant)
-    assert [uncovered(config, tp) for tp in range(1, config.heads + 1)] == [[]] * config.heads
+    assert [uncovered(config, Cut(tp)) for tp in range(1, config.heads + 1)] == [[]] * config.heads
+
+
+# Experts.
+
+CUTS = [Cut(tp, ep) for tp in range(1, 5) for ep in range(1, 5)]
+CUTS += [Cut(1, 1, 3), Cut(2, 1, 4), Cut(1, 2, 6), Cut(2, 2, 4), Cut(2, 3, 12)]
+
+
+def test_the_fewest_sets_that_tp_and_ep_divide():
+    assert [cut.ranks for cut in CUTS[:16]] == [1, 2, 3, 4, 2, 2, 6, 4, 3, 6, 3, 12, 4, 4, 12, 4]
+    assert Cut(2) == Cut(2, 1, 2) and Cut(2, 3) == Cut(2, 3, 6) != Cut(2, 3, 12)
+    assert [str(cut) for cut in (Cut(3), Cut(2, 3), Cut(1, 2, 6))] == [
+        *("--tp 3", "--tp 2 --ep 3", "--tp 1 --ep 2 over 6 ranks"),
+    ]
+
+
+def test_neighbours_divide_the_width_of_the_same_experts():
+    cut = Cut(4, 2)
+    assert cut.etp == 2
+    assert [cut.tp_rank(index) for index in range(4)] == [0, 1, 2, 3]
+    assert [cut.ep_rank(index) for index in range(4)] == [0, 0, 1, 1]
+    assert [cut.etp_rank(index) for index in range(4)] == [0, 1, 0, 1]
+    assert [Cut(2, 4).tp_rank(index) for index in range(4)] == [0, 1, 0, 1]
+    assert [Cut(2, 4).ep_rank(index) for index in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_every_element_of_a_mixture_lies_where_it_should(variant):
+    config = tiny_config(variant)
+    for cut in CUTS:
+        held = [weights_of(config, cut, index) for index in range(cut.ranks)]
+        copies = {weight: np.zeros(weight.shape, int) for weight in weight_table(config)}
+        for index, weights in enumerate(held):
+            for weight in weights:
+                part = copies[weight][weight.slices(config, cut, index)]
+                assert part.shape == weight.shard_shape(config, cut, index)
+                part += 1
+        for weight, copies_of_element in copies.items():
+            if weight.unit == "kv heads":  # which more ranks may share
+                assert copies_of_element.min() >= cut.ranks // cut.tp
+                continue
+            expected = {
+                (False, False): cut.ranks,
+                (False, True): cut.ranks // cut.tp,
+                (True, False): cut.etp,
+                (True, True): 1,
+            }[weight.expert is not None, weight.axis is not None]
+            assert (copies_of_element == expected).all(), f"{weight.name}, {cut}"
+        assert uncovered(config, cut) == []
+
+
+def test_experts_are_dealt_in_blocks_however_many():
+    config = tiny_config("mixtral-window")  # 5 experts of width 21
+
+    def held(cut: Cut) -> list[tuple[list[int], int]]:
+        sets = []
+        for index in range(cut.ranks):
+            ups = [w for w in weights_of(config, cut, index) if w.expert is not None]
+            ups = [w for w in ups if (w.layer, w.field) == (1, "up")]
+            (width,) = {w.shard_shape(config, cut, index)[0] for w in ups}
+            sets.append(([w.expert for w in ups if w.expert is not None], width))
+        return sets
+
+    assert held(Cut(1, 3)) == [([0, 1], 21), ([2, 3], 21), ([4], 21)]
+    assert held(Cut(4, 2)) == [([0, 1, 2], 11), ([0, 1, 2], 10), ([3, 4], 11), ([3, 4], 10)]
+    assert held(Cut(1, 5)) == [([expert], 21) for expert in range(5)]
+    assert held(Cut(1, 1, 2)) == [([0, 1, 2, 3, 4], 11), ([0, 1, 2, 3, 4], 10)]
+
+
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_the_table_has_what_checkpoints_of_mixtures_hold(variant):
+    config = tiny_config(variant)
+    table = {weight.name: weight.shape for weight in weight_table(config)}
+    stored = {name: array.shape for name, array in tiny_weights(variant).items()}
+    assert config.moe is not None
+    if config.moe.names.separate is None:  # then the table's names of experts are its own
+        parameters = sum(map(math.prod, stored.values()))
+        assert sum(map(math.prod, table.values())) == parameters
+        table = {name: shape for name, shape in table.items() if "experts" not in name}
+        stored = {name: shape for name, shape in stored.items() if "experts" not in name}
+    assert table == stored
+
+
+def test_rows_say_where_the_model_keeps_them():
+    config = tiny_config("qwen2_moe-mixed")  # of four layers, one has experts
+    places = [(w.layer, w.field, w.expert) for w in weight_table(config) if w.layer is not None]
+    assert len(places) == len(set(places))
+    gates = [place for place in places if place[1] == "gate"]
+    assert gates == [(0, "gate", None), (1, "gate", None)] + [
+        *((1, "gate", expert) for expert in range(8)),
+        *((2, "gate", None), (3, "gate", None)),
+    ]
+    shapes = {(w.layer, w.expert): w.shape for w in weight_table(config) if w.field == "gate"}
+    assert shapes[0, None] == (35, 36) and shapes[1, None] == (27, 36) and shapes[1, 7] == (15, 36)
+
+
+def test_the_proof_of_coverage_names_a_missing_expert(monkeypatch):
+    config = tiny_config("mixtral-window")
+
+    def forgetful(experts: int, cut: Cut, index: int) -> slice:
+        return block(experts - 1, cut.ep, cut.ep_rank(index))
+
+    monkeypatch.setattr(partition, "experts_of", forgetful)
+    lost = [
+        f"model.layers.{layer}.block_sparse_moe.experts.4.{part}.weight"
+        for layer in range(2)
+        for part in ("w1", "w3", "w2")
+    ]
+    assert uncovered(config, Cut(1, 2)) == uncovered(config, Cut(4, 2)) == lost
+
+
+def test_the_proof_of_coverage_notices_a_gap_in_an_experts_width(monkeypatch):
+    config = tiny_config("mixtral-window")
+    monkeypatch.setattr(Cut, "etp_rank", lambda self, index: 0)
+    assert uncovered(config, Cut(2, 2)) == []
+    gaps = uncovered(config, Cut(4, 2))
+    assert len(gaps) == 2 * 5 * 3 and all("experts" in name for name in gaps)
+
+
+@pytest.mark.parametrize(
+    ("variant", "cut", "fact"),
+    [
+        ("mixtral-window", Cut(1, 6), "--ep 6 is more than the model's 5 experts.* --ep 1 to 5"),
+        ("mixtral-window", Cut(7, 1), "--tp 7 .* 6 query heads"),
+        ("mixtral-window", Cut(1, 0), "--ep 0 must be at least 1"),
+        ("mixtral-window", Cut(0, 2), "--tp 0 must be at least 1"),
+        ("mixtral-window", Cut(2, 3, 9), "into 9 parts for --tp 2 --ep 3.* as 6 is"),
+        ("mixtral-window", Cut(2, 2, -2), "into -2 parts"),
+        ("llama-gqa", Cut(2, 2), "--tp 2 --ep 2 divides experts, but a llama .* use --tp 2 alone"),
+        ("llama-gqa", Cut(2, 1, 4), "--tp 2 over 4 ranks divides experts"),
+    ],
+)
+def test_a_cut_that_does_not_fit_is_refused(variant, cut, fact):
+    with pytest.raises(UserError, match=fact):
+        check_cut(tiny_config(variant), cut)
 
 
 def test_ranks_that_share_a_kv_head_are_neighbours():

@@ -14,9 +14,10 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_models import VARIANTS, tiny_config, tiny_weights, write_checkpoint
+from tiny_models import MOE_VARIANTS, VARIANTS, tiny_config, tiny_weights, write_checkpoint
 
-from mpishard.description.partition import weight_table
+from mpishard.description.cut import Cut
+from mpishard.description.partition import weight_table, weights_of
 from mpishard.errors import UserError
 from mpishard.storage import shards as shards_module
 from mpishard.storage.convert import convert
@@ -26,6 +27,7 @@ from mpishard.storage.source import open_source
 from mpishard.storage.weights import check_fits, load_weights
 
 VARIANT, TP = "llama-uneven", 3
+CUT = Cut(TP)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DOWN_PROJ = "model.layers.2.mlp.down_proj.weight"
 NORM = "model.norm.weight"
@@ -118,7 +120,7 @@ def test_files_describe_themselves_and_are_contiguous_and_page_aligned(tmp_path,
                 assert dataset.dtype == ("<f4" if dtype == "float32" else "<u2")
                 assert dataset.chunks is None and dataset.id.get_offset() % 4096 == 0
                 cut = tuple(map(slice, dataset.attrs["start"], dataset.attrs["stop"]))
-                assert cut == weight.slices(config, TP, rank)
+                assert cut == weight.slices(config, CUT, rank)
                 np.testing.assert_array_equal(
                     dataset[()].view(DTYPES[dtype]), whole[weight.name][cut].astype(DTYPES[dtype])
                 )
@@ -133,13 +135,13 @@ def test_weights_in_the_stored_dtype_are_mapped(tmp_path, dtype):
     whole = tiny_weights(VARIANT, DTYPES[dtype])
     before = len(os.listdir("/dev/fd"))
     for rank in range(TP):
-        weights = load_weights(source, TP, rank, DTYPES[dtype])
+        weights = load_weights(source, CUT, rank, DTYPES[dtype])
         assert list(weights) == [weight.name for weight in weight_table(source.config)]
         for weight in weight_table(source.config):
             part = weights[weight.name]
             assert type(part) is np.ndarray and part.dtype == DTYPES[dtype]
             assert not part.flags.owndata and not part.flags.writeable and part.flags.aligned
-            cut = weight.slices(source.config, TP, rank)
+            cut = weight.slices(source.config, CUT, rank)
             np.testing.assert_array_equal(part, whole[weight.name][cut])
     # One map for all weights of a rank: each keeps a file open, of which a process may have few.
     assert len(os.listdir("/dev/fd")) <= before + 1
@@ -153,18 +155,18 @@ def test_weights_in_another_dtype_are_converted(tmp_path, stored, dtype):
     source = open_source(shard(tmp_path, dtype=stored))
     whole = tiny_weights(VARIANT, dtype)
     for rank in range(TP):
-        weights = load_weights(source, TP, rank, dtype)
+        weights = load_weights(source, CUT, rank, dtype)
         for weight in weight_table(source.config):
             part = weights[weight.name]
             assert part.dtype == dtype and part.flags.writeable
-            cut = weight.slices(source.config, TP, rank)
+            cut = weight.slices(source.config, CUT, rank)
             np.testing.assert_array_equal(part, whole[weight.name][cut])
 
 
 def test_loading_does_not_read_the_weights(directory):
     for rank in range(TP):
         damage(rank_file(directory, rank), Q_PROJ)
-    load_weights(open_source(directory), TP, 0, np.float32)
+    load_weights(open_source(directory), CUT, 0, np.float32)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -172,7 +174,7 @@ def test_ranks_with_nothing_to_hold(tmp_path, monkeypatch, dtype):
     sizes = {"vocab_size": 3, "intermediate_size": 2, "num_hidden_layers": 1}
     monkeypatch.setitem(VARIANTS, "narrow", VARIANTS["llama-mqa"] | sizes)
     source = open_source(shard(tmp_path, 8, variant="narrow"))
-    weights = load_weights(source, 8, 7, dtype)
+    weights = load_weights(source, Cut(8), 7, dtype)
     assert weights["model.embed_tokens.weight"].shape == (0, 56)
     assert weights["model.layers.0.mlp.down_proj.weight"].shape == (56, 0)
     assert all(part.dtype == dtype for part in weights.values())
@@ -203,12 +205,12 @@ def test_slices_of_what_several_ranks_hold_come_once(tmp_path):
 
 def test_another_layout_is_refused_with_both_ways_out(directory):
     source = open_source(directory)
-    for use in (lambda: check_fits(source, 2), lambda: load_weights(source, 2, 0)):
+    for use in (lambda: check_fits(source, Cut(2)), lambda: load_weights(source, Cut(2), 0)):
         message = refusal(use)
         assert "--tp 3" in message and "--tp 2" in message
         assert "mpirun -n 3 mpishard" in message
         assert f"mpishard shard {directory} OUT --tp 2" in message
-    assert "12 query heads" in refusal(lambda: check_fits(source, 13))
+    assert "12 query heads" in refusal(lambda: check_fits(source, Cut(13)))
 
 
 # Faults of the files.
@@ -289,7 +291,7 @@ def test_a_file_of_another_rank_count(directory, attribute):
 def test_a_mapping_that_cannot_be(directory, mapping):
     edit_manifest(directory, mapping=mapping)
     message = refusal(lambda: open_source(directory))
-    assert str(mapping) in message and "ep 1 and ranks equal to tp" in message
+    assert str(mapping) in message and "ranks, a multiple of both" in message
 
 
 def test_a_manifest_for_other_files(directory):
@@ -349,7 +351,7 @@ def uses(directory: Path) -> list[Callable[[], object]]:
     source = ShardDirectory.open(directory)
     return [
         lambda: verify(source),
-        lambda: load_weights(source, TP, 1, np.float64),
+        lambda: load_weights(source, CUT, 1, np.float64),
         lambda: source.read(DOWN_PROJ, (slice(0, 24), slice(0, 41))),
     ]
 
@@ -378,7 +380,7 @@ def edit_dataset(path: Path, name: str, **attributes: Any) -> None:
 
 def test_a_wrong_slice(directory):
     edit_dataset(rank_file(directory, 1), Q_PROJ, start=[0, 0], stop=[16, 24])
-    message = refusal(lambda: load_weights(open_source(directory), TP, 1))
+    message = refusal(lambda: load_weights(open_source(directory), CUT, 1))
     assert message == refusal(lambda: describe(open_source(directory)))
     assert f"{rank_file(directory, 1)}: {Q_PROJ} has the slice [0:16, 0:24]" in message
     assert "rank 1 of 3 should have [16:32, 0:24]" in message
@@ -419,7 +421,7 @@ def test_a_missing_and_a_surplus_dataset(directory):
 def test_a_dataset_without_a_checksum(directory):
     with h5py.File(rank_file(directory, 0), "r+") as file:
         del file[NORM].attrs["crc32"]
-    message = refusal(lambda: load_weights(open_source(directory), TP, 0))
+    message = refusal(lambda: load_weights(open_source(directory), CUT, 0))
     assert "rank-00000-of-00003.h5" in message and "crc32" in message
 
 
@@ -428,7 +430,7 @@ def test_a_dataset_that_was_compressed(directory):
         data, attributes = file[NORM][()], dict(file[NORM].attrs)
         del file[NORM]
         file.create_dataset(NORM, data=data, compression="gzip").attrs.update(attributes)
-    message = refusal(lambda: load_weights(open_source(directory), TP, 0))
+    message = refusal(lambda: load_weights(open_source(directory), CUT, 0))
     assert f"{NORM} is not stored contiguously" in message
 
 
@@ -444,9 +446,9 @@ def test_ranks_that_disagree_on_what_they_share(directory, tmp_path):
 
 
 def test_a_table_that_does_not_cover_the_model(directory, monkeypatch):
-    monkeypatch.setattr(shards_module, "uncovered", lambda config, tp: [Q_PROJ])
+    monkeypatch.setattr(shards_module, "uncovered", lambda config, cut: [Q_PROJ])
     message = refusal(lambda: open_source(directory))
-    assert f"tp 3 leaves parts of {Q_PROJ} on no rank" in message
+    assert f"--tp 3 leaves parts of {Q_PROJ} on no rank" in message
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -522,3 +524,172 @@ def test_description_of_a_checkpoint(tmp_path):
     rows = [line.split() for line in lines if "safetensors" in line]
     assert [row[0] for row in rows] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     assert sum(int(row[2]) for row in rows) == tensors
+
+
+# Experts.
+
+MIXTURE = "mixtral-window"  # 6 query heads, 5 experts of width 21
+UP_OF_3 = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+UP_OF_4 = UP_OF_3.replace(".3.", ".4.")
+
+
+@pytest.fixture(scope="module")
+def sound_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("mixture")
+    checkpoint = write_checkpoint(MIXTURE, directory / "model")
+    convert(open_source(checkpoint), directory / "shards", 4, ep=2)
+    return directory / "shards"
+
+
+@pytest.fixture
+def mixture(sound_mixture: Path, tmp_path: Path) -> Path:
+    """Shards of a mixture of experts for --tp 4 --ep 2, to be damaged."""
+    return Path(shutil.copytree(sound_mixture, tmp_path / "mixture"))
+
+
+def mixture_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank:05d}-of-00004.h5"
+
+
+def test_a_file_holds_its_experts_and_no_others(mixture):
+    manifest = json.loads((mixture / "mpishard.json").read_text())
+    assert manifest["format_version"] == 1
+    assert manifest["mapping"] == {"tp": 4, "ep": 2, "ranks": 4}
+    whole = tiny_weights(MIXTURE)
+    for rank in range(4):
+        with h5py.File(mixture_file(mixture, rank)) as file:
+            assert {name: file.attrs[name] for name in ("tp", "ep", "ranks", "rank")} == {
+                **manifest["mapping"],
+                "rank": rank,
+            }
+            held = {int(name.split(".")[5]) for name in file if "experts" in name}
+            assert held == ({0, 1, 2} if rank < 2 else {3, 4})
+            assert len(file) == 2 * (6 + 1 + 3 * len(held)) + 2
+            if rank >= 2:
+                rows = slice(0, 11) if rank == 2 else slice(11, 21)
+                np.testing.assert_array_equal(file[UP_OF_3][()], whole[UP_OF_3][rows])
+
+
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_experts_are_mapped(tmp_path, variant):
+    checkpoint = write_checkpoint(variant, tmp_path / "model")
+    convert(open_source(checkpoint), tmp_path / "shards", 2, ep=3)
+    original, source, cut = open_source(checkpoint), open_source(tmp_path / "shards"), Cut(2, 3)
+    for index in range(cut.ranks):
+        direct, loaded = load_weights(original, cut, index), load_weights(source, cut, index)
+        assert list(loaded) == list(direct)
+        for weight in weights_of(source.config, cut, index):
+            part = loaded[weight.name]
+            assert not part.flags.owndata and not part.flags.writeable
+            np.testing.assert_array_equal(part, direct[weight.name], weight.name)
+
+
+def test_slices_of_experts_are_put_together_from_the_files_that_hold_them(sound_mixture):
+    source, whole = open_source(sound_mixture), tiny_weights(MIXTURE)
+    for name, array in whole.items():
+        for axis, length in enumerate(array.shape):
+            for cut in (slice(0, length), slice(length // 3, length - 2)):
+                slices = tuple(
+                    cut if i == axis else slice(0, size) for i, size in enumerate(array.shape)
+                )
+                np.testing.assert_array_equal(source.read(name, slices), array[slices])
+
+
+def test_another_cut_of_experts_is_refused_with_both_ways_out(mixture):
+    source = open_source(mixture)
+    for cut in (Cut(4), Cut(2, 2), Cut(4, 4), Cut(4, 2, 8)):
+        for use in (partial(check_fits, source, cut), partial(load_weights, source, cut, 0)):
+            message = refusal(use)
+            assert f"holds shards for --tp 4 --ep 2, not for {cut}: " in message
+            assert "`mpirun -n 4 mpishard …` with --tp 4 --ep 2" in message
+            assert f"`mpishard shard {mixture} OUT {cut}`" in message
+    assert "5 experts" in refusal(lambda: check_fits(source, Cut(1, 6)))
+
+
+def remove_expert(directory: Path, rank: int) -> None:
+    with h5py.File(mixture_file(directory, rank), "r+") as file:
+        del file[UP_OF_3]
+
+
+@pytest.mark.parametrize("use", ["verify", "describe", "load", "read"])
+def test_a_removed_expert(mixture, use):
+    remove_expert(mixture, 3)
+    source = ShardDirectory.open(mixture)
+    message = refusal(
+        {
+            "verify": lambda: verify(source),
+            "describe": lambda: describe(source),
+            "load": lambda: load_weights(source, Cut(4, 2), 3),
+            "read": lambda: source.read(UP_OF_3, (slice(0, 21), slice(0, 34))),
+        }[use]
+    )
+    assert message == f"{mixture_file(mixture, 3)} lacks {UP_OF_3}"
+
+
+def test_a_removed_expert_does_not_go_unnoticed_in_resharding(mixture, tmp_path):
+    remove_expert(mixture, 2)
+    message = refusal(lambda: convert(open_source(mixture), tmp_path / "out", 1))
+    assert f"lacks {UP_OF_3}" in message and not (tmp_path / "out").exists()
+
+
+def test_an_expert_that_belongs_to_other_ranks(mixture):
+    with h5py.File(mixture_file(mixture, 0), "r+") as file:
+        file.move(UP_OF_3.replace(".3.", ".0."), UP_OF_3)
+    message = refusal(lambda: verify(open_source(mixture)))
+    assert f"{mixture_file(mixture, 0)} holds {UP_OF_3}, which belongs to other ranks" in message
+
+
+def test_an_expert_under_the_name_of_another(mixture):
+    """Two experts of one shape, exchanged: only the names that they were stored with tell."""
+    with h5py.File(mixture_file(mixture, 2), "r+") as file:
+        file.move(UP_OF_3, "aside")
+        file.move(UP_OF_4, UP_OF_3)
+        file.move("aside", UP_OF_4)
+    message = refusal(lambda: verify(open_source(mixture)))
+    assert f"{UP_OF_3} has the names ['{UP_OF_4}']" in message
+
+
+def test_a_flipped_bit_in_an_expert(mixture):
+    damage(mixture_file(mixture, 3), UP_OF_4)
+    assert f"{UP_OF_4} has checksum" in refusal(lambda: verify(open_source(mixture)))
+
+
+@pytest.mark.parametrize("mapping", [(2, 4, 4), (4, 1, 4), (4, 4, 4)])
+def test_a_manifest_for_another_cut_of_experts(mixture, mapping):
+    edit_manifest(mixture, mapping=dict(zip(("tp", "ep", "ranks"), mapping, strict=True)))
+    message = refusal(lambda: open_source(mixture))
+    field, said, right = ("tp", 4, 2) if mapping[0] == 2 else ("ep", 2, mapping[1])
+    assert f"rank-00000-of-00004.h5 says {field} {said}, but {right} belongs here" in message
+
+
+@pytest.mark.parametrize("mapping", [(4, 3, 4), (4, 2, 6), (4, 0, 4), (4, True, 4)])
+def test_a_mapping_of_experts_that_cannot_be(mixture, mapping):
+    edit_manifest(mixture, mapping=dict(zip(("tp", "ep", "ranks"), mapping, strict=True)))
+    message = refusal(lambda: open_source(mixture))
+    assert "must have tp and ep, whole numbers from 1, and ranks, a multiple of both" in message
+
+
+def test_a_dense_model_has_no_mapping_of_experts(directory):
+    mapping = {"tp": 1, "ep": 3, "ranks": 3}
+    edit_manifest(directory, mapping=mapping)
+    for rank in range(3):
+        with h5py.File(rank_file(directory, rank), "r+") as file:
+            file.attrs.update(mapping)
+    message = refusal(lambda: open_source(directory))
+    assert "--tp 1 --ep 3 divides experts, but a llama model" in message
+
+
+def test_description_of_experts(sound_mixture, tmp_path):
+    lines = describe(open_source(sound_mixture))
+    text = "\n".join(lines)
+    assert "experts       5 of width 21, silu, 3 for a token\n" in text
+    assert "shards        --tp 4 --ep 2, made from" in text and "ffn" not in text
+    row = next(line for line in lines if "rank-00002-of-00004.h5" in line)
+    assert row.split()[3:] == ["28", "2-3", "1", "3-4", "0-10", "34-50"]
+    text = "\n".join(describe(open_source(write_checkpoint("qwen2_moe-mixed", tmp_path / "a"))))
+    assert "ffn           35, silu" in text
+    assert "2 for a token, and a shared one of width 27 in 1 of 4 layers" in text
+    checkpoint = write_checkpoint("deepseek_v2-full", tmp_path / "b")
+    convert(open_source(checkpoint), tmp_path / "c", 2, ep=4)
+    text = "\n".join(describe(open_source(tmp_path / "c")))
+    assert "latent        keys and values 10, rotated key 8, queries 14" in text

@@ -1,0 +1,74 @@
+"""Routing tokens to experts: scores, the choice of a few, and what their outputs weigh.
+
+Families differ in the scores (a softmax over all experts or a sigmoid of each), in what the choice
+goes by (the scores, or scores with a bias that takes no part in the weights, or only those in the
+best groups of experts), and in the weights (the scores as they are or divided by their sum).
+Sources: Mixtral, arXiv 2401.04088; DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Router:
+    """How tokens choose `top_k` experts. `groups` of neighbouring experts are scored by the "max"
+    or the "top-2 sum" of their members' scores, and only members of the best `kept_groups` can be
+    chosen."""
+
+    top_k: int
+    scoring: str = "softmax"  # or "sigmoid"
+    normalized: bool = False
+    scaling: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    group_score: str = "max"
+
+    def route(
+        self, logits_nE: np.ndarray, bias_E: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The experts of each token, ascending, and the weights of their outputs: ``(ids_nA,
+        weights_nA)``. `bias_E` is added to the scores for choosing alone. Of equal scores the
+        lowest expert's comes first."""
+        scores_nE = SCORINGS[self.scoring](logits_nE)
+        choice_nE = scores_nE if bias_E is None else scores_nE + bias_E
+        if self.groups > 1:
+            choice_nE = self._in_best_groups(choice_nE)
+        ids_nA = np.argsort(-choice_nE, axis=1, kind="stable")[:, : self.top_k]
+        ids_nA = np.sort(ids_nA, axis=1)
+        weights_nA = np.take_along_axis(scores_nE, ids_nA, axis=1)
+        if self.normalized:
+            weights_nA = weights_nA / weights_nA.sum(axis=1, keepdims=True)
+        return ids_nA, weights_nA * weights_nA.dtype.type(self.scaling)
+
+    def _in_best_groups(self, choice_nE: np.ndarray) -> np.ndarray:
+        """The scores, -inf for the experts of other groups."""
+        n, E = choice_nE.shape
+        choice_nGe = choice_nE.reshape(n, self.groups, E // self.groups)
+        if self.group_score == "max":
+            best_nG = choice_nGe.max(axis=2)
+        else:
+            best_nG = np.sort(choice_nGe, axis=2)[:, :, -2:].sum(axis=2)
+        kept_nk = np.argsort(-best_nG, axis=1, kind="stable")[:, : self.kept_groups]
+        is_kept_nG = np.zeros((n, self.groups), bool)
+        np.put_along_axis(is_kept_nG, kept_nk, True, axis=1)
+        return np.where(is_kept_nG[:, :, np.newaxis], choice_nGe, -np.inf).reshape(n, E)
+
+
+def softmax(logits_nE: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    scores_nE = np.exp(logits_nE - logits_nE.max(axis=-1, keepdims=True))
+    scores_nE /= scores_nE.sum(axis=-1, keepdims=True)
+    return scores_nE
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        return 1 / (1 + np.exp(-x))
+
+
+SCORINGS = {"softmax": softmax, "sigmoid": sigmoid}

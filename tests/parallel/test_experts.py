@@ -1,0 +1,187 @@
+"""Expert parallelism: mixtures on every layout against the reference and transformers, and what is
+sent against its closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from tiny_models import MOE_VARIANTS, tiny_config
+from toys import FORMS, Recorder, degrees, mesh_of, oracle, slices, toy, whole_logits
+
+from mpishard.arithmetic.packed import pack
+from mpishard.communication.mesh import Mesh
+from mpishard.description.layout import DISPATCHES, Layout, block, check_experts
+from mpishard.engine.generate import Request, generate
+from mpishard.errors import UserError
+from mpishard.model import Decoder
+from mpishard.parallel.data import deal
+from mpishard.parallel.expert import Mixture
+
+pytestmark = pytest.mark.ranks
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_TOLERANCE = 2e-4  # of the logits' standard deviation
+RUNNABLE = [name for name in MOE_VARIANTS if not (tiny_config(name).mla or tiny_config(name).sinks)]
+every_mixture = pytest.mark.parametrize("variant", RUNNABLE)
+
+
+def expert_layouts(ranks: int, variant: str) -> list[Layout]:
+    """Every ``dp * cp * tp`` of `ranks` ranks with every `ep` that fits it, in forms that go round;
+    more ranks take turns in them."""
+    config, number, found = tiny_config(variant), RUNNABLE.index(variant), []
+    for place, plain in enumerate(degrees(ranks)):
+        for ep in range(1, ranks + 1):
+            turn = 37 * number + 29 * place + 7 * ep
+            sp, flash, prefill, order, merge, interleave = FORMS[turn % len(FORMS)]
+            layout = replace(plain, ep=ep, dispatch=DISPATCHES[(place + ep) % 2])
+            layout = replace(layout, sequence_parallel=sp)
+            layout = replace(layout, flash_decoding=flash and config.heads > config.kv_heads)
+            if plain.cp > 1:
+                layout = replace(layout, prefill=prefill, order=order)
+            if layout.divides_cache:
+                layout = replace(layout, merge=merge, interleave=interleave)
+            if plain.tp <= config.heads and _fits(config, layout):
+                found.append(layout)
+    return found if ranks <= 2 else found[number % 3 :: 3]
+
+
+def _fits(config, layout: Layout) -> bool:
+    try:
+        check_experts(config, layout, [])
+    except UserError:
+        return False
+    return True
+
+
+def expert_meshes(comm: MPI.Intracomm, variant: str) -> Iterator[Mesh]:
+    """A mesh of each of the `expert_layouts` of the ranks of `comm`."""
+    for layout in expert_layouts(comm.size, variant):
+        with mesh_of(comm, variant, layout) as mesh:
+            yield mesh
+
+
+@every_mixture
+def test_float32_agrees_with_transformers(comm: MPI.Intracomm, variant: str):
+    golden = np.load(GOLDEN / f"{variant}.npz")
+    prompts = [golden["ids_0"], golden["ids_1"]]
+    for mesh in expert_meshes(comm, variant):
+        model = toy(variant, mesh, np.float32)
+        feeds = [(ids_S, model.new_cache(len(ids_S))) for ids_S in prompts]
+        step = pack(feeds, model.division, all_logits=True)
+        logits_WV = whole_logits(model.forward(step), model, step)
+        for place, new in enumerate(slices(step)):
+            expected = golden[f"logits_{place}"]
+            error = np.abs(logits_WV[new] - expected).max() / expected.std()
+            assert error < GOLDEN_TOLERANCE, f"{mesh.layout}: {error} of the standard deviation"
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@every_mixture
+def test_every_step_is_the_references(comm: MPI.Intracomm, variant: str, chunk: int | None):
+    """Replicas that share experts step together, with unequal work and with none."""
+    reference = oracle(variant)
+    vocab = reference.config.vocab
+    random = np.random.RandomState(5)
+    requests = [
+        Request(index, random.randint(0, vocab, length).tolist(), max_tokens)
+        for index, (length, max_tokens) in enumerate([(9, 3), (1, 5), (14, 1)])
+    ]
+    for mesh in expert_meshes(comm, variant):
+        model = Recorder(toy(variant, mesh))
+        mine = [requests[place] for place in deal(len(requests), mesh)]
+        answers = generate(model, mine, prefill_chunk=chunk)
+        for request, answer in zip(mine, answers, strict=True):
+            assert answer.ids == reference.greedy(request.ids, request.max_tokens), mesh.layout
+        segments = [segment for step in model.steps for segment in step.segments]
+        caches = list({id(segment.cache): segment.cache for segment in segments}.values())
+        sequences = [r.ids + answer.ids for r, answer in zip(mine, answers, strict=True)]
+        for step, logits_Mv, asked in zip(model.steps, model.logits, model.asked, strict=True):
+            found_MV = whole_logits(logits_Mv, model, step)
+            for found_V, (cache, length) in zip(found_MV, asked, strict=True):
+                expected_V = reference.forward(sequences[caches.index(cache)][:length])[0][-1]
+                np.testing.assert_allclose(found_V, expected_V, rtol=0, atol=1e-9)
+
+
+@every_mixture
+def test_what_is_sent(comm: MPI.Intracomm, variant: str):
+    """Rows by the experts that the reference's router chooses, token by token."""
+    config, reference = tiny_config(variant), oracle(variant)
+    moe = config.moe
+    assert moe is not None
+    ids = np.random.RandomState(3).randint(0, config.vocab, 13)
+    chosen = {layer: r.experts_SA for layer, r in reference.routings(ids.tolist()).items()}
+    for mesh in expert_meshes(comm, variant):
+        layout = mesh.layout
+        model = toy(variant, mesh)
+        feeds = [(ids, model.new_cache(len(ids)))] if mesh.dp.rank == 0 else []
+        mesh.ledger.clear()
+        model.forward(pack(feeds, model.division))
+        tokens = _tokens_of_rank(mesh, model, len(ids))  # of every rank that shares the experts
+        row, e = config.hidden * 8, 8
+        mine = tokens[mesh.experts.rank]
+        if layout.dispatch == "gather":
+            per_layer = (8 + len(mine) * (row + moe.top_k * (8 + e))) * (mesh.experts.size - 1)
+            entry = mesh.ledger["all_gather", "experts"]
+            assert entry.calls == 4 * len(chosen)
+            assert entry.wire_bytes == per_layer * len(chosen)
+            entry = mesh.ledger["reduce_scatter", "experts"]
+            everyone = sum(map(len, tokens))
+            assert entry.wire_bytes == (everyone - len(mine)) * row * len(chosen)
+            continue
+        assert mesh.ledger["all_gather", "experts"].calls == len(chosen)
+        counts = 8 * moe.experts * (mesh.experts.size - 1) * len(chosen)
+        assert mesh.ledger["all_gather", "experts"].wire_bytes == counts
+        own = range(moe.experts)[block(moe.experts, mesh.ep.size, mesh.ep.rank)]
+        etp = mesh.etp.size
+        column = [tokens[rank * etp + mesh.etp.rank] for rank in range(mesh.ep.size)]
+        wire = came = 0
+        for experts_SA in chosen.values():
+            away = ~np.isin(experts_SA[mine], own)
+            arriving = [np.isin(experts_SA[there], own).sum() for there in column]
+            arriving[mesh.ep.rank] = 0
+            wire += int(away.sum()) + int(sum(arriving))
+            came += int(sum(np.isin(experts_SA[there], own).sum() for there in column))
+        entry = mesh.ledger["all_to_all", "ep"]
+        assert entry.calls == 2 * len(chosen)
+        assert entry.wire_bytes == wire * row
+        assert mesh.ledger["all_gather", "etp"].payload_bytes == came * row
+
+
+def _tokens_of_rank(mesh: Mesh, model: Decoder, count: int) -> list[np.ndarray]:
+    """The positions of a prompt of `count` tokens, fed by the first replica, that each rank which
+    shares the experts routes."""
+    layout = mesh.layout
+    if mesh.world.rank // max(layout.replica, layout.ep) != 0:
+        return [np.empty(0, int)] * mesh.experts.size
+    tokens = []
+    for replica in range(layout.together):
+        for at in model.division.tokens(0, count):
+            at = at if replica == 0 else at[:0]
+            tokens += [at[block(len(at), layout.tp, rank)] for rank in range(layout.tp)]
+    return tokens
+
+
+@pytest.mark.ranks(2)
+def test_all_tokens_for_one_expert_and_none_for_the_others(comm: MPI.Intracomm):
+    """A router that always chooses the same: other ranks have nothing to do, and take part."""
+    variant = RUNNABLE[0]
+    for dispatch in DISPATCHES:
+        for layout in (Layout(tp=2, ep=2), Layout(tp=2, ep=1), Layout(dp=2, ep=2)):
+            with mesh_of(comm, variant, replace(layout, dispatch=dispatch)) as mesh:
+                model = toy(variant, mesh)
+                for layer in model.layers:
+                    assert isinstance(layer.ffn, Mixture)
+                    layer.ffn.router[:] = 0  # equal scores: the lowest experts are taken
+                reference = oracle(variant)
+                for name in reference.weights:
+                    if name.endswith("gate.weight"):
+                        reference.weights[name][:] = 0
+                request = Request(0, [5], 3)
+                mine = [request][: 1 if mesh.dp.rank == 0 else 0]
+                answers = generate(model, mine)
+                assert [a.ids for a in answers] == [reference.greedy([5], 3) for _ in mine]

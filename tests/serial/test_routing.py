@@ -1,0 +1,63 @@
+"""Routing against explicit loops: ties, biases, groups and the two ways to weigh."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpishard.arithmetic.routing import Router, sigmoid, softmax
+
+
+def plain(router: Router, logits_E: np.ndarray, bias_E: np.ndarray) -> dict[int, float]:
+    """One token's experts and weights, one decision at a time."""
+    if router.scoring == "softmax":
+        scores = [np.exp(logit) / np.exp(logits_E).sum() for logit in logits_E]
+    else:
+        scores = [1 / (1 + np.exp(-logit)) for logit in logits_E]
+    choice = [score + bias for score, bias in zip(scores, bias_E, strict=True)]
+    size = len(choice) // router.groups
+    members = [range(group * size, (group + 1) * size) for group in range(router.groups)]
+    if router.group_score == "max":
+        best = [max(choice[e] for e in group) for group in members]
+    else:
+        best = [sum(sorted(choice[e] for e in group)[-2:]) for group in members]
+    kept = sorted(range(router.groups), key=lambda group: (-best[group], group))
+    allowed = [e for group in kept[: router.kept_groups] for e in members[group]]
+    chosen = sorted(allowed, key=lambda e: (-choice[e], e))[: router.top_k]
+    total = sum(scores[e] for e in chosen) if router.normalized else 1
+    return {e: scores[e] / total * router.scaling for e in sorted(chosen)}
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalized, scaling", [(True, 1.0), (False, 2.5)])
+@pytest.mark.parametrize(
+    "groups, kept, score", [(1, 1, "max"), (4, 2, "max"), (3, 2, "top-2 sum"), (4, 3, "top-2 sum")]
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_route(scoring, normalized, scaling, groups, kept, score, biased):
+    router = Router(3, scoring, normalized, scaling, groups, kept, score)
+    random = np.random.RandomState(0)
+    logits_nE = random.standard_normal((40, 12))
+    bias_E = random.standard_normal(12) if biased else np.zeros(12)
+    ids_nA, weights_nA = router.route(logits_nE, bias_E if biased else None)
+    for ids_A, weights_A, logits_E in zip(ids_nA, weights_nA, logits_nE, strict=True):
+        expected = plain(router, logits_E, bias_E)
+        assert ids_A.tolist() == list(expected)
+        np.testing.assert_allclose(weights_A, list(expected.values()), rtol=1e-12)
+
+
+def test_of_equal_scores_the_lowest_experts_are_chosen():
+    ids_nA, weights_nA = Router(2).route(np.zeros((3, 5)))
+    assert ids_nA.tolist() == [[0, 1]] * 3
+    np.testing.assert_allclose(weights_nA, 0.2)
+
+
+def test_no_tokens_go_nowhere():
+    ids_nA, weights_nA = Router(2, normalized=True, groups=2).route(np.zeros((0, 4)))
+    assert ids_nA.shape == weights_nA.shape == (0, 2)
+
+
+def test_scores_of_any_size():
+    large = np.array([[1e4, -1e4, 0.0]])
+    np.testing.assert_array_equal(softmax(large), [[1, 0, 0]])
+    np.testing.assert_array_equal(sigmoid(large), [[1, 0, 0.5]])
