@@ -15,7 +15,6 @@ query and for each its ``r`` heads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -108,8 +107,8 @@ def _attend_one(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of one query over all the keys: ``(out_grK, lse_gr)``.
 
-    Few rows times a long matrix run at the speed of memory only while the product is small and has
-    the long matrix on its left (or its values, whose sum over T is short).
+    Products with keys and values are cut so short that OpenBLAS does not pack them, and the keys
+    stand on the left: either way round it is half as fast over thousands of keys.
     """
     _, g, r, K = q_1grK.shape
     T, dtype = k_gTK.shape[1], q_1grK.dtype
@@ -196,16 +195,12 @@ def _sums(
     r, dtype = Q // len(stop_S), q_gQK.dtype
     sum_gQK, total_gQ1 = np.zeros((g, Q, K), dtype), np.zeros((g, Q, 1), dtype)
     peak_gQ1 = np.full((g, Q, 1), np.finfo(dtype).min if shifted else 0, dtype)
-    scores = np.empty(g * Q * max(KEY_BLOCK, DIAGONAL_BLOCK), dtype)
-    partial = np.empty_like(sum_gQK)
     for start, stop in _key_blocks(start_S[0], stop_S[0], stop_S[-1]):
         first, last = np.searchsorted(stop_S, start, side="right"), np.searchsorted(start_S, stop)
         if first >= last:
             continue  # the queries see none of these keys
         rows = slice(first * r, last * r)
-        shape = g, (last - first) * r, stop - start
-        weights_gQT = scores[: math.prod(shape)].reshape(shape)
-        np.matmul(q_gQK[:, rows], k_gTK[:, start:stop].transpose(0, 2, 1), out=weights_gQT)
+        weights_gQT = q_gQK[:, rows] @ k_gTK[:, start:stop].transpose(0, 2, 1)
         _hide(weights_gQT, start, stop, start_S[first:last], stop_S[first:last])
         if shifted:
             before_gQ1 = peak_gQ1[:, rows].copy()
@@ -216,7 +211,7 @@ def _sums(
             weights_gQT -= peak_gQ1[:, rows]
         np.exp(weights_gQT, out=weights_gQT)
         total_gQ1[:, rows] += weights_gQT @ np.ones((stop - start, 1), dtype)
-        sum_gQK[:, rows] += np.matmul(weights_gQT, v_gTK[:, start:stop], out=partial[:, rows])
+        sum_gQK[:, rows] += weights_gQT @ v_gTK[:, start:stop]
     return sum_gQK, total_gQ1, peak_gQ1
 
 

@@ -57,13 +57,18 @@ def plain(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, window):
     return out_ShK, lse_Sh
 
 
-def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0) -> Any:
+def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None) -> Any:
     """Random queries with the positions of queries and keys, and keys and values that are part of
     larger arrays, as `attend` takes them; `size` scales queries and keys."""
     random = np.random.RandomState(0)
     q_ShK = size * random.standard_normal((len(q_at), h, K))
     k_gTK, v_gTK = random.standard_normal((2, g + 1, len(k_at) + 3, K))[:, 1:, : len(k_at)]
-    return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), 0.4
+    return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), 0.4, window
+
+
+def in_float32(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, window) -> Any:
+    q_ShK, k_gTK, v_gTK = (array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK))
+    return q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, np.float64(scale), window
 
 
 def assert_close(found, expected, rtol=0.0, atol=1e-12):
@@ -80,8 +85,8 @@ def test_attend(monkeypatch, block, window, positions):
         monkeypatch.setattr(attention, name, block)
     # With the larger scores some blocks of queries need a shift.
     for h, g, size in [(4, 4, 1.0), (6, 2, 1.0), (3, 1, 1.0), (6, 2, 6.0)]:
-        case = arrays(*POSITIONS[positions], h, g, size=size)
-        assert_close(attend(*case, window), plain(*case, window), atol=1e-12 * size**2)
+        case = arrays(*POSITIONS[positions], h, g, size=size, window=window)
+        assert_close(attend(*case), plain(*case), atol=1e-12 * size**2)
 
 
 @pytest.mark.parametrize("blocks", [(4, 4, 4), (64, 16, 16), (64, 16, 8), (1024, 256, 128)])
@@ -89,23 +94,22 @@ def test_attend(monkeypatch, block, window, positions):
 def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, window):
     for name, block in zip(BLOCKS, blocks, strict=False):
         monkeypatch.setattr(attention, name, block)
-    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1)
-    assert_close(attend(*case, window), plain(*case, window))
+    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1, window=window)
+    assert_close(attend(*case), plain(*case))
 
 
 def test_several_heads_of_a_single_query_over_more_keys_than_one_small_product(monkeypatch):
     monkeypatch.setattr(attention, "SMALL_PRODUCT", 6 * 5 * 4)
     case = arrays([50], range(47), h=6, g=1)
-    assert_close(attend(*case), plain(*case, None))
+    assert_close(attend(*case), plain(*case))
 
 
 @pytest.mark.parametrize("positions", ["one at the end", "whole", "zigzag", "some see keys"])
 def test_float32_stays_float32_and_close(positions):
-    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale = arrays(*POSITIONS[positions])
-    narrow = [array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK)]
-    found = attend(narrow[0], q_at_S, *narrow[1:], k_at_T, np.float64(scale))
+    case = arrays(*POSITIONS[positions])
+    found = attend(*in_float32(*case))
     assert all(array.dtype == np.float32 for array in found)
-    assert_close(found, plain(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, None), atol=1e-5)
+    assert_close(found, plain(*case), atol=1e-5)
 
 
 @pytest.mark.parametrize("S", [1, 2])
@@ -131,9 +135,9 @@ def test_large_scores_neither_overflow_nor_vanish(S, score):
 def test_only_blocks_with_bad_sums_are_taken_again(monkeypatch, positions, size, expected):
     sums, shifts = attention._sums, []
 
-    def recorded(*block, shifted):
-        shifts.append(shifted)
-        return sums(*block, shifted=shifted)
+    def recorded(*block: Any, **shift: Any) -> Any:
+        shifts.append(shift["shifted"])
+        return sums(*block, **shift)
 
     monkeypatch.setattr(attention, "_sums", recorded)
     monkeypatch.setattr(attention, "QUERY_ROWS", 2)
@@ -145,33 +149,33 @@ def test_the_scores_of_one_query_do_not_drown_those_of_another():
     case = arrays(range(8), range(8), h=2, g=1)
     case[0][3] *= 1000
     case[0][5] *= 1e-3
-    assert_close(attend(*case), plain(*case, None), rtol=1e-12)
+    assert_close(attend(*case), plain(*case), rtol=1e-12)
 
 
 def test_keys_that_no_query_sees_are_not_read():
-    case = arrays([20, 21, 22], range(40))
+    case = arrays([20, 21, 22], range(40), window=4)
     k_gTK, v_gTK = case[2:4]
-    expected = attend(*case, window=4)
+    expected = attend(*case)
     for array in (k_gTK, v_gTK):
         array[:, :17] = array[:, 23:] = np.nan
-    assert_close(attend(*case, window=4), expected)
+    assert_close(attend(*case), expected)
 
 
 def test_keys_between_what_two_queries_see_are_not_read(monkeypatch):
     for name in ("KEY_BLOCK", "DIAGONAL_BLOCK"):
         monkeypatch.setattr(attention, name, 10)
-    case = arrays([5, 95], range(100))
-    expected = attend(*case, window=4)
+    case = arrays([5, 95], range(100), window=4)
+    expected = attend(*case)
     for array in case[2:4]:
         array[:, 6:86] = np.nan  # 86 to 95 are one block
-    assert_close(attend(*case, window=4), expected)
+    assert_close(attend(*case), expected)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("S", [1, 12])
 def test_merge_of_any_split_of_the_keys_is_the_whole(window, S):
-    case = arrays(range(24 - S, 24), range(24))
-    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale = case
+    case = arrays(range(24 - S, 24), range(24), window=window)
+    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, _ = case
     random = np.random.RandomState(1)
     splits = [k_at_T < cut for cut in (0, 1, 11, 23, 24)] + [k_at_T % 4 == 1]
     splits += [random.rand(24) < 0.5 for _ in range(4)]
@@ -180,7 +184,7 @@ def test_merge_of_any_split_of_the_keys_is_the_whole(window, S):
             attend(q_ShK, q_at_S, k_gTK[:, some], v_gTK[:, some], k_at_T[some], scale, window)
             for some in (ours_T, ~ours_T)
         ]
-        assert_close(merge(*parts[0], *parts[1]), attend(*case, window))
+        assert_close(merge(*parts[0], *parts[1]), attend(*case))
 
 
 def test_merge_with_nothing_changes_no_bit():
@@ -221,11 +225,10 @@ def test_shares_of_one_set_are_its_own():
 @pytest.mark.parametrize("size", [1.0, 10.0])
 def test_memory_is_far_below_a_matrix_of_scores(size):
     S, h = 4096, 2
-    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale = arrays(range(S), range(S), h, 1, 8, size)
-    case = [array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK)]
+    case = in_float32(*arrays(range(S), range(S), h, 1, 8, size))
     tracemalloc.start()
     try:
-        attend(case[0], q_at_S, *case[1:], k_at_T, scale)
+        attend(*case)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
