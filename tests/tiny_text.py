@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tiny_models import VARIANTS, write_checkpoint
+from tiny_models import raw_config, write_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ("<pad>", "<s>", "</s>")  # 1 and 2 begin and end a sequence, as the models say
@@ -44,7 +44,7 @@ def make_tokenizer(vocab: int = 0) -> Tokenizer:
 def write_speaker(variant: str, directory: str | Path, dtype: str = "float32") -> Path:
     """`directory`, after writing the tiny model `variant` with a tokenizer and a chat template."""
     directory = write_checkpoint(variant, directory, dtype)
-    make_tokenizer(VARIANTS[variant]["vocab_size"]).save(str(directory / "tokenizer.json"))
+    make_tokenizer(raw_config(variant)["vocab_size"]).save(str(directory / "tokenizer.json"))
     settings = {"bos_token": {"content": "<s>"}, "chat_template": CHAT_TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory

@@ -108,7 +108,7 @@ def _attend_one(
     """Attention of one query over all the keys: ``(out_grK, lse_gr)``.
 
     Products with keys and values are cut so short that OpenBLAS does not pack them, and the keys
-    stand on the left: either way round it is half as fast over thousands of keys.
+    stand on the left: over thousands of keys ``q @ k.T`` takes more than twice the time.
     """
     _, g, r, K = q_1grK.shape
     T, dtype = k_gTK.shape[1], q_1grK.dtype

@@ -45,6 +45,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "order": None,
         "merge": None,
         "interleave": None,
+        "ep": None,
+        "dispatch": None,
         "max_positions": None,
         "compute_dtype": "float32",
     }
@@ -114,7 +116,7 @@ def test_other_names_of_a_flag():
         (["--max-positions", "0"], "argument --max-positions: 0 must be at least 1"),
         (["--prefill-chunk", "0"], "argument --prefill-chunk: 0 must be at least 1"),
         (["--prefill-chunk", "8", "--prefill-chunk=9"], "argument --prefill-chunk: given twice"),
-        (["--ep", "2"], "unrecognized arguments: --ep 2"),
+        (["--ep", "0"], "argument --ep/--expert-parallel-size: 0 must be at least 1"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--stop"], "argument --stop: expected one argument"),
         (["other"], "unrecognized arguments: other"),

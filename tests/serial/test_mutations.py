@@ -35,7 +35,7 @@ MISTAKES = {
         "once = tensor.all_reduce\n"
         "tensor.all_reduce = lambda x, group: once(once(x, group) / group.size, group)",
         "schedule",
-        "test_a_forward_pass_is_two_all_reduces_a_layer_and_one_for_the_embedding",
+        "test_tensor_parallelism_is_two_all_reduces_a_layer_and_one_for_the_embedding",
     ),
     "a bias added on every rank": (
         "from mpishard.parallel import tensor\n"
@@ -47,12 +47,10 @@ MISTAKES = {
     "a wrong split axis": (
         "from dataclasses import replace\n"
         "import toys\n"
-        "from mpishard import model\n"
-        "from mpishard.description import partition\n"
-        "right = partition.weight_table\n"
-        "def wrong(config):\n"
-        "    return [replace(w, axis=0) if w.field == 'down' else w for w in right(config)]\n"
-        "toys.weight_table = wrong",
+        "right = toys.weights_of\n"
+        "def wrong(*of):\n"
+        "    return [replace(w, axis=0) if w.field == 'down' else w for w in right(*of)]\n"
+        "toys.weights_of = wrong",
         "sublayers",
         "test_feed_forward",
     ),
@@ -130,7 +128,7 @@ MISTAKES = {
         "    return right(x, w, step, mesh)\n"
         "tensor.feed_forward = chatty",
         "schedule",
-        "test_a_forward_pass_is_two_all_reduces_a_layer_and_one_for_the_embedding",
+        "test_replicas_never_meet",
     ),
 }
 

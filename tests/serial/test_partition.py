@@ -273,6 +273,8 @@ def test_the_proof_of_coverage_names_a_missing_expert(monkeypatch):
         for part in ("w1", "w3", "w2")
     ]
     assert uncovered(config, Cut(1, 2)) == uncovered(config, Cut(4, 2)) == lost
+    with_biases = uncovered(tiny_config("gpt_oss-plain"), Cut(2, 2))
+    assert len(with_biases) == 2 * 6 and all(".experts.7." in name for name in with_biases)
 
 
 def test_the_proof_of_coverage_notices_a_gap_in_an_experts_width(monkeypatch):
