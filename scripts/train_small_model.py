@@ -1,14 +1,21 @@
-"""Train the small dense model of data/cpython-4m on the text that ships with CPython.
+"""Train the small models of data/, dense or with experts, on the text that ships with CPython.
 
 The corpus is the standard library of the interpreter that runs this script, so nothing is
 downloaded: the language reference kept in ``pydoc_data.topics``, the docstrings of built-in
 and library modules, and the library's source. The script trains a byte-level BPE on it, then a
-Llama-style decoder (Muon for the matrices, AdamW for the rest), and writes the result in the
-Hugging Face layout, in bfloat16.
+Llama-style decoder, or with --experts a Mixtral-style one (Muon for the matrices, AdamW for the
+rest), and writes the result in the Hugging Face layout, in bfloat16.
 
     python scripts/train_small_model.py --minutes 60          # train, then write data/cpython-4m
     python scripts/train_small_model.py --minutes 60 --resume # go on from the last checkpoint
     python scripts/train_small_model.py --export-only         # write what the checkpoint holds
+    python scripts/train_small_model.py --experts 8 --top-k 2 # the same for data/cpython-moe-7m
+
+With --start data/cpython-4m, experts begin as parts of that dense model, which takes a fraction of
+the time.
+
+Time is that of the processor, so a run that is stopped and continued loses none of it. SIGUSR1
+ends the plateau of the learning rate: the decay begins, and the run ends, earlier.
 
 Needs torch, tokenizers and safetensors; a laptop's CPU is enough.
 """
@@ -25,6 +32,7 @@ import math
 import platform
 import random
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -36,7 +44,7 @@ from pydoc_data import topics
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -93,6 +101,16 @@ class Shape:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class MixtureShape(Shape):
+    """Sizes of a model whose feed-forward layers are experts of `intermediate_size` each."""
+
+    intermediate_size: int = 160
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -318,21 +336,75 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Expert(nn.Module):
+    def __init__(self, shape: MixtureShape) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.w2 = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        self.w3 = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Mixture(nn.Module):
+    """Experts of which each token takes the most probable few; every choice is served.
+
+    After a call, `balance` holds the load-balancing loss of Switch Transformers (1 when all
+    experts are used alike), and `load` [experts] has grown by the rows each expert was given.
+    """
+
+    def __init__(self, shape: MixtureShape) -> None:
+        super().__init__()
+        self.top_k = shape.num_experts_per_tok
+        self.gate = nn.Linear(shape.hidden_size, shape.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(shape) for _ in range(shape.num_local_experts))
+        self.register_buffer(
+            "load", torch.zeros(shape.num_local_experts, dtype=torch.long), persistent=False
+        )
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weights, chosen = self.route(rows)
+        order = chosen.flatten().argsort(stable=True)  # the rows of one expert side by side
+        token = order // self.top_k
+        counts = chosen.flatten().bincount(minlength=len(self.experts))
+        self.load += counts
+        parts = rows.index_select(0, token).split(counts.tolist())
+        results = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+        weighted = torch.cat(results) * weights.flatten().index_select(0, order)[:, None]
+        return torch.zeros_like(rows).index_add(0, token, weighted).view_as(x)
+
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids [rows, top_k] of the chosen experts; always in float32, as Mixtral."""
+        with torch.autocast("cpu", enabled=False):
+            shares = torch.softmax(self.gate(rows.float()), -1)
+        weights, chosen = shares.topk(self.top_k)
+        used = chosen.flatten().bincount(minlength=len(self.experts)) / chosen.numel()
+        self.balance = len(self.experts) * (used * shares.mean(0)).sum()
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+
 class Layer(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = RMSNorm(shape)
-        self.mlp = MLP(shape)
+        if isinstance(shape, MixtureShape):
+            self.block_sparse_moe = Mixture(shape)
+        else:
+            self.mlp = MLP(shape)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        feed_forward = self.block_sparse_moe if "block_sparse_moe" in self._modules else self.mlp
+        return x + feed_forward(self.post_attention_layernorm(x))
 
 
-class Llama(nn.Module):
-    """A decoder whose parameters carry the names of the checkpoint, less the prefix ``model.``."""
+class Decoder(nn.Module):
+    """Llama or Mixtral: parameters carry the checkpoint's names, less the prefix ``model.``."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -348,7 +420,7 @@ class Llama(nn.Module):
 
     def initialise(self) -> None:
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")):
                 nn.init.zeros_(weight)  # every layer starts as the identity
             elif "embed" in name:
                 nn.init.normal_(weight, std=0.02)
@@ -364,6 +436,46 @@ class Llama(nn.Module):
     def loss(self, batch: Tensor, reduction: str = "mean") -> Tensor:
         logits = self(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction)
+
+    def mixtures(self) -> list[Mixture]:
+        return [module for module in self.modules() if isinstance(module, Mixture)]
+
+    def balance_loss(self) -> Tensor | float:
+        """The load-balancing losses of the last call, weighted and summed over the layers."""
+        if not isinstance(self.shape, MixtureShape):
+            return 0.0
+        losses = torch.stack([mixture.balance for mixture in self.mixtures()])
+        return self.shape.router_aux_loss_coef * losses.sum()
+
+    def take_load(self) -> list[list[int]]:
+        """Rows each expert of each layer was given since this was last asked; none if dense."""
+        loads = [mixture.load.tolist() for mixture in self.mixtures()]
+        for mixture in self.mixtures():
+            mixture.load.zero_()
+        return loads
+
+
+@torch.no_grad()
+def upcycle(model: Decoder, directory: Path) -> None:
+    """Start a mixture from a trained dense model: sparse upcycling, arXiv 2212.05055.
+
+    What both have is copied. An expert is narrower than the dense layer, so each is dealt some of
+    its neurons, as from a shuffled pack of cards, and another such pack when one is used up. The
+    weights of a token's experts sum to 1; `top_k` makes up for that.
+    """
+    weights = load_file(directory / "model.safetensors")
+    dense = {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
+    model.load_state_dict(dense, strict=False)
+    for number, mixture in enumerate(model.mixtures()):
+        names = (f"layers.{number}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
+        gate, up, down = (dense[name] for name in names)
+        width = model.shape.intermediate_size
+        packs = math.ceil(len(mixture.experts) * width / len(gate))
+        deals = torch.cat([torch.randperm(len(gate)) for _ in range(packs)]).split(width)
+        for expert, neurons in zip(mixture.experts, deals, strict=False):
+            expert.w1.weight.copy_(gate[neurons])
+            expert.w3.weight.copy_(up[neurons])
+            expert.w2.weight.copy_(mixture.top_k * down[:, neurons])
 
 
 # --- optimisation ---------------------------------------------------------------------------
@@ -415,8 +527,9 @@ class Muon(torch.optim.Optimizer):
                 weight.add_(direction, alpha=-group["lr"] * scale)
 
 
-def optimisers(model: Llama, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    matrices = [w for w in model.layers.parameters() if w.ndim == 2]
+def optimisers(model: Decoder, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    named = model.layers.named_parameters()
+    matrices = [w for name, w in named if w.ndim == 2 and not name.endswith(".gate.weight")]
     others = [w for w in model.parameters() if all(w is not m for m in matrices)]
     adam = torch.optim.AdamW(others, args.lr_adam, (0.9, 0.98), weight_decay=0.0, eps=1e-10)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -427,9 +540,16 @@ def optimisers(model: Llama, args: argparse.Namespace) -> list[torch.optim.Optim
     return found
 
 
-def schedule(progress: float, warmup: float = 0.01, hold: float = 0.4) -> float:
+def schedule(progress: float, hold: float, warmup: float = 0.01) -> float:
     """Share of the peak learning rate: a short warm-up, a plateau, a straight line to zero."""
     return min(1.0, progress / warmup + 0.02, max(0.0, (1 - progress) / (1 - hold)))
+
+
+def end_plateau(progress: Progress, args: argparse.Namespace) -> None:
+    """Shrink the budget to that of which what is used up is the plateau, if that is less."""
+    if progress.done(args) < args.hold:
+        args.steps = math.ceil(progress.step / args.hold)
+        print(f"decay from step {progress.step}, to end at step {args.steps}", flush=True)
 
 
 @dataclass
@@ -440,6 +560,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     loss: float = 0.0  # running mean over about a hundred steps
+    start: str = ""  # the dense model that a mixture was made from
 
     def done(self, args: argparse.Namespace) -> float:
         return self.step / args.steps if args.steps else self.seconds / (60 * args.minutes)
@@ -452,11 +573,15 @@ class Progress:
 
 
 def train_step(
-    model: Llama, optimisers: list[torch.optim.Optimizer], batch: Tensor, factor: float, bf16: bool
+    model: Decoder,
+    optimisers: list[torch.optim.Optimizer],
+    batch: Tensor,
+    factor: float,
+    bf16: bool,
 ) -> float:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = model.loss(batch)
-    loss.backward()
+    (loss + model.balance_loss()).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
@@ -466,35 +591,53 @@ def train_step(
     return loss.item()
 
 
-def train(model: Llama, tokens: Tokens, args: argparse.Namespace) -> Progress:
+def train(model: Decoder, tokens: Tokens, args: argparse.Namespace) -> Progress:
     """Train until the budget of minutes, or of steps, is used up."""
-    progress, found, saved = Progress(), optimisers(model, args), time.perf_counter()
+    progress = Progress(start=args.start.name if args.start else "")
+    found, saved = optimisers(model, args), time.monotonic()
     if args.resume:
         progress = load_checkpoint(args.work, model, found)
+    signal.signal(signal.SIGUSR1, lambda *_: end_plateau(progress, args))
     times = dict(zip(KINDS, args.mix, strict=True))
     batches = tokens.batches(args.batch, args.seed + progress.step, times)
     while progress.done(args) < 1:
-        start, batch = time.perf_counter(), next(batches)
-        loss = train_step(model, found, batch, schedule(progress.done(args)), args.bf16)
-        end = time.perf_counter()
+        start, batch = processor_seconds(), next(batches)
+        factor = schedule(progress.done(args), args.hold)
+        loss = train_step(model, found, batch, factor, args.bf16)
+        end = processor_seconds()
         progress.record(loss, batch[:, 1:].numel(), end - start)
         if progress.step % args.report == 0:
             rate = batch[:, 1:].numel() / (end - start)
             print(
                 f"step {progress.step:6d}  {progress.seconds / 60:5.1f} min  "
                 f"{progress.tokens / 1e6:6.2f} M tokens  loss {progress.loss:.3f}  "
-                f"{rate:6.0f} tokens/s",
+                f"{rate:6.0f} tokens/s{unevenness(model.take_load())}",
                 flush=True,
             )
-        if end - saved > 60 * args.save_minutes:
+        if time.monotonic() - saved > 60 * args.save_minutes:
             save_checkpoint(args.work, model, found, progress)
-            saved = end
+            saved = time.monotonic()
     save_checkpoint(args.work, model, found, progress)
     return progress
 
 
+def processor_seconds() -> float:
+    """A clock that stands still while the run is stopped or waits for a core."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def imbalance(load: list[int]) -> float:
+    """Rows of the busiest expert over the mean of all."""
+    return round(max(load) * len(load) / sum(load), 3)
+
+
+def unevenness(loads: list[list[int]]) -> str:
+    """The imbalance of every layer, for a line of progress."""
+    return "  imbalance " + " ".join(f"{imbalance(load):.2f}" for load in loads) if loads else ""
+
+
 def save_checkpoint(
-    work: Path, model: Llama, optimisers: list[torch.optim.Optimizer], progress: Progress
+    work: Path, model: Decoder, optimisers: list[torch.optim.Optimizer], progress: Progress
 ) -> None:
     state = {
         "shape": asdict(model.shape),
@@ -507,7 +650,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    work: Path, model: Llama, optimisers: list[torch.optim.Optimizer] | None = None
+    work: Path, model: Decoder, optimisers: list[torch.optim.Optimizer] | None = None
 ) -> Progress:
     state = torch.load(work / "checkpoint.pt", weights_only=True)
     model.load_state_dict(state["model"])
@@ -522,7 +665,7 @@ def load_checkpoint(
 
 
 @torch.no_grad()
-def held_out_losses(model: Llama, tokens: Tokens, length: int = 512) -> dict[str, dict]:
+def held_out_losses(model: Decoder, tokens: Tokens, length: int = 512) -> dict[str, dict]:
     """Nats per token and bits per byte on the held-out documents, by kind and over all."""
     sums = {kind: [0.0, 0, 0] for kind in (*KINDS, "all")}
     for kind, ids, size in tokens.held_out:
@@ -544,7 +687,7 @@ def held_out_losses(model: Llama, tokens: Tokens, length: int = 512) -> dict[str
 
 @torch.no_grad()
 def continuation(
-    model: Llama, tokenizer: Tokenizer, prompt: str, count: int, temperature: float = 0.0
+    model: Decoder, tokenizer: Tokenizer, prompt: str, count: int, temperature: float = 0.0
 ) -> str:
     """The `count` tokens that follow a prompt, greedily or sampled."""
     ids = tokenizer.encode(prompt).ids
@@ -561,7 +704,7 @@ def continuation(
     return tokenizer.decode(ids[start:])
 
 
-def print_samples(model: Llama, tokenizer: Tokenizer, seed: int) -> None:
+def print_samples(model: Decoder, tokenizer: Tokenizer, seed: int) -> None:
     torch.manual_seed(seed)
     for prompt in PROMPTS:
         for name, temperature in (("greedy", 0.0), ("sampled at 0.5", 0.5)):
@@ -570,16 +713,17 @@ def print_samples(model: Llama, tokenizer: Tokenizer, seed: int) -> None:
 
 
 def config(shape: Shape) -> dict:
+    mixture = isinstance(shape, MixtureShape)
+    llama = {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+    mixtral = {"sliding_window": None, "router_jitter_noise": 0.0, "output_router_logits": False}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MixtralForCausalLM" if mixture else "LlamaForCausalLM"],
+        "model_type": "mixtral" if mixture else "llama",
         **asdict(shape),
         "hidden_act": "silu",
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
+        **(mixtral if mixture else llama),
         "initializer_range": 0.02,
-        "rope_scaling": None,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         "use_cache": True,
@@ -589,7 +733,7 @@ def config(shape: Shape) -> dict:
 
 
 def export(
-    model: Llama, tokenizer: Tokenizer, tokens: Tokens, progress: Progress, directory: Path
+    model: Decoder, tokenizer: Tokenizer, tokens: Tokens, progress: Progress, directory: Path
 ) -> None:
     """Round the weights to bfloat16, measure them as they then are, and write the directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -619,17 +763,22 @@ def export(
     write_json(directory / "training.json", report(model, tokens, progress))
 
 
-def report(model: Llama, tokens: Tokens, progress: Progress) -> dict:
+def report(model: Decoder, tokens: Tokens, progress: Progress) -> dict:
     sizes = {kind: sum(len(t) for k, t in tokens.training if k == kind) for kind in KINDS}
+    model.take_load()
+    held_out = held_out_losses(model, tokens)
+    load = [{"rows": rows, "imbalance": imbalance(rows)} for rows in model.take_load()]
     return {
         "parameters": sum(w.numel() for w in model.parameters()),
         "corpus": f"standard library of CPython {platform.python_version()}",
         "corpus_tokens": sizes,
+        **({"start": progress.start} if progress.start else {}),
         "steps": progress.step,
         "trained_tokens": progress.tokens,
         "minutes": round(progress.seconds / 60, 1),
         "training_loss": round(progress.loss, 4),
-        "held_out": held_out_losses(model, tokens),
+        "held_out": held_out,
+        **({"held_out_expert_load": load} if load else {}),
     }
 
 
@@ -641,14 +790,20 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the small dense model of data/.")
-    work = Path(tempfile.gettempdir()) / "mpishard-small-model"
-    data = Path(__file__).resolve().parent.parent / "data" / "cpython-4m"
+    parser = argparse.ArgumentParser(description="Train the small models of data/.")
     add = parser.add_argument
-    add("--out", type=Path, default=data, help="directory to write (default: data/cpython-4m)")
-    add("--work", type=Path, default=work, help="directory of checkpoints (default: %(default)s)")
-    add("--minutes", type=float, default=60, help="time to train (default: %(default)s)")
+    add("--experts", type=int, default=0, help="experts per layer (default: none, dense layers)")
+    add("--top-k", type=int, default=2, help="experts per token (default: %(default)s)")
+    add("--expert-width", type=int, default=160, help="width of an expert (default: %(default)s)")
+    add("--balance", type=float, default=0.01,
+        help="weight of the load-balancing loss (default: %(default)s)")  # fmt: skip
+    add("--start", type=Path, help="dense model whose parts the experts begin as")
+    add("--out", type=Path, help="directory to write (default: data/cpython-4m or cpython-moe-7m)")
+    add("--work", type=Path, help="directory of checkpoints (default: a temporary one)")
+    add("--minutes", type=float, default=60, help="processor time to train (default: %(default)s)")
     add("--steps", type=int, help="steps to train, instead of --minutes")
+    add("--hold", type=float, default=0.4,
+        help="share of the run before the rates decay (default: %(default)s)")  # fmt: skip
     add("--batch", type=int, default=4096, help="tokens per step (default: %(default)s)")
     add("--lr", type=float, default=0.008, help="peak rate of Muon (default: %(default)s)")
     add("--lr-adam", type=float, default=0.002, help="peak rate of AdamW (default: %(default)s)")
@@ -663,10 +818,25 @@ def arguments() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
     add("--export-only", action="store_true", help="write what the checkpoint holds, train nothing")
     add("--no-export", action="store_true", help="only leave a checkpoint")
-    return parser.parse_args()
+    args = parser.parse_args()
+    name = "cpython-moe-7m" if args.experts else "cpython-4m"
+    args.out = args.out or Path(__file__).resolve().parent.parent / "data" / name
+    args.work = args.work or Path(tempfile.gettempdir()) / f"mpishard-{name}"
+    return args
 
 
-def print_sizes(documents: list[Document], tokens: Tokens, model: Llama) -> None:
+def shape_of(args: argparse.Namespace) -> Shape:
+    if not args.experts:
+        return Shape()
+    return MixtureShape(
+        intermediate_size=args.expert_width,
+        num_local_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        router_aux_loss_coef=args.balance,
+    )
+
+
+def print_sizes(documents: list[Document], tokens: Tokens, model: Decoder) -> None:
     for kind in KINDS:
         texts = [d.text for d in documents if d.kind == kind]
         count = sum(len(ids) for k, ids in tokens.training if k == kind)
@@ -681,13 +851,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape, documents = Shape(), corpus()
+    shape, documents = shape_of(args), corpus()
     if args.resume or args.export_only:
         tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
+    elif args.start:
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
     else:
         tokenizer = train_tokenizer(documents, shape.vocab_size)
-        tokenizer.save(str(args.work / "tokenizer.json"))
-    tokens, model = Tokens.encode(documents, tokenizer), Llama(shape)
+    tokenizer.save(str(args.work / "tokenizer.json"))
+    tokens, model = Tokens.encode(documents, tokenizer), Decoder(shape)
+    if args.start:
+        upcycle(model, args.start)
     print_sizes(documents, tokens, model)
     progress = load_checkpoint(args.work, model) if args.export_only else train(model, tokens, args)
     if not args.no_export:
