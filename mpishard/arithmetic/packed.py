@@ -171,6 +171,34 @@ class Step:
         """The sequences of which caches already hold something."""
         return [segment for segment in self.segments if not segment.fresh]
 
+    @cached_property
+    def continued_here(self) -> np.ndarray:
+        """The places of their tokens on this rank's packed axis."""
+        return np.concatenate([np.arange(s.new.start, s.new.stop) for s in self.continued])
+
+    @cached_property
+    def continued_counts(self) -> tuple[int, ...]:
+        """How many of their tokens each cp rank has."""
+        counts = zip(*(map(len, segment.tokens) for segment in self.continued), strict=True)
+        return tuple(map(sum, counts))
+
+    @cached_property
+    def continued_places(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each of them the places of its tokens among those of all cp ranks, which come rank by
+        rank, and their positions, ascending."""
+        places: list[list[np.ndarray]] = [[] for _ in self.continued]
+        stop = 0
+        for rank in range(self.division.cp):
+            for mine, segment in zip(places, self.continued, strict=True):
+                start, stop = stop, stop + len(segment.tokens[rank])
+                mine.append(np.arange(start, stop))
+        in_order = []
+        for mine, segment in zip(places, self.continued, strict=True):
+            positions = np.concatenate(segment.tokens)
+            order = np.argsort(positions)
+            in_order.append((np.concatenate(mine)[order], positions[order]))
+        return in_order
+
 
 def pack(
     feeds: Sequence[Feed | tuple[np.ndarray, KVCache]],

@@ -88,15 +88,13 @@ def decode(
 ) -> None:
     """Attention of the tokens of the sequences that go on in this step, put in their places in
     `out_NhK`."""
-    division = step.division
-    here_n = np.concatenate([np.arange(s.new.start, s.new.stop) for s in step.continued])
-    counts = zip(*(map(len, segment.tokens) for segment in step.continued), strict=True)
-    blocks = Blocks(tuple(map(sum, counts)), division.heads)
+    blocks = Blocks(step.continued_counts, step.division.heads)
+    here_n = step.continued_here
     q_nhK = q_NhK[here_n]
     rows_PK = all_gather(q_nhK.reshape(-1, q_nhK.shape[-1]), mesh.kv, sizes=blocks.sizes)
     q_WHK = blocks.join(rows_PK)
     partial_WHK, lse_WH = np.empty_like(q_WHK), np.empty(q_WHK.shape[:2], q_WHK.dtype)
-    for segment, (place_S, at_S) in zip(step.continued, _in_order(step), strict=True):
+    for segment, (place_S, at_S) in zip(step.continued, step.continued_places, strict=True):
         k_gTK, v_gTK, at_T = segment.cache.read(layer)
         partial_WHK[place_S], lse_WH[place_S] = attend(
             q_WHK[place_S], at_S, k_gTK, v_gTK, at_T, scale, window
@@ -145,20 +143,3 @@ MERGES: dict[str, Merge] = {
     "all-to-all": by_all_to_all,
     "all-reduce": by_all_reduce,
 }
-
-
-def _in_order(step: Step) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each sequence that goes on: the places of its tokens among the W, which come cp rank by
-    cp rank, and their positions, ascending."""
-    places: list[list[np.ndarray]] = [[] for _ in step.continued]
-    stop = 0
-    for rank in range(step.division.cp):
-        for mine, segment in zip(places, step.continued, strict=True):
-            start, stop = stop, stop + len(segment.tokens[rank])
-            mine.append(np.arange(start, stop))
-    in_order = []
-    for mine, segment in zip(places, step.continued, strict=True):
-        positions = np.concatenate(segment.tokens)
-        order = np.argsort(positions)
-        in_order.append((np.concatenate(mine)[order], positions[order]))
-    return in_order
