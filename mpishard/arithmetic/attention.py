@@ -107,18 +107,19 @@ def _attend_one(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of one query over all the keys: ``(out_grK, lse_gr)``.
 
-    Products with keys and values are cut so short that OpenBLAS does not pack them, and the keys
-    stand on the left: over thousands of keys ``q @ k.T`` takes more than twice the time.
+    Products with keys and values are cut so short that OpenBLAS does not pack them: over thousands
+    of keys that takes half the time, if ``k.T`` is in C order, as a cache keeps it.
     """
     _, g, r, K = q_1grK.shape
     T, dtype = k_gTK.shape[1], q_1grK.dtype
     if T == 0:
         return np.zeros((g, r, K), dtype), np.full((g, r), -np.inf, dtype)
-    q_gKr = np.multiply(q_1grK[0].transpose(0, 2, 1), dtype.type(scale), order="C")
+    q_grK = q_1grK[0] * dtype.type(scale)
+    k_gKT = k_gTK.transpose(0, 2, 1)
     blocks = _slices(T, SMALL_PRODUCT // (r * K))
     scores_grT = np.empty((g, r, T), dtype)
     for keys in blocks:
-        scores_grT[:, :, keys] = (k_gTK[:, keys] @ q_gKr).transpose(0, 2, 1)
+        np.matmul(q_grK, k_gKT[:, :, keys], out=scores_grT[:, :, keys])
     peak_gr1 = scores_grT.max(axis=-1, keepdims=True)
     scores_grT -= peak_gr1
     weights_grT = np.exp(scores_grT, out=scores_grT)

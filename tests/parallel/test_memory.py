@@ -206,7 +206,7 @@ def test_a_cache_fed_to_its_end_is_full(comm: MPI.Intracomm):
         cache = model.new_cache(length, first)
         for new in (first, 8, 1, 5):
             model.forward(pack([(np.ones(new, np.int64), cache)], model.division))
-        assert cache.held == len(cache.positions) == cache.k.shape[2]
+        assert cache.held == len(cache.positions) == cache.v.shape[2]
         kept = [position for at in mesh.kv.comm.allgather(cache.positions) for position in at]
         assert sorted(kept) == list(range(length)), mesh.layout
 
