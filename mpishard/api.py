@@ -61,7 +61,7 @@ from mpishard.description.layout import (
 from mpishard.engine.generate import Answer, Request, Timing, check_request, generate
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
-from mpishard.model import Decoder, check_runs
+from mpishard.model import Decoder
 from mpishard.parallel.data import collect, deal
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
@@ -330,7 +330,6 @@ def load(
         config = source.config
         given = [name for name, value in switches.items() if value is not None]
         check_experts(config, layout, given)
-        check_runs(config)
         if max_positions is not None:
             config = replace(config, max_positions=max_positions)
     mesh = Mesh.split(comm, layout, config)

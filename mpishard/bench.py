@@ -36,10 +36,10 @@ import numpy as np
 from mpi4py import MPI
 
 from mpishard.api import Model
-from mpishard.arithmetic.packed import KVCache, pack
+from mpishard.arithmetic.packed import KVCache, Step, pack
 from mpishard.communication.collectives import MAX, MIN, all_reduce
 from mpishard.communication.ledger import Entry, Ledger
-from mpishard.communication.mesh import Group
+from mpishard.communication.mesh import Group, Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
 from mpishard.description.partition import weights_of
@@ -47,8 +47,8 @@ from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import Draw, Sampling
 from mpishard.errors import UserError
 from mpishard.model import Decoder, Layer
-from mpishard.parallel.attention import Attend
 from mpishard.parallel.expert import Mixture
+from mpishard.parallel.heads import Attend, Heads
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
@@ -119,11 +119,11 @@ class Watched(Decoder):
         return replace(layer, attention=replace(layer.attention, attend=attend))
 
     def _timed(self, attend: Attend) -> Attend:
-        def timed(*arguments: Any) -> np.ndarray:
-            started = _arithmetic_clock(self.mesh.ledger)
-            out_NhK = attend(*arguments)
-            self.attention_seconds += _arithmetic_clock(self.mesh.ledger) - started
-            return out_NhK
+        def timed(heads: Heads, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+            started = _arithmetic_clock(mesh.ledger)
+            output = attend(heads, step, mesh)
+            self.attention_seconds += _arithmetic_clock(mesh.ledger) - started
+            return output
 
         return timed
 
@@ -221,7 +221,8 @@ def generation_work(model: Decoder, batch: int, start: int, stop: int) -> Work:
     kept_T = np.concatenate([positions[division.kept(positions)] for positions in own])
     seen = batch * visible_keys(config, np.arange(start, stop), kept_T) // (stop - start)
     routed = _routed(model, batch)
-    key_and_value = 2 * model.kv_heads * config.head_dim * model.dtype.itemsize
+    kept = config.key_width + (0 if config.mla else config.value_width)
+    key_and_value = model.kv_heads * kept * model.dtype.itemsize
     return Work(
         product_flops=product_flops(*_shard(model), batch, batch, routed),
         attention_flops=_flops_per_key(config, sum(division.heads)) * seen,
@@ -431,9 +432,9 @@ def _products(layer: Layer) -> tuple[Callable[[], None], int]:
     attention, ffn = layer.attention, layer.ffn
     if isinstance(ffn, Mixture):
         ffn = next(iter(ffn.experts.values()))
-    weights = [attention.q, attention.k, attention.v, attention.o, ffn.gate, ffn.up, ffn.down]
+    weights = [*attention.matrices, ffn.gate, ffn.up, ffn.down]
     widths = {w_OI.shape[1] for w_OI in weights}
-    x_by_width = {width: np.ones((PRODUCT_ROWS, width), attention.q.dtype) for width in widths}
+    x_by_width = {width: np.ones((PRODUCT_ROWS, width), attention.o.dtype) for width in widths}
 
     def multiply() -> None:
         for w_OI in weights:
@@ -504,7 +505,7 @@ def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> di
     excerpt.forward(step, lambda _, x_nD: streams.append(x_nD.nbytes))
     _, activations = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    cached = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+    cached = sum(cache.nbytes for cache in caches)
     most = all_reduce(np.array([cached, max(streams), activations]), model.mesh.world, MAX)
     names = ("kv_cache_bytes", "residual_stream_bytes", "activations_bytes")
     return dict(zip(names, map(int, most), strict=True))
@@ -522,7 +523,7 @@ def _routed(model: Decoder, tokens: int) -> int:
 
 def _flops_per_key(config: ModelConfig, heads: int) -> int:
     """Of a query's product with a key and of the probability's with the value, in `heads` heads."""
-    return 4 * heads * config.head_dim
+    return 2 * heads * (config.key_width + config.value_width)
 
 
 def _environment(model: Model) -> dict[str, Any]:

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpishard.arithmetic import rotary
-from mpishard.arithmetic.ops import ACTIVATIONS, rms_norm
+from mpishard.arithmetic.ops import Gate, clamped, gated, rms_norm
 from mpishard.arithmetic.packed import Division, KVCache, Step
 from mpishard.arithmetic.routing import Router
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig, Moe
+from mpishard.description.config import Mla, ModelConfig, Moe
 from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
 from mpishard.description.partition import weight_table
-from mpishard.errors import UserError
 from mpishard.parallel import context, expert, sequence, tensor
-from mpishard.parallel.attention import Attend, attention_of
+from mpishard.parallel.attention import attention_of
+from mpishard.parallel.heads import Attend, Attention, LatentAttention, WholeNorm
 
 # Called with (layer, x_nD) for this rank's tokens of the residual stream entering each layer, and
 # with the number of layers for the stream after the final norm.
@@ -35,7 +35,7 @@ class Layer:
     """One decoder layer on this rank."""
 
     attention_norm: np.ndarray  # (D,)
-    attention: tensor.Attention
+    attention: Attention | LatentAttention
     ffn_norm: np.ndarray  # (D,)
     ffn: tensor.FeedForward | expert.Mixture
 
@@ -76,8 +76,9 @@ class Decoder:
         room = self.division.room(first, capacity)
         if self.depends_on_length(capacity):  # any number of positions may be fed in a first step
             room = max(room, self.division.most_room(capacity))
-        heads, width = self.kv_heads, config.head_dim
-        return KVCache(config.layers, heads, capacity, width, self.dtype, room)
+        heads, width = self.kv_heads, config.key_width
+        latent = config.mla.kv_rank if config.mla else 0
+        return KVCache(config.layers, heads, capacity, width, self.dtype, room, latent)
 
     def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
         """The logits of this rank's block of the vocabulary after each of its tokens that `step`
@@ -127,19 +128,6 @@ class Decoder:
         )
 
 
-def check_runs(config: ModelConfig) -> None:
-    """Refuse a model that can be converted and inspected, but not run (UserError)."""
-    for what, needed in (
-        ("multi-head latent attention", config.mla is not None),
-        ("attention sinks", config.sinks),
-    ):
-        if needed:
-            raise UserError(
-                f"{config.family} models have {what}, which is not built yet: they can be sharded "
-                "and inspected, and mpishard.reference computes them"
-            )
-
-
 def division_of(config: ModelConfig, mesh: Mesh) -> Division:
     """How sequences and caches are divided over the ranks of a replica."""
     layout, rank = mesh.layout, mesh.tp.rank
@@ -157,9 +145,9 @@ def division_of(config: ModelConfig, mesh: Mesh) -> Division:
 
 
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """A model's rotary angles per position, (K/2,), and the factor on cosines and sines."""
+    """A model's rotary angles per position, (J,), and the factor on cosines and sines."""
     rope = config.rope
-    angles_J = rotary.frequencies(config.head_dim, rope.theta)
+    angles_J = rotary.frequencies(config.turned_width, rope.theta)
     if rope.kind == "linear":
         return angles_J / rope.factor, 1.0
     if rope.kind == "llama3":
@@ -181,7 +169,7 @@ def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _dynamic_frequencies(config: ModelConfig, length: int) -> np.ndarray:
-    rope, width = config.rope, config.head_dim
+    rope, width = config.rope, config.turned_width
     theta = rotary.dynamic_theta(rope.theta, rope.factor, length, rope.original_positions, width)
     return rotary.frequencies(width, theta)
 
@@ -211,7 +199,7 @@ def _layer(
     fields: dict[int | None, Fields],
     attend: Attend,
     dispatch: expert.Dispatch,
-    whole_norm: tensor.WholeNorm | None,
+    whole_norm: WholeNorm | None,
 ) -> Layer:
     w = fields[None]
     ffn: tensor.FeedForward | expert.Mixture
@@ -219,37 +207,76 @@ def _layer(
         experts = {place: own for place, own in fields.items() if place is not None}
         ffn = _mixture(config, config.moe, w, experts, dispatch)
     else:
-        ffn = _feed_forward(config, w)
+        ffn = _feed_forward(w, gated(config.activation))
     return Layer(
         attention_norm=w["attention_norm"],
-        attention=tensor.Attention(
-            q=w["q"],
-            k=w["k"],
-            v=w["v"],
-            o=w["o"],
-            q_bias=w.get("q_bias"),
-            k_bias=w.get("k_bias"),
-            v_bias=w.get("v_bias"),
-            o_bias=w.get("o_bias"),
-            q_norm=w.get("q_norm"),
-            k_norm=w.get("k_norm"),
-            whole_norm=whole_norm,
-            head_dim=config.head_dim,
-            norm_eps=config.norm_eps,
-            window=config.windows[number],
-            attend=attend,
+        attention=(
+            _latent_attention(config, config.mla, number, w, attend)
+            if config.mla
+            else _attention(config, number, w, attend, whole_norm)
         ),
         ffn_norm=w["ffn_norm"],
         ffn=ffn,
     )
 
 
-def _whole_norm(config: ModelConfig, mesh: Mesh) -> tensor.WholeNorm:
+def _attention(
+    config: ModelConfig, number: int, w: Fields, attend: Attend, whole_norm: WholeNorm | None
+) -> Attention:
+    return Attention(
+        q=w["q"],
+        k=w["k"],
+        v=w["v"],
+        o=w["o"],
+        q_bias=w.get("q_bias"),
+        k_bias=w.get("k_bias"),
+        v_bias=w.get("v_bias"),
+        o_bias=w.get("o_bias"),
+        q_norm=w.get("q_norm"),
+        k_norm=w.get("k_norm"),
+        whole_norm=whole_norm,
+        sinks=w.get("sinks"),
+        head_dim=config.head_dim,
+        norm_eps=config.norm_eps,
+        window=config.windows[number],
+        attend=attend,
+    )
+
+
+def _latent_attention(
+    config: ModelConfig, mla: Mla, number: int, w: Fields, attend: Attend
+) -> LatentAttention:
+    rope, scale = config.rope, config.head_dim**-0.5
+    if rope.kind == "yarn":
+        scale *= rotary.yarn_score_factor(rope.factor, rope.mscale_all_dim)
+    return LatentAttention(
+        q=w["q"] if mla.q_rank is None else w["q_b"],
+        q_latent=w.get("q_a"),
+        q_latent_bias=w.get("q_a_bias"),
+        q_latent_norm=w.get("q_a_norm"),
+        latent=w["kv_a"],
+        latent_bias=w.get("kv_a_bias"),
+        latent_norm=w["kv_a_norm"],
+        up=w["kv_b"],
+        o=w["o"],
+        o_bias=w.get("o_bias"),
+        key_width=mla.nope_dim,
+        turned_width=mla.rope_dim,
+        value_width=mla.value_dim,
+        interleaved=mla.interleaved,
+        scale=scale,
+        norm_eps=mla.norm_eps,
+        window=config.windows[number],
+        attend=attend,
+    )
+
+
+def _whole_norm(config: ModelConfig, mesh: Mesh) -> WholeNorm:
     K, (_, ranks) = config.head_dim, sharers_of(config, mesh.tp.size, mesh.tp.rank)
-    return tensor.WholeNorm(config.heads * K, config.kv_heads * K, len(ranks))
+    return WholeNorm(config.heads * K, config.kv_heads * K, len(ranks))
 
 
-def _feed_forward(config: ModelConfig, w: Fields) -> tensor.FeedForward:
+def _feed_forward(w: Fields, gate_of: Gate) -> tensor.FeedForward:
     return tensor.FeedForward(
         gate=w["gate"],
         up=w["up"],
@@ -257,7 +284,7 @@ def _feed_forward(config: ModelConfig, w: Fields) -> tensor.FeedForward:
         gate_bias=w.get("gate_bias"),
         up_bias=w.get("up_bias"),
         down_bias=w.get("down_bias"),
-        activation=ACTIVATIONS[config.activation],
+        gate_of=gate_of,
     )
 
 
@@ -268,6 +295,10 @@ def _mixture(
     experts: dict[int, Fields],
     dispatch: expert.Dispatch,
 ) -> expert.Mixture:
+    dense = gated(config.activation)
+    of_experts = dense
+    if moe.alpha is not None and moe.limit is not None:
+        of_experts = clamped(moe.alpha, moe.limit)
     how = Router(
         moe.top_k,
         moe.scoring,
@@ -281,8 +312,8 @@ def _mixture(
         router=w["router"],
         router_bias=w.get("router_bias"),
         selection_bias=w.get("selection_bias"),
-        experts={number: _feed_forward(config, own) for number, own in experts.items()},
-        shared=_feed_forward(config, w) if moe.shared_ffn else None,
+        experts={number: _feed_forward(own, of_experts) for number, own in experts.items()},
+        shared=_feed_forward(w, dense) if moe.shared_ffn else None,
         shared_gate=w.get("shared_gate"),
         how=how,
         dispatch=dispatch,

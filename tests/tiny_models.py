@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mpishard.description.config import Mla, ModelConfig
-from mpishard.description.partition import weight_table
+from mpishard.description.partition import separate_names, weight_table
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PROMPT_LENGTHS = (11, 21)
@@ -493,6 +493,30 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
         name: _draw(random, name, shape).astype(np.float32 if name.endswith(wide) else dtype)
         for name, shape in _moe_shapes(config).items()
     }
+
+
+def separate_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """The same, with the experts one by one under the partition table's names, where the family
+    only stores them together: gate and up take turns in columns, and all is transposed."""
+    config, weights = tiny_config(variant), tiny_weights(variant, dtype)
+    if config.moe is None or config.moe.names.separate is not None:
+        return weights
+    names, stacked = separate_names(config.moe), config.moe.names.stacked
+    for layer in np.flatnonzero(config.moe.layers):
+        name = f"model.layers.{layer}."
+        gate_up, down = weights.pop(name + stacked.gate_up), weights.pop(name + stacked.down)
+        gate_up_bias = weights.pop(f"{name}{stacked.gate_up_bias}")
+        down_bias = weights.pop(f"{name}{stacked.down_bias}")
+        for expert in range(config.moe.experts):
+            for part, matrix, bias in (
+                (names.gate, gate_up[expert, :, ::2].T, gate_up_bias[expert, ::2]),
+                (names.up, gate_up[expert, :, 1::2].T, gate_up_bias[expert, 1::2]),
+                (names.down, down[expert].T, down_bias[expert]),
+            ):
+                one = name + part.format(expert)
+                weights[one] = np.ascontiguousarray(matrix)
+                weights[one.removesuffix(".weight") + ".bias"] = bias
+    return weights
 
 
 def stacked_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:

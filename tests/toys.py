@@ -9,7 +9,7 @@ from itertools import pairwise, product
 
 import numpy as np
 from mpi4py import MPI
-from tiny_models import VARIANTS, tiny_config, tiny_weights
+from tiny_models import VARIANTS, separate_weights, tiny_config, tiny_weights
 
 from mpishard.arithmetic.packed import KVCache, Step
 from mpishard.communication.collectives import all_gather
@@ -85,7 +85,7 @@ def mesh_of(comm: MPI.Intracomm, variant: str, layout: Layout) -> Iterator[Mesh]
 
 def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:
     """`variant` on this rank of `mesh`, cut by the partition table."""
-    config, weights = tiny_config(variant), tiny_weights(variant, dtype)
+    config, weights = tiny_config(variant), separate_weights(variant, dtype)
     shards = {
         weight.name: weights[weight.name][weight.slices(config, mesh.cut, mesh.weights)]
         for weight in weights_of(config, mesh.cut, mesh.weights)

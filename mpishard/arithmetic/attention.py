@@ -10,7 +10,7 @@ of its scores so far as shift, which grows as keys pass (online softmax: Milakov
 
 Heads are grouped (Ainslie et al. 2023, arXiv 2305.13245): each of the ``g`` key/value heads serves
 ``r = h / g`` query heads, consecutive ones. ``Q`` counts the queries of a key/value head, query by
-query and for each its ``r`` heads.
+query and for each its ``r`` heads. A value is V numbers wide, which need not be a key's K.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def attend(
     q_ShK: np.ndarray,
     q_at_S: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTK: np.ndarray,
+    v_gTV: np.ndarray,
     k_at_T: np.ndarray,
     scale: float,
     window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of the queries at the positions `q_at_S` of a sequence over the keys at `k_at_T`,
-    both strictly ascending: ``(out_ShK, lse_Sh)``.
+    both strictly ascending: ``(out_ShV, lse_Sh)``.
 
     The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or at 0 to ``p`` without a
     window. A query that sees none gets the output 0 and the log-sum-exp -inf. Blocks of keys that
@@ -55,20 +55,20 @@ def attend(
     q_SgrK = q_ShK.reshape(S, g, h // g, K)
     if S == 1:
         seen = _seen_by_one(q_at_S[0], k_at_T, window)
-        out_SgrK, lse_Sgr = _attend_one(q_SgrK, k_gTK[:, seen], v_gTK[:, seen], scale)
+        out_SgrV, lse_Sgr = _attend_one(q_SgrK, k_gTK[:, seen], v_gTV[:, seen], scale)
     else:
         bounds = _seen(q_at_S, k_at_T, window)
-        out_SgrK, lse_Sgr = _attend_many(q_SgrK, k_gTK, v_gTK, *bounds, scale)
-    return out_SgrK.reshape(S, h, K), lse_Sgr.reshape(S, h)
+        out_SgrV, lse_Sgr = _attend_many(q_SgrK, k_gTK, v_gTV, *bounds, scale)
+    return out_SgrV.reshape(S, h, v_gTV.shape[2]), lse_Sgr.reshape(S, h)
 
 
 def merge(
-    out_a_ShK: np.ndarray, lse_a_Sh: np.ndarray, out_b_ShK: np.ndarray, lse_b_Sh: np.ndarray
+    out_a_ShV: np.ndarray, lse_a_Sh: np.ndarray, out_b_ShV: np.ndarray, lse_b_Sh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention over two disjoint sets of keys, from the attention over each: ``(out_ShK,
+    """Attention over two disjoint sets of keys, from the attention over each: ``(out_ShV,
     lse_Sh)``."""
     (a_Sh, b_Sh), lse_Sh = shares(np.stack([lse_a_Sh, lse_b_Sh]))
-    return a_Sh[..., np.newaxis] * out_a_ShK + b_Sh[..., np.newaxis] * out_b_ShK, lse_Sh
+    return a_Sh[..., np.newaxis] * out_a_ShV + b_Sh[..., np.newaxis] * out_b_ShV, lse_Sh
 
 
 def shares(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,17 +103,17 @@ def _seen(
 
 
 def _attend_one(
-    q_1grK: np.ndarray, k_gTK: np.ndarray, v_gTK: np.ndarray, scale: float
+    q_1grK: np.ndarray, k_gTK: np.ndarray, v_gTV: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one query over all the keys: ``(out_grK, lse_gr)``.
+    """Attention of one query over all the keys: ``(out_grV, lse_gr)``.
 
     Products with keys and values are cut so short that OpenBLAS does not pack them: over thousands
     of keys that takes half the time, if ``k.T`` is in C order, as a cache keeps it.
     """
     _, g, r, K = q_1grK.shape
-    T, dtype = k_gTK.shape[1], q_1grK.dtype
+    (_, T, V), dtype = v_gTV.shape, q_1grK.dtype
     if T == 0:
-        return np.zeros((g, r, K), dtype), np.full((g, r), -np.inf, dtype)
+        return np.zeros((g, r, V), dtype), np.full((g, r), -np.inf, dtype)
     q_grK = q_1grK[0] * dtype.type(scale)
     k_gKT = k_gTK.transpose(0, 2, 1)
     blocks = _slices(T, SMALL_PRODUCT // (r * K))
@@ -124,25 +124,25 @@ def _attend_one(
     scores_grT -= peak_gr1
     weights_grT = np.exp(scores_grT, out=scores_grT)
     total_gr1 = weights_grT.sum(axis=-1, keepdims=True)
-    out_grK = weights_grT[:, :, blocks[0]] @ v_gTK[:, blocks[0]]
+    out_grV = weights_grT[:, :, blocks[0]] @ v_gTV[:, blocks[0]]
     for keys in blocks[1:]:
-        out_grK += weights_grT[:, :, keys] @ v_gTK[:, keys]
-    out_grK /= total_gr1
-    return out_grK, (peak_gr1 + np.log(total_gr1))[..., 0]
+        out_grV += weights_grT[:, :, keys] @ v_gTV[:, keys]
+    out_grV /= total_gr1
+    return out_grV, (peak_gr1 + np.log(total_gr1))[..., 0]
 
 
 def _attend_many(
     q_SgrK: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTK: np.ndarray,
+    v_gTV: np.ndarray,
     start_S: np.ndarray,
     stop_S: np.ndarray,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of each query over its keys, block by block of heads and queries: ``(out_SgrK,
+    """Attention of each query over its keys, block by block of heads and queries: ``(out_SgrV,
     lse_Sgr)``."""
-    S, g, r, K = q_SgrK.shape
-    out_SgrK = np.empty(q_SgrK.shape, q_SgrK.dtype)
+    (S, g, r, K), V = q_SgrK.shape, v_gTV.shape[2]
+    out_SgrV = np.empty((S, g, r, V), q_SgrK.dtype)
     lse_Sgr = np.empty(q_SgrK.shape[:-1], q_SgrK.dtype)
     height = max(1, QUERY_ROWS // r)
     scores_of_a_head = min(S, height) * r * min(k_gTK.shape[1], KEY_BLOCK)
@@ -151,50 +151,51 @@ def _attend_many(
         for queries in _slices(S, height):
             q_gSrK = q_SgrK[queries, heads].transpose(1, 0, 2, 3)
             q_gQK = q_gSrK.reshape(len(q_gSrK), -1, K) * q_SgrK.dtype.type(scale)
-            keys = k_gTK[heads], v_gTK[heads], start_S[queries], stop_S[queries]
-            out_gQK, lse_gQ, shifted = _attend_block(q_gQK, *keys, shifted)
-            out_SgrK[queries, heads] = out_gQK.reshape(q_gSrK.shape).transpose(1, 0, 2, 3)
+            keys = k_gTK[heads], v_gTV[heads], start_S[queries], stop_S[queries]
+            out_gQV, lse_gQ, shifted = _attend_block(q_gQK, *keys, shifted)
+            out_gSrV = out_gQV.reshape(*q_gSrK.shape[:-1], V)
+            out_SgrV[queries, heads] = out_gSrV.transpose(1, 0, 2, 3)
             lse_Sgr[queries, heads] = lse_gQ.reshape(q_gSrK.shape[:-1]).transpose(1, 0, 2)
-    return out_SgrK, lse_Sgr
+    return out_SgrV, lse_Sgr
 
 
 def _attend_block(
     q_gQK: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTK: np.ndarray,
+    v_gTV: np.ndarray,
     start_S: np.ndarray,
     stop_S: np.ndarray,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Attention of a block of scaled queries and whether its scores had to be shifted, which those
-    of the same heads' next block will then be from the start: ``(out_gQK, lse_gQ, shifted)``."""
-    block = q_gQK, k_gTK, v_gTK, start_S, stop_S
+    of the same heads' next block will then be from the start: ``(out_gQV, lse_gQ, shifted)``."""
+    block = q_gQK, k_gTK, v_gTV, start_S, stop_S
     if not shifted:
         with np.errstate(over="ignore", invalid="ignore"):
-            sum_gQK, total_gQ1, peak_gQ1 = _sums(*block, shifted=False)
+            sum_gQV, total_gQ1, peak_gQ1 = _sums(*block, shifted=False)
         sees_Q1 = np.repeat(stop_S > start_S, q_gQK.shape[1] // len(stop_S))[:, np.newaxis]
         good_gQ1 = (total_gQ1 > SMALLEST_SUM) & (total_gQ1 < LARGEST_SUM)
         shifted = not (good_gQ1 | ~sees_Q1).all()
     if shifted:
-        sum_gQK, total_gQ1, peak_gQ1 = _sums(*block, shifted=True)
-    sum_gQK /= np.where(total_gQ1 > 0, total_gQ1, 1)
-    return sum_gQK, (peak_gQ1 + _log(total_gQ1))[..., 0], shifted
+        sum_gQV, total_gQ1, peak_gQ1 = _sums(*block, shifted=True)
+    sum_gQV /= np.where(total_gQ1 > 0, total_gQ1, 1)
+    return sum_gQV, (peak_gQ1 + _log(total_gQ1))[..., 0], shifted
 
 
 def _sums(
     q_gQK: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTK: np.ndarray,
+    v_gTV: np.ndarray,
     start_S: np.ndarray,
     stop_S: np.ndarray,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over the keys that each query sees of ``weight * value`` and of ``weight``, where a
     weight is the exponential of a score less the query's peak, or 0 if not `shifted`:
-    ``(sum_gQK, total_gQ1, peak_gQ1)``."""
-    g, Q, K = q_gQK.shape
+    ``(sum_gQV, total_gQ1, peak_gQ1)``."""
+    (g, Q, _), V = q_gQK.shape, v_gTV.shape[2]
     r, dtype = Q // len(stop_S), q_gQK.dtype
-    sum_gQK, total_gQ1 = np.zeros((g, Q, K), dtype), np.zeros((g, Q, 1), dtype)
+    sum_gQV, total_gQ1 = np.zeros((g, Q, V), dtype), np.zeros((g, Q, 1), dtype)
     peak_gQ1 = np.full((g, Q, 1), np.finfo(dtype).min if shifted else 0, dtype)
     for start, stop in _key_blocks(start_S[0], stop_S[0], stop_S[-1]):
         first, last = np.searchsorted(stop_S, start, side="right"), np.searchsorted(start_S, stop)
@@ -207,13 +208,13 @@ def _sums(
             before_gQ1 = peak_gQ1[:, rows].copy()
             np.maximum(before_gQ1, weights_gQT.max(-1, keepdims=True), out=peak_gQ1[:, rows])
             kept_gQ1 = np.exp(before_gQ1 - peak_gQ1[:, rows])
-            sum_gQK[:, rows] *= kept_gQ1
+            sum_gQV[:, rows] *= kept_gQ1
             total_gQ1[:, rows] *= kept_gQ1
             weights_gQT -= peak_gQ1[:, rows]
         np.exp(weights_gQT, out=weights_gQT)
         total_gQ1[:, rows] += weights_gQT @ np.ones((stop - start, 1), dtype)
-        sum_gQK[:, rows] += weights_gQT @ v_gTK[:, start:stop]
-    return sum_gQK, total_gQ1, peak_gQ1
+        sum_gQV[:, rows] += weights_gQT @ v_gTV[:, start:stop]
+    return sum_gQV, total_gQ1, peak_gQ1
 
 
 def _key_blocks(first: int, diagonal: int, end: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The element-wise arithmetic of a decoder layer: norm and activations."""
+"""The element-wise arithmetic of a decoder layer: norm, activations and gates."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     normed = x / np.sqrt(mean_square + eps)[..., np.newaxis]
     normed *= weight
     return normed
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        return 1 / (1 + np.exp(-x))
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -39,3 +45,29 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": relu,
 }
+
+
+# (gate, up) -> hidden, of a gated feed-forward network (Shazeer 2020, arXiv 2002.05202)
+Gate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def gated(activation: str) -> Gate:
+    """``activation(gate) * up``."""
+
+    def hidden(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        product = ACTIVATIONS[activation](gate)
+        product *= up
+        return product
+
+    return hidden
+
+
+def clamped(alpha: float, limit: float) -> Gate:
+    """``gate * sigmoid(alpha * gate) * (up + 1)``, the gate cut off above `limit` and `up` beyond
+    both its signs, as gpt-oss has it."""
+
+    def hidden(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return gate * sigmoid(alpha * gate) * (up + 1)
+
+    return hidden

@@ -76,7 +76,8 @@ class KVCache:
     """The keys and values of one sequence on this rank, allocated once for all its positions.
 
     Values are (layers, g, room, K), keys (layers, g, K, room), each as the product with one query
-    reads them fastest (for keys one and a half times as fast as by position, after 4,096). Pages
+    reads them fastest (for keys one and a half times as fast as by position, after 4,096). If they
+    are latent, values are the first `latent` numbers of the keys, and not kept beside them. Pages
     that no position has reached take no memory. Of the sequence's `capacity` positions this rank
     keeps at most `room`; which, `positions` says.
     """
@@ -89,13 +90,22 @@ class KVCache:
         width: int,
         dtype: np.dtype,
         room: int | None = None,
+        latent: int = 0,
     ):
-        self.capacity = capacity
+        self.capacity, self.latent = capacity, latent
         room = capacity if room is None else room
         self.k = np.empty((layers, kv_heads, width, room), dtype)
-        self.v = np.empty((layers, kv_heads, room, width), dtype)
+        if latent:
+            self.v = self.k[:, :, :latent].transpose(0, 1, 3, 2)
+        else:
+            self.v = np.empty((layers, kv_heads, room, width), dtype)
         self.positions = np.empty(room, np.int64)
         self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.k.nbytes + (0 if self.latent else self.v.nbytes)
 
     def clear(self) -> None:
         """Forget everything: the next step feeds the sequence from its beginning."""
@@ -110,13 +120,14 @@ class KVCache:
         self.stored, self.held = self.held, self.held + len(positions)
         self.positions[self.stored : self.held] = positions
 
-    def store(self, layer: int, k_SgK: np.ndarray, v_SgK: np.ndarray) -> None:
+    def store(self, layer: int, k_SgK: np.ndarray, v_SgV: np.ndarray) -> None:
         """Put the keys and values of the positions last taken in their place."""
         self.k[layer, :, :, self.stored : self.held] = k_SgK.transpose(1, 2, 0)
-        self.v[layer, :, self.stored : self.held] = v_SgK.transpose(1, 0, 2)
+        if not self.latent:
+            self.v[layer, :, self.stored : self.held] = v_SgV.transpose(1, 0, 2)
 
     def read(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All keys and values kept here and their positions, ascending: ``(k_gTK, v_gTK,
+        """All keys and values kept here and their positions, ascending: ``(k_gTK, v_gTV,
         at_T)``."""
         kept = slice(self.held)
         k_gTK = self.k[layer, :, :, kept].transpose(0, 2, 1)

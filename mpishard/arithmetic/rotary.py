@@ -2,7 +2,7 @@
 the length a model was trained on.
 
 The frequencies of a head of width K are K/2 angles per position, in float64. Pairs are
-``(i, i + K/2)``, as Hugging Face checkpoints have them. J stands for K/2 in array names.
+``(i, i + K/2)``, as most Hugging Face checkpoints have them. J stands for K/2 in array names.
 """
 
 from __future__ import annotations
@@ -63,13 +63,26 @@ def yarn_frequencies(
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all: float | None) -> float:
     """What YaRN multiplies cosines and sines with where the checkpoint does not say."""
-
-    def temperature(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
-
     if mscale and mscale_all:
-        return temperature(mscale) / temperature(mscale_all)
-    return temperature(1.0)
+        return _yarn_temperature(factor, mscale) / _yarn_temperature(factor, mscale_all)
+    return _yarn_temperature(factor, 1.0)
+
+
+def _yarn_temperature(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
+
+
+def yarn_score_factor(factor: float, mscale_all: float | None) -> float:
+    """What DeepSeek's models multiply attention's scores with under YaRN: its temperature once for
+    the queries and once for the keys, of which only a part is turned, and so multiplied already."""
+    return _yarn_temperature(factor, mscale_all) ** 2 if mscale_all else 1.0
+
+
+def halves_of_neighbours(x_NhK: np.ndarray) -> np.ndarray:
+    """`x_NhK` with the elements of even places first and then those of odd ones, so that pairs of
+    neighbours become those that `rotate` turns. Products of queries and keys do not depend on the
+    order, if it is that of both."""
+    return np.concatenate([x_NhK[..., ::2], x_NhK[..., 1::2]], axis=-1)
 
 
 def rotate(x_NhK: np.ndarray, cos_N11J: np.ndarray, sin_N12J: np.ndarray) -> np.ndarray:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpishard.arithmetic.ops import sigmoid
+
 
 @dataclass(frozen=True)
 class Router:
@@ -63,12 +65,6 @@ def softmax(logits_nE: np.ndarray) -> np.ndarray:
     scores_nE = np.exp(logits_nE - logits_nE.max(axis=-1, keepdims=True))
     scores_nE /= scores_nE.sum(axis=-1, keepdims=True)
     return scores_nE
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """The logistic function."""
-    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
-        return 1 / (1 + np.exp(-x))
 
 
 SCORINGS = {"softmax": softmax, "sigmoid": sigmoid}

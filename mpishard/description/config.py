@@ -137,7 +137,7 @@ class ModelConfig:
     hidden: int  # D
     layers: int
     heads: int  # H
-    kv_heads: int  # G
+    kv_heads: int  # G; 1 of latent attention, whose one latent all heads share
     head_dim: int  # K, of queries and keys
     ffn: int  # F, of dense layers
     vocab: int  # V
@@ -158,6 +158,22 @@ class ModelConfig:
     moe: Moe | None = None
     mla: Mla | None = None
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def key_width(self) -> int:
+        """Numbers that a cache keeps of a position's key: all of it, or of latent attention the
+        latent and the part that is turned."""
+        return self.mla.kv_rank + self.mla.rope_dim if self.mla else self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Numbers of a position's value; of latent attention the latent, which is in the key."""
+        return self.mla.kv_rank if self.mla else self.head_dim
+
+    @property
+    def turned_width(self) -> int:
+        """Numbers of a query or key that the rotary embedding turns."""
+        return self.mla.rope_dim if self.mla else self.head_dim
 
     @classmethod
     def from_json(
@@ -182,6 +198,7 @@ class ModelConfig:
         rope_dim = _rope_dim(fields, family, hidden, heads)
         rope, max_positions = _rope(fields, family, rope_dim)
         mla = _mla(fields, family) if family.latent else None
+        kv_heads = _kv_heads(fields, family, heads)
         _refuse_quantized(fields, family)
         bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
         config = cls(
@@ -189,7 +206,7 @@ class ModelConfig:
             hidden=hidden,
             layers=layers,
             heads=heads,
-            kv_heads=_kv_heads(fields, family, heads),
+            kv_heads=1 if mla else kv_heads,
             head_dim=mla.nope_dim + mla.rope_dim if mla else rope_dim,
             ffn=fields.integer("intermediate_size"),
             vocab=fields.integer("vocab_size"),

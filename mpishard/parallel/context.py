@@ -25,75 +25,56 @@ from mpishard.arithmetic.attention import attend, merge
 from mpishard.arithmetic.packed import Segment, Step
 from mpishard.communication.collectives import all_gather, send_receive
 from mpishard.communication.mesh import Group, Mesh
+from mpishard.parallel.heads import Heads
 
-# (q_NhK, k_NgK, v_NgK, step, scale, window, mesh, out_NhK), which is filled in
-Prefill = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, Step, float, int | None, Mesh, np.ndarray], None
-]
+# (heads, step, mesh, out_NhV, lse_Nh): the last two, which hold no output yet, are filled in
+Prefill = Callable[[Heads, Step, Mesh, np.ndarray, np.ndarray], None]
 
 
-def ring(
-    q_NhK: np.ndarray,
-    k_NgK: np.ndarray,
-    v_NgK: np.ndarray,
-    step: Step,
-    scale: float,
-    window: int | None,
-    mesh: Mesh,
-    out_NhK: np.ndarray,
-) -> None:
+def ring(heads: Heads, step: Step, mesh: Mesh, out_NhV: np.ndarray, lse_Nh: np.ndarray) -> None:
     """Attention within the sequences that begin in this step, their keys and values going round."""
-    cp, fresh = mesh.cp, step.fresh
-    here = _own(k_NgK, v_NgK, fresh, cp.rank)
-    lse_Nh = np.full(q_NhK.shape[:2], -np.inf, q_NhK.dtype)
-    for segment in fresh:
-        out_NhK[segment.new] = 0
+    cp, fresh, window = mesh.cp, step.fresh, heads.window
+    here = _own(heads, fresh, cp.rank)
     for hop in range(cp.size):
         leaving = here.only(_needed(fresh, cp, (cp.rank - hop) % cp.size, hop + 1, window))
         coming = _needed(fresh, cp, (cp.rank - hop - 1) % cp.size, hop + 1, window)
         arriving = send_receive(
-            leaving.kv_2gTK if leaving.rows else None,
+            leaving.kv_cgTK if leaving.rows else None,
             cp,
             to=(cp.rank + 1) % cp.size,
             shape=leaving.shape(coming) if any(map(len, coming)) else None,
             source=(cp.rank - 1) % cp.size,
-            dtype=leaving.kv_2gTK.dtype,
+            dtype=leaving.kv_cgTK.dtype,
         )
-        for segment, kv_2gTK, at_T in zip(fresh, here.each(), here.at, strict=True):
+        for segment, kv_cgTK, at_T in zip(fresh, here.each(), here.at, strict=True):
             at_S = segment.tokens[cp.rank]
-            for mine, (k_1TK, v_1TK) in _by_head(segment.new, q_NhK.shape[1], kv_2gTK):
-                part = attend(q_NhK[mine], at_S, k_1TK, v_1TK, at_T, scale, window)
-                out_NhK[mine], lse_Nh[mine] = merge(out_NhK[mine], lse_Nh[mine], *part)
+            for mine, kv_c1TK in _by_head(segment.new, heads.q_NhK.shape[1], kv_cgTK):
+                keys = *_keys_and_values(kv_c1TK, heads), at_T
+                part = attend(heads.q_NhK[mine], at_S, *keys, heads.scale, window)
+                out_NhV[mine], lse_Nh[mine] = merge(out_NhV[mine], lse_Nh[mine], *part)
                 arriving.progress()
         received = arriving.wait()
-        here = Keys(leaving.kv_2gTK[:, :, :0] if received is None else received, coming)
+        here = Keys(leaving.kv_cgTK[:, :, :0] if received is None else received, coming)
 
 
-def gathered(
-    q_NhK: np.ndarray,
-    k_NgK: np.ndarray,
-    v_NgK: np.ndarray,
-    step: Step,
-    scale: float,
-    window: int | None,
-    mesh: Mesh,
-    out_NhK: np.ndarray,
-) -> None:
+def gathered(heads: Heads, step: Step, mesh: Mesh, out_NhV: np.ndarray, lse_Nh: np.ndarray) -> None:
     """Attention within the sequences that begin in this step, all keys and values gathered."""
-    cp, fresh = mesh.cp, step.fresh
-    own = _own(k_NgK, v_NgK, fresh, cp.rank)
+    cp, fresh, window = mesh.cp, step.fresh, heads.window
+    own = _own(heads, fresh, cp.rank)
     sent = [_needed(fresh, cp, rank, 1, window) for rank in range(cp.size)]
     sizes = [sum(map(len, at)) for at in sent]
-    all_2gTK = all_gather(own.only(sent[cp.rank]).kv_2gTK, cp, axis=2, sizes=sizes)
-    blocks = np.split(all_2gTK, np.cumsum(sizes)[:-1], axis=2)
-    keys = [Keys(kv_2gTK, at) for kv_2gTK, at in zip(blocks, sent, strict=True)]
+    all_cgTK = all_gather(own.only(sent[cp.rank]).kv_cgTK, cp, axis=2, sizes=sizes)
+    blocks = np.split(all_cgTK, np.cumsum(sizes)[:-1], axis=2)
+    keys = [Keys(kv_cgTK, at) for kv_cgTK, at in zip(blocks, sent, strict=True)]
     keys[cp.rank] = own  # with what no other rank needs
     for place, segment in enumerate(fresh):
         order = np.argsort(np.concatenate([one.at[place] for one in keys]))
-        k_gTK, v_gTK = np.concatenate([one.each()[place] for one in keys], axis=2)[:, :, order]
+        kv_cgTK = np.concatenate([one.each()[place] for one in keys], axis=2)[:, :, order]
         at_T = np.concatenate([one.at[place] for one in keys])[order]
         new, at_S = segment.new, segment.tokens[cp.rank]
-        out_NhK[new], _ = attend(q_NhK[new], at_S, k_gTK, v_gTK, at_T, scale, window)
+        out_NhV[new], lse_Nh[new] = attend(
+            heads.q_NhK[new], at_S, *_keys_and_values(kv_cgTK, heads), at_T, heads.scale, window
+        )
 
 
 PREFILLS: dict[str, Prefill] = {"ring": ring, "all-gather": gathered}
@@ -109,49 +90,55 @@ def whole(x_ND: np.ndarray, places: Sequence[np.ndarray], mesh: Mesh) -> np.ndar
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys and values, (2, g, T, K), of some positions `at` of each of several sequences, which
-    follow each other on the axis T."""
+    """Keys and values, (2, g, T, K), or latent ones, (1, g, T, K), of some positions `at` of each
+    of several sequences, which follow each other on the axis T."""
 
-    kv_2gTK: np.ndarray
+    kv_cgTK: np.ndarray
     at: list[np.ndarray]
 
     @property
     def rows(self) -> int:
         """The number of positions."""
-        return self.kv_2gTK.shape[2]
+        return self.kv_cgTK.shape[2]
 
     def shape(self, at: list[np.ndarray]) -> tuple[int, ...]:
         """The shape of the keys and values of other positions."""
-        two, g, _, K = self.kv_2gTK.shape
-        return two, g, sum(map(len, at)), K
+        c, g, _, K = self.kv_cgTK.shape
+        return c, g, sum(map(len, at)), K
 
     def only(self, at: list[np.ndarray]) -> Keys:
         """Those of the positions `at`, which are among these."""
         if all(len(some) == len(all_) for some, all_ in zip(at, self.at, strict=True)):
             return self
         masks = [np.isin(all_, some) for some, all_ in zip(at, self.at, strict=True)]
-        return Keys(self.kv_2gTK[:, :, np.concatenate(masks)], at)
+        return Keys(self.kv_cgTK[:, :, np.concatenate(masks)], at)
 
     def each(self) -> list[np.ndarray]:
         """The keys and values of each sequence."""
-        return np.split(self.kv_2gTK, np.cumsum([len(at_T) for at_T in self.at])[:-1], axis=2)
+        return np.split(self.kv_cgTK, np.cumsum([len(at_T) for at_T in self.at])[:-1], axis=2)
 
 
-def _own(k_NgK: np.ndarray, v_NgK: np.ndarray, fresh: list[Segment], rank: int) -> Keys:
+def _own(heads: Heads, fresh: list[Segment], rank: int) -> Keys:
     """This rank's keys and values of the sequences that begin."""
-    parts = [np.stack([k_NgK[s.new], v_NgK[s.new]]).transpose(0, 2, 1, 3) for s in fresh]
+    both = [heads.k_NgK] if heads.latent else [heads.k_NgK, heads.v_NgV]
+    parts = [np.stack([x[s.new] for x in both]).transpose(0, 2, 1, 3) for s in fresh]
     return Keys(np.concatenate(parts, axis=2), [segment.tokens[rank] for segment in fresh])
 
 
+def _keys_and_values(kv_cgTK: np.ndarray, heads: Heads) -> tuple[np.ndarray, np.ndarray]:
+    """The two of them: ``(k_gTK, v_gTV)``."""
+    return kv_cgTK[0], kv_cgTK[-1][..., : heads.v_NgV.shape[2]]
+
+
 def _by_head(
-    new: slice, heads: int, kv_2gTK: np.ndarray
+    new: slice, heads: int, kv_cgTK: np.ndarray
 ) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """For each key/value head the place of its queries among those of all tokens and `heads`, and
     its keys and values: pieces of work between which messages can move on."""
-    kv_heads = kv_2gTK.shape[1]
+    kv_heads = kv_cgTK.shape[1]
     each = heads // kv_heads
     for head in range(kv_heads):
-        yield (new, slice(head * each, (head + 1) * each)), kv_2gTK[:, head : head + 1]
+        yield (new, slice(head * each, (head + 1) * each)), kv_cgTK[:, head : head + 1]
 
 
 def _needed(

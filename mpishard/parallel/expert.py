@@ -26,9 +26,10 @@ from types import ModuleType
 
 import numpy as np
 
+from mpishard.arithmetic.ops import sigmoid
 from mpishard.arithmetic.packed import Step
 from mpishard.arithmetic.products import linear
-from mpishard.arithmetic.routing import Router, sigmoid
+from mpishard.arithmetic.routing import Router
 from mpishard.communication.collectives import all_gather, all_to_all, reduce_scatter
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import block
@@ -59,10 +60,7 @@ class Mixture:
         for number, w in self.experts.items():
             mine = slice(*np.searchsorted(expert_M, [number, number + 1]))
             if mine.start < mine.stop:
-                gate_Mf = linear(rows_MD[mine], w.gate, w.gate_bias)
-                hidden_Mf = w.activation(gate_Mf)
-                hidden_Mf *= linear(rows_MD[mine], w.up, w.up_bias)
-                partial_MD[mine] = linear(hidden_Mf, w.down)
+                partial_MD[mine] = w.partial(rows_MD[mine])
         return partial_MD
 
     def add_bias(self, rows_mD: np.ndarray, expert_m: np.ndarray) -> None:

@@ -5,8 +5,8 @@ context parallelism, times the ``G`` tensor-parallel ranks that share a head. Ea
 heads, its own new tokens and its own part of the cache. All attend for all, and merge:
 
 gather the queries            q_NhK -> all_gather(kv) -> q_WHK
-attend to this rank's keys    -> partial out_WHK and its log-sum-exp, lse_WH
-merge, in one of three forms  -> out_NhK, this rank's tokens and heads
+attend to this rank's keys    -> partial out_WHV and its log-sum-exp, lse_WH
+merge, in one of three forms  -> out_NhV and lse_Nh, of this rank's tokens and heads
 
 by_reduce_scatter   all_gather(kv) of lse_WH, each scales its partial, reduce_scatter(kv): as in
                     NxD Inference (which gathers maximum and denominator) and vLLM's decode context
@@ -39,6 +39,7 @@ from mpishard.communication.collectives import (
     reduce_scatter,
 )
 from mpishard.communication.mesh import Mesh
+from mpishard.parallel.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,17 @@ class Blocks:
 
     def split(self, x_WHK: np.ndarray) -> np.ndarray:
         """The blocks one after the other: (pairs, K)."""
+        return np.concatenate(self._each(x_WHK))
+
+    def block(self, rank: int, x_WHK: np.ndarray) -> np.ndarray:
+        """The block of `rank`: (pairs, K)."""
+        return self._each(x_WHK)[rank]
+
+    def _each(self, x_WHK: np.ndarray) -> list[np.ndarray]:
         by_token = np.split(x_WHK, np.cumsum(self.tokens)[:-1])
         heads = np.cumsum(self.heads)[:-1]
         blocks = [x_nhK for x_nHK in by_token for x_nhK in np.split(x_nHK, heads, axis=1)]
-        return np.concatenate([x_nhK.reshape(-1, x_WHK.shape[-1]) for x_nhK in blocks])
+        return [x_nhK.reshape(-1, x_WHK.shape[-1]) for x_nhK in blocks]
 
     def join(self, rows_PK: np.ndarray) -> np.ndarray:
         """The inverse of `split`: (W, H, K)."""
@@ -72,70 +80,69 @@ class Blocks:
         )
 
 
-# (partial out_WHK, lse_WH, blocks, mesh) -> this rank's block of the merged output, (pairs, K)
-Merge = Callable[[np.ndarray, np.ndarray, Blocks, Mesh], np.ndarray]
+# (partial out_WHV, lse_WH, blocks, mesh) -> this rank's block of the merged output, (pairs, V), and
+# of its log-sum-exps, (pairs,)
+Merge = Callable[[np.ndarray, np.ndarray, Blocks, Mesh], tuple[np.ndarray, np.ndarray]]
 
 
 def decode(
-    q_NhK: np.ndarray,
-    layer: int,
-    step: Step,
-    scale: float,
-    window: int | None,
-    mesh: Mesh,
-    merge: Merge,
-    out_NhK: np.ndarray,
+    heads: Heads, step: Step, mesh: Mesh, merge: Merge, out_NhV: np.ndarray, lse_Nh: np.ndarray
 ) -> None:
     """Attention of the tokens of the sequences that go on in this step, put in their places in
-    `out_NhK`."""
+    `out_NhV` and `lse_Nh`."""
     blocks = Blocks(step.continued_counts, step.division.heads)
     here_n = step.continued_here
-    q_nhK = q_NhK[here_n]
+    q_nhK = heads.q_NhK[here_n]
     rows_PK = all_gather(q_nhK.reshape(-1, q_nhK.shape[-1]), mesh.kv, sizes=blocks.sizes)
     q_WHK = blocks.join(rows_PK)
-    partial_WHK, lse_WH = np.empty_like(q_WHK), np.empty(q_WHK.shape[:2], q_WHK.dtype)
+    lse_WH = np.empty(q_WHK.shape[:2], q_WHK.dtype)
+    partial_WHV = np.empty((*q_WHK.shape[:2], out_NhV.shape[2]), q_WHK.dtype)
     for segment, (place_S, at_S) in zip(step.continued, step.continued_places, strict=True):
-        k_gTK, v_gTK, at_T = segment.cache.read(layer)
-        partial_WHK[place_S], lse_WH[place_S] = attend(
-            q_WHK[place_S], at_S, k_gTK, v_gTK, at_T, scale, window
+        keys = segment.cache.read(heads.layer)
+        partial_WHV[place_S], lse_WH[place_S] = attend(
+            q_WHK[place_S], at_S, *keys, heads.scale, heads.window
         )
-    out_NhK[here_n] = merge(partial_WHK, lse_WH, blocks, mesh).reshape(q_nhK.shape)
+    out_PV, lse_P = merge(partial_WHV, lse_WH, blocks, mesh)
+    out_NhV[here_n] = out_PV.reshape(*q_nhK.shape[:2], out_NhV.shape[2])
+    lse_Nh[here_n] = lse_P.reshape(q_nhK.shape[:2])
 
 
 def by_reduce_scatter(
-    partial_WHK: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
-) -> np.ndarray:
+    partial_WHV: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
     """Each rank scales its own partial output by its share of the whole, and the sum of all is
     scattered."""
     lse_RWH = all_gather(lse_WH[np.newaxis], mesh.kv)
-    share_RWH, _ = shares(lse_RWH)
-    partial_WHK = partial_WHK * share_RWH[mesh.kv.rank][..., np.newaxis]
-    return reduce_scatter(blocks.split(partial_WHK), mesh.kv, sizes=blocks.sizes)
+    share_RWH, lse_WH = shares(lse_RWH)
+    partial_WHV = partial_WHV * share_RWH[mesh.kv.rank][..., np.newaxis]
+    out_PV = reduce_scatter(blocks.split(partial_WHV), mesh.kv, sizes=blocks.sizes)
+    return out_PV, blocks.block(mesh.kv.rank, lse_WH[..., np.newaxis])
 
 
 def by_all_to_all(
-    partial_WHK: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
-) -> np.ndarray:
+    partial_WHV: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
     """Each rank's partial outputs go, with their log-sum-exps, to the rank whose queries they
     answer."""
-    send_Px = blocks.split(np.concatenate([partial_WHK, lse_WH[..., np.newaxis]], axis=2))
+    send_Px = blocks.split(np.concatenate([partial_WHV, lse_WH[..., np.newaxis]], axis=2))
     mine, ranks = blocks.sizes[mesh.kv.rank], mesh.kv.size
     partial_RPx = all_to_all(send_Px, mesh.kv, blocks.sizes, [mine] * ranks)
     partial_RPx = partial_RPx.reshape(ranks, mine, send_Px.shape[1])
-    share_RP, _ = shares(partial_RPx[..., -1])
-    return (partial_RPx[..., :-1] * share_RP[..., np.newaxis]).sum(axis=0)
+    share_RP, lse_P = shares(partial_RPx[..., -1])
+    return (partial_RPx[..., :-1] * share_RP[..., np.newaxis]).sum(axis=0), lse_P
 
 
 def by_all_reduce(
-    partial_WHK: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
-) -> np.ndarray:
+    partial_WHV: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
     """Every rank has the whole merged output, and takes its own block of it."""
     peak_WH = all_reduce(lse_WH, mesh.kv, MAX)  # finite: every token sees itself
     part_WH1 = np.exp(lse_WH - peak_WH)[..., np.newaxis]
-    partial_WHx = np.concatenate([partial_WHK * part_WH1, part_WH1], axis=2)
+    partial_WHx = np.concatenate([partial_WHV * part_WH1, part_WH1], axis=2)
     whole_WHx = all_reduce(partial_WHx, mesh.kv)
-    out_PK = blocks.split(whole_WHx[..., :-1] / whole_WHx[..., -1:])
-    return np.split(out_PK, np.cumsum(blocks.sizes)[:-1])[mesh.kv.rank]
+    out_WHV, total_WH1 = whole_WHx[..., :-1] / whole_WHx[..., -1:], whole_WHx[..., -1:]
+    lse_WH1 = peak_WH[..., np.newaxis] + np.log(total_WH1)
+    return blocks.block(mesh.kv.rank, out_WHV), blocks.block(mesh.kv.rank, lse_WH1)
 
 
 MERGES: dict[str, Merge] = {

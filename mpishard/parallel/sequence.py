@@ -6,7 +6,7 @@ column-parallel product makes all tokens whole, and a reduce_scatter after the r
 and divides in one go. The two send what the all_reduce sends that they replace.
 
 embed         ids_N -> partial_ND -> reduce_scatter(tp) -> x_nD
-attention     x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgK -> out_NhK -> partial_ND
+attention     x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgV -> out_NhV -> partial_ND
               -> reduce_scatter(tp) -> y_nD
 feed_forward  x_nD -> all_gather(tp) -> x_ND -> hidden_Nf -> partial_ND
               -> reduce_scatter(tp) -> y_nD
@@ -24,7 +24,8 @@ from mpishard.arithmetic.products import linear
 from mpishard.communication.collectives import all_gather, reduce_scatter
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import block, block_sizes
-from mpishard.parallel.tensor import Attention, FeedForward, add_bias, partial_embedding, project
+from mpishard.parallel.heads import Attention, LatentAttention
+from mpishard.parallel.tensor import FeedForward, add_bias, partial_embedding
 
 
 def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int, mesh: Mesh) -> np.ndarray:
@@ -35,7 +36,7 @@ def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int, mesh: Mesh
 
 def attention(
     x_nD: np.ndarray,
-    w: Attention,
+    w: Attention | LatentAttention,
     layer: int,
     step: Step,
     turn: tuple[np.ndarray, np.ndarray],
@@ -44,10 +45,8 @@ def attention(
     """Causal self-attention of the step's tokens over their sequences: (n, D). `turn` holds the
     rotary cosines and sines of all N tokens."""
     x_ND = whole(x_nD, step, mesh)
-    q_NhK, k_NgK, v_NgK = project(x_ND, w, turn, mesh)
-    scale = w.head_dim**-0.5
-    out_NhK = w.attend(q_NhK, k_NgK, v_NgK, layer, step, scale, w.window, mesh)
-    out_Nx = out_NhK.reshape(len(x_ND), w.o.shape[1])  # x: this rank's h heads, K of each
+    heads = w.heads(x_ND, layer, turn, mesh)
+    out_Nx = w.output(*w.attend(heads, step, mesh))  # x: this rank's h heads, V of each
     partial_ND = linear(out_Nx, w.o)  # row-parallel: h is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
     return add_bias(y_nD, w.o_bias)
@@ -56,10 +55,7 @@ def attention(
 def feed_forward(x_nD: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np.ndarray:
     """The gated feed-forward network (Shazeer 2020, arXiv 2002.05202): (n, D)."""
     x_ND = whole(x_nD, step, mesh)
-    hidden_Nf = w.activation(linear(x_ND, w.gate, w.gate_bias))  # column-parallel: D is whole
-    hidden_Nf *= linear(x_ND, w.up, w.up_bias)
-    partial_ND = linear(hidden_Nf, w.down)  # row-parallel: f is summed away
-    y_nD = reduce_scatter(partial_ND, mesh.tp)
+    y_nD = reduce_scatter(w.partial(x_ND), mesh.tp)
     return add_bias(y_nD, w.down_bias)
 
 

@@ -23,7 +23,7 @@ from mpishard.cli import make_parser
 from mpishard.description.cut import Cut
 from mpishard.description.layout import Layout
 from mpishard.model import Decoder
-from mpishard.parallel import tensor
+from mpishard.parallel import heads, tensor
 
 PROMPTS, TOKENS, BATCHES = [7, 20], 3, [1, 4]
 PROMPT = PROMPTS[0]
@@ -237,7 +237,8 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
         return y_NO
 
     decoder = load(variant, tmp_path).decoder
-    monkeypatch.setattr(tensor, "linear", counting)
+    for module in (heads, tensor):
+        monkeypatch.setattr(module, "linear", counting)
     ids_S = np.arange(PROMPT)
     decoder.forward(pack([(ids_S, decoder.new_cache(PROMPT)) for _ in range(2)]))
     assert bench.product_flops(decoder.config, Cut(1), 0, 2 * PROMPT, 2) == sum(flops)

@@ -217,7 +217,7 @@ def test_defaults_of_gpt_oss():
 
 def test_defaults_of_deepseek_v2():
     config = read("deepseek_v2")
-    assert (config.kv_heads, config.head_dim, config.norm_eps) == (32, 20, 1e-6)
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (1, 20, 1e-6)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
     assert (config.eos_ids, config.bos_id, config.max_positions) == ((2,), 1, 2048)
     assert config.mla == Mla(1536, 20, 12, 8, 10, bias=False, interleaved=True)
@@ -227,7 +227,7 @@ def test_defaults_of_deepseek_v2():
 
 def test_defaults_of_deepseek_v3():
     config = read("deepseek_v3", num_hidden_layers=5)
-    assert (config.kv_heads, config.head_dim, config.norm_eps) == (32, 20, 1e-6)
+    assert (config.kv_heads, config.head_dim, config.norm_eps) == (1, 20, 1e-6)
     assert (config.eos_ids, config.bos_id, config.max_positions) == ((1,), 0, 4096)
     assert config.mla == Mla(1536, 20, 12, 8, 10, bias=False, interleaved=True)
     assert config.moe == Moe(
