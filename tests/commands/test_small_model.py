@@ -1,5 +1,5 @@
-"""The trained model of data/, as the README shows it: from the checkpoint and from shards, alone
-and on several ranks, it writes what the oracle writes, and that can be read."""
+"""The trained models of data/, as the README shows them: from the checkpoint and from shards, alone
+and on several ranks, they write what the oracle writes, and that can be read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mpishard.reference import Reference
 from mpishard.storage.checkpoint import Checkpoint
 from mpishard.text import Text
 
-MODEL = Path(__file__).parents[2] / "data" / "cpython-4m"
+DATA = Path(__file__).parents[2] / "data"
+MODEL, MIXTURE = DATA / "cpython-4m", DATA / "cpython-moe-7m"
 PROMPTS = ["def read(self", "The module provides"]
 MANY = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
 TOKENS = 16
@@ -22,7 +23,11 @@ TOKENS = 16
 @pytest.fixture(scope="module")
 def right() -> list[list[int]]:
     """The oracle's greedy continuations."""
-    checkpoint, text = Checkpoint.open(MODEL), Text(MODEL)
+    return continuations(MODEL)
+
+
+def continuations(model: Path) -> list[list[int]]:
+    checkpoint, text = Checkpoint.open(model), Text(model)
     weights = {name: np.array(array.map()) for name, array in checkpoint.arrays.items()}
     oracle = Reference(checkpoint.config, weights, np.float32)
     return [oracle.greedy(text.encode(prompt), TOKENS) for prompt in PROMPTS]
@@ -53,3 +58,12 @@ def test_it_can_be_talked_to():
     words = ["--prompt", "What is a generator?", "--chat", "--max-tokens", 12]
     said = answered(2, "generate", MODEL, *words, "--tp", 2)
     assert said == completions(None, MODEL, *words)[0]["text"] + "\n"
+
+
+def test_the_mixture_answers_from_its_checkpoint_and_from_shards(tmp_path):
+    right = continuations(MIXTURE)
+    asked = [*MANY, "--max-tokens", TOKENS]
+    check(completions(None, MIXTURE, *asked), right)
+    check(completions(4, MIXTURE, *asked, "--tp", 2, "--ep", 4), right)
+    answered(2, "shard", MIXTURE, tmp_path / "shards", "--tp", 2, "--ep", 4)
+    check(completions(4, tmp_path / "shards", *asked), right)
