@@ -215,6 +215,11 @@ def _add_shard(commands) -> None:
         help="ranks to divide the experts of a mixture for (default: 1)",
     )  # fmt: skip
     command.add_argument(
+        *CP_FLAGS, type=count, default=1, metavar="N",
+        help="context-parallel ranks, which divide the width of a mixture's experts as well "
+        "(default: 1)",
+    )  # fmt: skip
+    command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the stored weights; float32 is mapped into memory without a copy "
         "(default: float32)",

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from math import lcm
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,7 +42,9 @@ STDIN_PATIENCE = 5.0  # seconds
 def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard shard``: the ranks share the files to be written."""
     with together(world):
-        conversion = Conversion(open_source(args.model), args.out, args.tp, args.dtype, args.ep)
+        ranks = lcm(args.tp * args.cp, args.ep)
+        source = open_source(args.model)
+        conversion = Conversion(source, args.out, args.tp, args.dtype, args.ep, ranks)
         if world.rank == 0:
             conversion.prepare()
     with _bar(world, conversion.worker_bytes(world.rank, world.size), "writing", "B") as advance:

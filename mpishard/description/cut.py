@@ -23,7 +23,8 @@ from math import lcm
 
 @dataclass(frozen=True)
 class Cut:
-    """The weights in `ranks` sets that differ, the fewest that `tp` and `ep` divide unless given.
+    """The weights in `ranks` sets that differ, the fewest that `tp` and `ep` divide unless given;
+    more where context-parallel ranks, too, divide the width of experts.
 
     Set `index` has the dense weights of tensor-parallel rank ``index % tp``. As to the experts, the
     sets form `ep` groups of neighbours: a group has a block of the experts, and its members divide
@@ -57,5 +58,5 @@ class Cut:
 
     def __str__(self) -> str:
         experts = f" --ep {self.ep}" if self.ep > 1 else ""
-        more = f" over {self.ranks} ranks" if self.ranks != lcm(self.tp, self.ep) else ""
-        return f"--tp {self.tp}{experts}{more}"
+        context = f" --cp {self.ranks // self.tp}" if self.ranks != lcm(self.tp, self.ep) else ""
+        return f"--tp {self.tp}{context}{experts}"

@@ -25,8 +25,9 @@ def test_answers_do_not_depend_on_who_has_which_expert(mixture, tmp_path):
     expected = completions(None, mixture, *ASKED)
     shards = tmp_path / "shards"
     answered(None, "shard", mixture, shards, "--tp", 2, "--ep", 4)
-    again = tmp_path / "again"
+    again, context = tmp_path / "again", tmp_path / "context"
     answered(None, "shard", shards, again, "--tp", 1, "--ep", 3)
+    answered(None, "shard", again, context, "--tp", 1, "--ep", 2, "--cp", 4)
     answered(None, "inspect", again, "--verify")
     for n, source, how in (
         (2, mixture, "--tp 2 --ep 2"),
@@ -36,6 +37,7 @@ def test_answers_do_not_depend_on_who_has_which_expert(mixture, tmp_path):
         (4, mixture, "--tp 2 --dp 2 --ep 4"),
         (4, shards, "--dp 2"),
         (3, again, ""),
+        (4, context, "--cp 4"),
     ):
         assert completions(n, source, *ASKED, *how.split()) == expected, how
 
@@ -74,7 +76,17 @@ def test_switches_of_experts_have_no_effect_on_a_dense_model(model):
         assert sentence == f"{flags} has no effect on a model without experts: leave it out"
 
 
-def test_what_is_not_built_is_said(tmp_path):
-    for variant, what in (("gpt_oss-plain", "attention sinks"), ("deepseek_v3-plain", "latent")):
-        path = write_checkpoint(variant, tmp_path / variant)
-        assert what in refusal_here("generate", path, "--prompt", "a")
+@pytest.mark.parametrize("variant", ["gpt_oss-yarn", "deepseek_v2-lite", "deepseek_v3-groups"])
+def test_sinks_and_latents_on_any_ranks(variant, tmp_path):
+    """Caches divided over the ranks, too, which merge what the sinks take their part of."""
+    speaker, shards = write_speaker(variant, tmp_path / "model"), tmp_path / "shards"
+    expected = completions(None, speaker, *ASKED)
+    answered(2, "shard", speaker, shards, "--tp", 4, "--ep", 2)
+    answered(None, "inspect", shards, "--verify")
+    for n, source, how in (
+        (2, speaker, "--cp 2 --ep 2 --prefill-chunk 3"),
+        (3, speaker, "--tp 3 --sequence-parallel"),
+        (4, shards, "--flash-decoding" if "deepseek" in variant else ""),
+        (4, speaker, "--tp 2 --cp 2 --ep 4 --cp-prefill all-gather --decode-merge all-reduce"),
+    ):
+        assert completions(n, source, *ASKED, *how.split()) == expected, how

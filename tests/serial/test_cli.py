@@ -143,7 +143,7 @@ def test_what_cannot_be_typed(words, sentence):
         ("bench M --batch 1 0", "argument --batch: 0 must be at least 1"),
         ("bench M --repeat 0", "argument --repeat: 0 must be at least 1"),
         ("bench M --prefill-chunk 8", "unrecognized arguments: --prefill-ch"),
-        ("shard M OUT --tp 2 --cp 2", "unrecognized arguments: --cp 2"),
+        ("shard M OUT --tp 2 --dp 2", "unrecognized arguments: --dp 2"),
         ("inspect M --max-positions 8", "unrecognized arguments: --max-positions 8"),
     ],
 )

@@ -176,7 +176,7 @@ def test_the_fewest_sets_that_tp_and_ep_divide():
     assert [cut.ranks for cut in CUTS[:16]] == [1, 2, 3, 4, 2, 2, 6, 4, 3, 6, 3, 12, 4, 4, 12, 4]
     assert Cut(2) == Cut(2, 1, 2) and Cut(2, 3) == Cut(2, 3, 6) != Cut(2, 3, 12)
     assert [str(cut) for cut in (Cut(3), Cut(2, 3), Cut(1, 2, 6))] == [
-        *("--tp 3", "--tp 2 --ep 3", "--tp 1 --ep 2 over 6 ranks"),
+        *("--tp 3", "--tp 2 --ep 3", "--tp 1 --cp 6 --ep 2"),
     ]
 
 
@@ -295,7 +295,7 @@ def test_the_proof_of_coverage_notices_a_gap_in_an_experts_width(monkeypatch):
         ("mixtral-window", Cut(2, 3, 9), "into 9 parts for --tp 2 --ep 3.* as 6 is"),
         ("mixtral-window", Cut(2, 2, -2), "into -2 parts"),
         ("llama-gqa", Cut(2, 2), "--tp 2 --ep 2 divides experts, but a llama .* use --tp 2 alone"),
-        ("llama-gqa", Cut(2, 1, 4), "--tp 2 over 4 ranks divides experts"),
+        ("llama-gqa", Cut(2, 1, 4), "--tp 2 --cp 2 divides experts"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused(variant, cut, fact):
