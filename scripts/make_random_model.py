@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Write a Llama of random weights as a Hugging Face directory, to measure speed on.
+"""Write a Llama or Mixtral of random weights as a Hugging Face directory, to measure speed on.
 
     python scripts/make_random_model.py OUT [--layers 12 --hidden 1024 …]
+    python scripts/make_random_model.py OUT --layers 8 --experts 16 --ffn 1024
 
-Without options it has 207 million weights, 828 MB in float32. There is no tokenizer. The weights
-are drawn and written a few megabytes at a time, so that memory does not grow with the model.
+Without options it has 207 million weights, 828 MB in float32; the mixture has 493 million, 1.97 GB,
+of which 108 million work on a token. There is no tokenizer. The weights are drawn and written a few
+megabytes at a time, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -56,6 +58,13 @@ def main() -> int:
         "eos_token_id": 2,
         "torch_dtype": args.dtype,
     }
+    if args.experts:
+        raw |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": args.experts,
+            "num_experts_per_tok": args.top_k,
+        }
     try:
         config = ModelConfig.from_json(raw, None, "the options")
         args.out.mkdir(parents=True)
@@ -100,13 +109,15 @@ def draw(weight: Weight, random: np.random.Generator) -> Iterator[np.ndarray]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write a Llama of random weights as a Hugging Face directory.",
+        description="Write a Llama or Mixtral of random weights as a Hugging Face directory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory; must not exist")
     parser.add_argument("--hidden", type=int, default=1024, help="width of the residual stream")
     parser.add_argument("--layers", type=int, default=12, help="decoder layers")
     parser.add_argument("--ffn", type=int, default=2816, help="feed-forward width")
+    parser.add_argument("--experts", type=int, default=0, help="experts of that width; 0: none")
+    parser.add_argument("--top-k", type=int, default=2, help="experts that a token goes to")
     parser.add_argument("--heads", type=int, default=16, help="query heads")
     parser.add_argument("--kv-heads", type=int, default=8, help="key/value heads")
     parser.add_argument("--head-dim", type=int, help="width of a head (hidden / heads)")
