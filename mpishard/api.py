@@ -305,7 +305,7 @@ def load(
     *,
     cp: int = 1,
     max_positions: int | None = None,
-    **switches: bool | int | str | None,
+    **switches: bool | float | str | None,
 ) -> Model:
     """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
 
@@ -344,13 +344,14 @@ def _check_chunk(prefill_chunk: int | None) -> None:
         raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
 
 
-def _check_arguments(switches: dict[str, bool | int | str | None]) -> None:
+def _check_arguments(switches: dict[str, bool | float | str | None]) -> None:
     """Refuse, with a TypeError, what no layout has, and what would pass for another type."""
     for name, value in switches.items():
         if name not in SWITCHES:
             raise TypeError(f"load() has no argument {name!r}; switches are {', '.join(SWITCHES)}")
         right = type(SWITCHES[name][1])
-        if not isinstance(value, right | None):
+        whole = right is float and type(value) is int
+        if not whole and not isinstance(value, right | None):
             raise TypeError(f"{name} {value!r} must be of type {right.__name__}")
 
 
@@ -375,7 +376,7 @@ def _layout(
     dp: int | None,
     cp: int,
     command: Callable[[int], str],
-    switches: dict[str, bool | int | str | None],
+    switches: dict[str, bool | float | str | None],
 ) -> Layout:
     """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
     check_degrees(tp, dp, cp)

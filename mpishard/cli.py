@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpishard
 from mpishard import launch
-from mpishard.description.layout import DISPATCHES, MERGES, ORDERS, PREFILLS
+from mpishard.description.layout import DISPATCHES, DROPS, MERGES, ORDERS, PREFILLS
 from mpishard.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,6 +185,15 @@ def _add_layout(command: Parser) -> None:
     layout.add_argument(
         "--expert-dispatch", dest="dispatch", choices=DISPATCHES, default=None,
         help="how tokens and experts meet (default: all-to-all)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-capacity", dest="capacity", type=number, default=None, metavar="X",
+        help="an expert takes at most X times its even share of the rows that a rank routes in a "
+        "step; those above it are dropped (default: nothing is)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-drop", dest="drop", choices=DROPS, default=None,
+        help="what is kept first: rows of large weight, or of early tokens (default: probability)",
     )  # fmt: skip
     layout.add_argument(
         "--max-positions", type=count, default=None, metavar="N",

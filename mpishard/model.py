@@ -16,11 +16,11 @@ import numpy as np
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.ops import ACTIVATIONS, rms_norm
 from mpishard.arithmetic.packed import Division, KVCache, Step
-from mpishard.arithmetic.routing import Router
+from mpishard.arithmetic.routing import Capacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig, Moe
 from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
-from mpishard.description.partition import weight_table
+from mpishard.description.partition import experts_of_blocks, weight_table
 from mpishard.errors import UserError
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import Attend, attention_of
@@ -55,11 +55,9 @@ class Decoder:
         self.head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
         self.stream = sequence if mesh.layout.sequence_parallel else tensor
         attend = attention_of(mesh.layout)
-        dispatch = expert.DISPATCHES[mesh.layout.dispatch]
         whole_norm = _whole_norm(config, mesh) if config.qk_norm_whole else None
         self.layers = [
-            _layer(config, number, w, attend, dispatch, whole_norm)
-            for number, w in enumerate(layers)
+            _layer(config, number, w, attend, mesh, whole_norm) for number, w in enumerate(layers)
         ]
         self.division = division_of(config, mesh)
         self.dtype = self.embedding_vD.dtype
@@ -210,14 +208,14 @@ def _layer(
     number: int,
     fields: dict[int | None, Fields],
     attend: Attend,
-    dispatch: expert.Dispatch,
+    mesh: Mesh,
     whole_norm: tensor.WholeNorm | None,
 ) -> Layer:
     w = fields[None]
     ffn: tensor.FeedForward | expert.Mixture
     if config.moe and config.moe.layers[number]:
         experts = {place: own for place, own in fields.items() if place is not None}
-        ffn = _mixture(config, config.moe, w, experts, dispatch)
+        ffn = _mixture(config, config.moe, number, w, experts, mesh)
     else:
         ffn = _feed_forward(config, w)
     return Layer(
@@ -264,10 +262,12 @@ def _feed_forward(config: ModelConfig, w: Fields) -> tensor.FeedForward:
 def _mixture(
     config: ModelConfig,
     moe: Moe,
+    number: int,
     w: Fields,
     experts: dict[int, Fields],
-    dispatch: expert.Dispatch,
+    mesh: Mesh,
 ) -> expert.Mixture:
+    layout, cut = mesh.layout, mesh.cut
     how = Router(
         moe.top_k,
         moe.scoring,
@@ -285,5 +285,7 @@ def _mixture(
         shared=_feed_forward(config, w) if moe.shared_ffn else None,
         shared_gate=w.get("shared_gate"),
         how=how,
-        dispatch=dispatch,
+        slots=expert.Slots.of(experts_of_blocks(moe.experts, cut)),
+        capacity=Capacity(layout.capacity, layout.drop) if layout.capacity else None,
+        dispatch=expert.DISPATCHES[layout.dispatch],
     )

@@ -32,7 +32,7 @@ and cutting the inputs (columns) is row parallelism (Shoeybi et al. 2019, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mpishard.description.config import Mla, ModelConfig, Moe, Separate
@@ -49,6 +49,11 @@ from mpishard.errors import UserError
 def experts_of(experts: int, cut: Cut, index: int) -> slice:
     """The experts, of so many, that set `index` of the weights has."""
     return block(experts, cut.ep, cut.ep_rank(index))
+
+
+def experts_of_blocks(experts: int, cut: Cut) -> list[Sequence[int]]:
+    """The experts, of so many, that each block of them has: each of the `ep` that `cut` makes."""
+    return [range(experts)[block(experts, cut.ep, rank)] for rank in range(cut.ep)]
 
 
 def check_cut(config: ModelConfig, cut: Cut) -> None:

@@ -47,6 +47,17 @@ def test_experts_stored_together_are_the_same(mixture, tmp_path):
     assert completions(2, together, *ASKED, "--tp", 1, "--ep", 2, "--dp", 2) == expected
 
 
+def test_answers_where_experts_take_only_so_much(mixture):
+    """Tokens alone in their step lose nothing, so that only prompts do."""
+    alone = ["--prompt", "d", "--max-tokens", "9"]
+    limited = ["--expert-capacity", "0.1"]
+    expected = completions(None, mixture, *alone)
+    assert completions(2, mixture, *alone, *limited, "--ep", 2, "--dp", 2) == expected
+    whole = completions(None, mixture, *ASKED)
+    assert completions(None, mixture, *ASKED, *limited) != whole
+    assert completions(None, mixture, *ASKED, "--expert-capacity", 6) == whole
+
+
 def test_bench_takes_mixtures(mixture):
     how = "--tp 2 --ep 2 --prompt-tokens 8 --max-tokens 2 --batch 2 --repeat 1".split()
     assert "all_to_all" in answered(2, "bench", mixture, *how)
@@ -57,6 +68,12 @@ def test_bench_takes_mixtures(mixture):
     [
         ("--ep 7", "--ep 7 must be 1 to the model's 6 experts: a rank without an expert"),
         ("--ep 2", "--ep 2 does not divide --tp 1 --dp 1: it must divide the 1 ranks of a replica"),
+        (
+            "--expert-capacity 0",
+            "--expert-capacity 0.0 must be a number above 0: how many times its",
+        ),
+        ("--expert-capacity inf", "--expert-capacity inf must be a number above 0"),
+        ("--expert-drop position", "position has no effect where nothing is dropped: leave it out"),
     ],
 )
 def test_experts_that_cannot_be_divided_so(mixture, flags, sentence):
@@ -69,7 +86,7 @@ def test_ranks_that_do_not_fit_the_experts(mixture):
 
 
 def test_switches_of_experts_have_no_effect_on_a_dense_model(model):
-    for flags in ("--ep 1", "--expert-dispatch gather"):
+    for flags in ("--ep 1", "--expert-dispatch gather", "--expert-capacity 1.5"):
         sentence = refusal_here("generate", model, "--prompt", "a", *flags.split())
         assert sentence == f"{flags} has no effect on a model without experts: leave it out"
 

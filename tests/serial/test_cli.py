@@ -47,6 +47,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "interleave": None,
         "ep": None,
         "dispatch": None,
+        "capacity": None,
+        "drop": None,
         "max_positions": None,
         "compute_dtype": "float32",
     }
