@@ -63,6 +63,7 @@ from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
 from mpishard.model import Decoder, check_runs
 from mpishard.parallel.data import collect, deal
+from mpishard.parallel.expert_load import Load
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
 from mpishard.storage.weights import load_weights
@@ -130,6 +131,19 @@ class Model:
     def check(self, ids: Sequence[int], what: str) -> None:
         """Refuse token ids that the model cannot take (UserError); `what` names them."""
         check_request(self.decoder, list(ids), what)
+
+    def count_load(self) -> Load:
+        """The rows that experts are given from now on, which are counted as they are routed.
+        UserError if the model has no experts."""
+        self.check_has_experts("counting the load of experts")
+        load = Load()
+        self.decoder = self.decoder.with_mixtures(load.watching)
+        return load
+
+    def check_has_experts(self, what: str) -> None:
+        """Refuse `what` is asked of experts where there are none (UserError)."""
+        if self.config.moe is None:
+            raise UserError(f"{what} has no effect on a model without experts: leave it out")
 
     def generate(
         self,
@@ -232,15 +246,18 @@ class Model:
             together = sequences[first : first + self.mesh.dp.size]
             mine = together[self.mesh.dp.rank] if self.mesh.dp.rank < len(together) else []
             longest = max(map(len, together))
-            scores = self._score(np.array(mine, np.int64), hidden_states, chunk or longest, longest)
+            ids_S, place = np.array(mine, np.int64), first + self.mesh.dp.rank
+            scores = self._score(ids_S, place, hidden_states, chunk or longest, longest)
             lengths = [len(ids) for ids in together]
             lengths += [0] * (self.mesh.dp.size - len(together))
             yield from self._gather_scores(scores, lengths, len(together))
 
-    def _score(self, ids_S: np.ndarray, hidden_states: bool, chunk: int, longest: int) -> Scores:
-        """This replica's scores of one sequence, whole on rank 0 of the replica, fed in steps of at
-        most `chunk` tokens, as many as the `longest` of all replicas' sequences takes. The
-        sequence has no tokens where fewer are left than replicas."""
+    def _score(
+        self, ids_S: np.ndarray, place: int, hidden_states: bool, chunk: int, longest: int
+    ) -> Scores:
+        """This replica's scores of one sequence, the `place`-th of all, whole on rank 0 of the
+        replica, fed in steps of at most `chunk` tokens, as many as the `longest` of all replicas'
+        sequences takes. The sequence has no tokens where fewer are left than replicas."""
         decoder = self.decoder
         cache = decoder.new_cache(len(ids_S), min(chunk, len(ids_S)))
         streams = self.config.layers + 1 if hidden_states else 0
@@ -248,7 +265,7 @@ class Model:
         hidden = [[np.empty((0, self.config.hidden), decoder.dtype)] for _ in range(streams)]
         for start in range(0, longest, chunk):
             new_S = ids_S[start : start + chunk]
-            feed = Feed(new_S, cache, max(0, len(ids_S) - start - len(new_S)))
+            feed = Feed(new_S, cache, max(0, len(ids_S) - start - len(new_S)), place)
             step = pack([feed] if len(new_S) else [], decoder.division, all_logits=True)
 
             def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:

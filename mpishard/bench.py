@@ -36,7 +36,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpishard.api import Model
-from mpishard.arithmetic.packed import KVCache, pack
+from mpishard.arithmetic.packed import Feed, KVCache, pack
 from mpishard.communication.collectives import MAX, MIN, all_reduce
 from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Group
@@ -132,6 +132,7 @@ class Excerpt(Decoder):
     """The first layer of each kind of a model, of which it has as many as it has windows."""
 
     def __init__(self, model: Decoder) -> None:
+        model = model.with_mixtures(lambda _, mixture: replace(mixture, watchers=()))
         self.__dict__.update(model.__dict__)
         windows = model.config.windows
         self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
@@ -366,7 +367,11 @@ def _run(
 
 def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.ndarray:
     """The token chosen after feeding each sequence its next tokens, ready to be fed: (B, 1)."""
-    step = pack(list(zip(ids_BS, caches, strict=True)), decoder.division)
+    feeds = [
+        Feed(ids_S, cache, request=place, prompt=cache.length or None)
+        for place, (ids_S, cache) in enumerate(zip(ids_BS, caches, strict=True))
+    ]
+    step = pack(feeds, decoder.division)
     draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
     return np.array(next_tokens(decoder, step, draws))[:, np.newaxis]
 

@@ -212,6 +212,14 @@ def _add_chunk(command: Parser) -> None:
     )  # fmt: skip
 
 
+def _add_expert_stats(command: Parser) -> None:
+    command.add_argument(
+        "--expert-stats", nargs="?", const="", default=None, metavar="FILE.json",
+        help="count the rows of every expert and rank of a mixture; print how uneven they are at "
+        "the end, and write them to FILE.json if it is given",
+    )  # fmt: skip
+
+
 def _add_shard(commands) -> None:
     command = _add_command(commands, "shard", "Cut a model into one HDF5 file for each rank.")
     command.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
@@ -279,6 +287,7 @@ def _add_generate(commands) -> None:
     sampling.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
     )
+    _add_expert_stats(command)
     _add_layout(command)
 
 
@@ -298,6 +307,7 @@ def _add_logits(commands) -> None:
         "the last L, after the final norm",
     )  # fmt: skip
     _add_chunk(command)
+    _add_expert_stats(command)
     _add_layout(command)
 
 
@@ -321,4 +331,5 @@ def _add_bench(commands) -> None:
         "--repeat", type=count, default=3, metavar="N", help="rounds, for medians (default: 3)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_expert_stats(command)
     _add_layout(command)

@@ -9,7 +9,8 @@ sliding window.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,6 +66,17 @@ class Decoder:
         self.kv_heads = held.stop - held.start
         self.first_id = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
         self._angles_J, self._amplitude = frequencies(config)
+
+    def with_mixtures(self, change: Callable[[int, expert.Mixture], expert.Mixture]) -> Decoder:
+        """This model, with what `change` makes of each layer's number and mixture in its place."""
+        changed = copy(self)
+        changed.layers = [
+            replace(layer, ffn=change(number, layer.ffn))
+            if isinstance(layer.ffn, expert.Mixture)
+            else layer
+            for number, layer in enumerate(self.layers)
+        ]
+        return changed
 
     def new_cache(self, capacity: int, first: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `capacity` positions, of which `first` (all

@@ -39,6 +39,7 @@ from mpishard.arithmetic.products import linear
 from mpishard.arithmetic.routing import Capacity, Router, sigmoid
 from mpishard.communication.collectives import all_gather, all_to_all, reduce_scatter
 from mpishard.communication.mesh import Mesh
+from mpishard.description.layout import block
 from mpishard.parallel.tensor import FeedForward
 
 
@@ -53,9 +54,9 @@ class Slots:
     @classmethod
     def of(cls, held: Sequence[Sequence[int]]) -> Slots:
         """The slots of blocks that have these experts."""
-        sizes = [len(block) for block in held]
-        experts = [expert for block in held for expert in sorted(block)]
-        return cls(np.array(experts, np.int64), (0, *accumulate(sizes)))
+        sizes = [len(experts) for experts in held]
+        numbers = [number for experts in held for number in sorted(experts)]
+        return cls(np.array(numbers, np.int64), (0, *accumulate(sizes)))
 
     @property
     def nowhere(self) -> int:
@@ -65,6 +66,19 @@ class Slots:
     def block(self, rank: int) -> slice:
         """The slots of a rank of the ``ep`` group."""
         return slice(self.bounds[rank], self.bounds[rank + 1])
+
+
+class Routes(NamedTuple):
+    """What becomes of this rank's tokens: their experts, ascending, what these weigh, and the slots
+    in which they are, or nowhere."""
+
+    ids_nA: np.ndarray
+    weights_nA: np.ndarray
+    slots_nA: np.ndarray
+
+
+# Called with the routes of each step in a layer.
+Watch = Callable[[Routes, Step, Mesh], None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class Mixture:
     slots: Slots
     capacity: Capacity | None
     dispatch: Dispatch
+    watchers: tuple[Watch, ...] = ()
 
     def choose(self, x_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The experts of each token, ascending, and their weights: ``(ids_nA, weights_nA)``."""
@@ -93,7 +108,7 @@ class Mixture:
         if self.capacity is not None:
             kept_nA = self.capacity.kept(ids_nA, weights_nA, len(self.router))
             slots_nA = np.where(kept_nA, slots_nA, self.slots.nowhere)
-        return Routes(slots_nA, weights_nA)
+        return Routes(ids_nA, weights_nA, slots_nA)
 
     def partial(self, rows_MD: np.ndarray, expert_M: np.ndarray) -> np.ndarray:
         """What this rank's experts make of rows, each for its expert and all in the order of the
@@ -115,13 +130,6 @@ class Mixture:
                 rows_mD[expert_m == number] += w.down_bias
 
 
-class Routes(NamedTuple):
-    """The slots that tokens go to, by ascending expert, and what comes back weighs."""
-
-    slots_nA: np.ndarray
-    weights_nA: np.ndarray
-
-
 # (x_nD of this rank's tokens, where they go, w, mesh) -> y_nD
 Dispatch = Callable[[np.ndarray, Routes, Mixture, Mesh], np.ndarray]
 
@@ -132,7 +140,10 @@ def feed_forward(
     """What the mixture makes of the residual stream's tokens, which are whole on each rank of the
     ``tp`` group or divided over it, as `stream` (tensor or sequence parallelism) has them."""
     mine_nD = stream.deal(x_nD, mesh)
-    y_nD = stream.join(w.dispatch(mine_nD, w.route(mine_nD), w, mesh), step, mesh)
+    routes = w.route(mine_nD)
+    for watch in w.watchers:
+        watch(routes, step, mesh)
+    y_nD = stream.join(w.dispatch(mine_nD, routes, w, mesh), step, mesh)
     if w.shared is not None:
         shared_nD = stream.feed_forward(x_nD, w.shared, step, mesh)
         if w.shared_gate is not None:
@@ -141,9 +152,15 @@ def feed_forward(
     return y_nD
 
 
+def routed_here(step: Step, mesh: Mesh) -> slice:
+    """The places on the packed axis of the tokens that this rank routes: its block of those that
+    the ``tp`` group has, whichever way the residual stream is divided."""
+    return block(len(step.ids_N), mesh.tp.size, mesh.tp.rank)
+
+
 def by_all_to_all(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np.ndarray:
     """Each token goes to the ranks of its experts and comes back: (n, D)."""
-    slots_nA, weights_nA = routes
+    _, weights_nA, slots_nA = routes
     n, A = slots_nA.shape
     counts_Z = np.bincount(slots_nA.reshape(-1), minlength=w.slots.nowhere)[: w.slots.nowhere]
     pair_m = np.argsort(slots_nA, axis=None, kind="stable")  # (token, choice) pairs, by slot
@@ -171,7 +188,7 @@ def by_all_to_all(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> n
 def by_gathering(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np.ndarray:
     """Every rank has all tokens, and adds what its experts make of those that chose them: (n,
     D)."""
-    slots_nA, weights_nA = routes
+    _, weights_nA, slots_nA = routes
     sizes = all_gather(np.array([len(x_nD)]), mesh.experts).tolist()
     x_ND = all_gather(x_nD, mesh.experts, sizes=sizes)
     slots_NA = all_gather(slots_nA, mesh.experts, sizes=sizes)

@@ -3,13 +3,15 @@ and what is refused."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 from tiny_models import write_checkpoint
 from tiny_text import write_speaker
 
-from commands.shell import answered, completions, refusal, refusal_here
+from commands.shell import answered, completions, mpishard, refusal, refusal_here
 
 VARIANT = "mixtral-full"  # 6 experts of width 19, 8 query and 4 key/value heads
 ASKED = ["--prompt", "the in", "--prompt", "def on(a):\n", "--prompt", "é", "--max-tokens", "12"]
@@ -60,7 +62,43 @@ def test_answers_where_experts_take_only_so_much(mixture):
 
 def test_bench_takes_mixtures(mixture):
     how = "--tp 2 --ep 2 --prompt-tokens 8 --max-tokens 2 --batch 2 --repeat 1".split()
-    assert "all_to_all" in answered(2, "bench", mixture, *how)
+    finished = mpishard(2, "bench", mixture, *how, "--expert-stats")
+    assert "all_to_all" in finished.stdout
+    assert re.search(r"^ +1  generation +\d+ +0 +[1-6]\.\d\d ", finished.stderr, re.MULTILINE)
+
+
+def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
+    lines, file = tmp_path / "in.jsonl", tmp_path / "load.json"
+    lines.write_text('{"id": 1, "input_ids": [3, 4, 5]}\n{"id": 2, "input_ids": [6, 7]}\n')
+    to = ["--input", lines, "--output", tmp_path / "out.npz"]
+    how = ["--tp", 2, "--ep", 2, "--dp", 2]
+    finished = mpishard(4, "logits", mixture, *to, *how, "--expert-stats", file)
+    assert "expert load, 2 of 6 experts a token, 4 ranks; most over mean:" in finished.stderr
+    assert f"    0  prompt      {2 * 5:>9}  {0:>9}  " in finished.stderr
+    report = json.loads(file.read_text())
+    assert (report["experts"], report["top_k"], report["ranks"]) == (6, 2, 4)
+    assert report["layout"] == "--tp 2 --dp 2 --ep 2"
+    loads = {(load["layer"], load["phase"]): load for load in report["loads"]}
+    assert list(loads) == [(n, phase) for n in (0, 1) for phase in ("prompt", "generation")]
+    for (_, phase), load in loads.items():
+        rows = 10 if phase == "prompt" else 0
+        assert sum(load["rows_of_experts"]) == sum(load["rows_of_ranks"]) == rows
+        assert load["dropped"] == 0
+        if not rows:
+            assert load["imbalance_of_experts"] is load["imbalance_of_ranks"] is None
+    # Unlike experts, replicas have what they were dealt.
+    assert sum(loads[0, "prompt"]["rows_of_ranks"][:2]) == 6
+
+
+def test_a_load_that_cannot_be_counted_or_written(mixture, model, tmp_path):
+    asked = ["generate", mixture, "--prompt", "a", "--expert-stats"]
+    assert refusal_here(*asked, tmp_path) == (
+        f"--expert-stats {tmp_path} is a directory: give the name of a file"
+    )
+    assert "there is no directory" in refusal_here(*asked, tmp_path / "no" / "load.json")
+    for command in ("generate {} --prompt a", "bench {}"):
+        sentence = refusal_here(*command.format(model).split(), "--expert-stats")
+        assert sentence == ("--expert-stats has no effect on a model without experts: leave it out")
 
 
 @pytest.mark.parametrize(
