@@ -47,6 +47,7 @@ from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
+from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import (
     MOST_POSITIONS,
     SWITCHES,
@@ -64,6 +65,7 @@ from mpishard.errors import UserError
 from mpishard.model import Decoder, check_runs
 from mpishard.parallel.data import collect, deal
 from mpishard.parallel.expert_load import Load
+from mpishard.storage.directory import read_json
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
 from mpishard.storage.weights import load_weights
@@ -350,7 +352,8 @@ def load(
         check_runs(config)
         if max_positions is not None:
             config = replace(config, max_positions=max_positions)
-    mesh = Mesh.split(comm, layout, config)
+        placement = _placement(layout, config)
+    mesh = Mesh.split(comm, layout, config, placement)
     with together(comm):
         weights = load_weights(source, mesh.cut, mesh.weights, DTYPES[compute_dtype])
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
@@ -421,6 +424,14 @@ def _layout(
             f"multiple of {replica}, not {ranks}: run {line}"
         )
     return make_layout(ranks, right, dp, cp, command(right), **switches)
+
+
+def _placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:
+    """The placement of experts that the layout names, if it does."""
+    if not layout.placement or config.moe is None:
+        return None
+    where = f"--expert-placement {layout.placement}"
+    return ExpertPlacement.of(read_json(Path(layout.placement)), config.moe, layout.ep, where)
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

@@ -42,7 +42,7 @@ from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Group
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
-from mpishard.description.partition import weights_of
+from mpishard.description.partition import Weight, weights_of
 from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import Draw, Sampling
 from mpishard.errors import UserError
@@ -246,7 +246,8 @@ def read_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int, tokens:
         if weight.field != "embedding" or config.tied:
             chosen = 1.0
             if config.moe and weight.expert is not None:
-                chosen -= (1 - config.moe.top_k / config.moe.experts) ** tokens
+                share = tokens / _copies(cut, weight)
+                chosen -= (1 - config.moe.top_k / config.moe.experts) ** share
             read += chosen * math.prod(weight.shard_shape(config, cut, index))
     return int(itemsize * read)
 
@@ -261,12 +262,19 @@ def product_flops(
     for weight in weights_of(config, cut, index):
         shape = weight.shard_shape(config, cut, index)
         if config.moe and weight.expert is not None:
-            flops += 2 * routed * config.moe.top_k / config.moe.experts * math.prod(shape)
+            share = config.moe.top_k / config.moe.experts / _copies(cut, weight)
+            flops += 2 * routed * share * math.prod(shape)
         elif weight.layer is not None and len(shape) == 2:
             flops += 2 * tokens * math.prod(shape)
         elif weight.field == head:
             flops += 2 * wanted * math.prod(shape)
     return int(flops)
+
+
+def _copies(cut: Cut, weight: Weight) -> int:
+    """How many ranks share the tokens of an expert's weight."""
+    assert weight.layer is not None and weight.expert is not None
+    return cut.copies(weight.layer, weight.expert)
 
 
 def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray) -> int:

@@ -131,6 +131,7 @@ def make_parser() -> Parser:
     _add_generate(commands)
     _add_logits(commands)
     _add_bench(commands)
+    _add_place(commands)
     return parser
 
 
@@ -194,6 +195,11 @@ def _add_layout(command: Parser) -> None:
     layout.add_argument(
         "--expert-drop", dest="drop", choices=DROPS, default=None,
         help="what is kept first: rows of large weight, or of early tokens (default: probability)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-placement", dest="placement", default=None, metavar="FILE.json",
+        help="which rank has which experts, some of them several times, as `place` writes it "
+        "(default: a block of them each)",
     )  # fmt: skip
     layout.add_argument(
         "--max-positions", type=count, default=None, metavar="N",
@@ -333,3 +339,21 @@ def _add_bench(commands) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     _add_expert_stats(command)
     _add_layout(command)
+
+
+def _add_place(commands) -> None:
+    summary = "Place experts on ranks so that all have about equally much to do."
+    command = commands.add_parser("place", help=summary, description=summary)
+    command.add_argument("stats", metavar="STATS.json", help="the file that --expert-stats wrote")
+    command.add_argument(
+        *EP_FLAGS, type=count, required=True, metavar="N",
+        help="ranks that divide the experts",
+    )  # fmt: skip
+    command.add_argument(
+        "--copies", type=integer, default=0, metavar="N",
+        help="copies of experts that a layer has beyond one of each (default: 0)",
+    )  # fmt: skip
+    command.add_argument(
+        "-o", "--output", required=True, metavar="FILE.json",
+        help="the file to write, for --expert-placement",
+    )  # fmt: skip

@@ -27,7 +27,13 @@ from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
-from mpishard.experts import load_report, load_table
+from mpishard.experts import (
+    load_report,
+    load_table,
+    place_by_load,
+    placement_summary,
+    read_loads,
+)
 from mpishard.launch import reaches_terminal, threads_per_rank
 from mpishard.parallel.data import deal
 from mpishard.parallel.expert_load import Load
@@ -135,6 +141,18 @@ def bench(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     if world.rank == 0:
         print(json.dumps(report) if args.json else benchmark.table(report))
     _report_load(args, model, load)
+
+
+def place(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard place``: one rank does it, however many were started."""
+    if world.rank != 0:
+        return
+    source, target = Path(args.stats), Path(args.output)
+    loads = read_loads(source)
+    _check_output("--output", target, source, "what is read")
+    placement = place_by_load(loads, args.ep, args.copies)
+    _write_json("--output", target, placement.content)
+    _say(f"{target}: {placement_summary(loads, placement)}")
 
 
 def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
@@ -289,7 +307,9 @@ def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
     return ids
 
 
-def _check_output(flag: str, target: Path, source: Path | None = None) -> None:
+def _check_output(
+    flag: str, target: Path, source: Path | None = None, known_as: str = "the --input"
+) -> None:
     """Refuse what cannot become the file that `flag` names, before any work."""
     folder = target.parent
     if target.is_dir():
@@ -299,7 +319,7 @@ def _check_output(flag: str, target: Path, source: Path | None = None) -> None:
     if not os.access(folder, os.W_OK):
         raise UserError(f"{flag} {target}: the directory {folder} cannot be written to")
     if source is not None and target.exists() and target.samefile(source):
-        raise UserError(f"{flag} {target} is the --input: give another name")
+        raise UserError(f"{flag} {target} is {known_as}: give another name")
 
 
 def _write_scores(

@@ -21,7 +21,7 @@ from mpishard.arithmetic.routing import Capacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig, Moe
 from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
-from mpishard.description.partition import experts_of_blocks, weight_table
+from mpishard.description.partition import experts_of_groups, weight_table
 from mpishard.errors import UserError
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import Attend, attention_of
@@ -297,7 +297,7 @@ def _mixture(
         shared=_feed_forward(config, w) if moe.shared_ffn else None,
         shared_gate=w.get("shared_gate"),
         how=how,
-        slots=expert.Slots.of(experts_of_blocks(moe.experts, cut)),
+        slots=expert.Slots.of(experts_of_groups(moe.experts, cut, number)),
         capacity=Capacity(layout.capacity, layout.drop) if layout.capacity else None,
         dispatch=expert.DISPATCHES[layout.dispatch],
     )

@@ -15,6 +15,7 @@ from mpishard.arithmetic.packed import KVCache, Step
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
+from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, block, block_sizes
 from mpishard.description.partition import weights_of
 from mpishard.model import Decoder, Observer
@@ -75,9 +76,11 @@ def meshes(comm: MPI.Intracomm, variant: str) -> Iterator[Mesh]:
 
 
 @contextmanager
-def mesh_of(comm: MPI.Intracomm, variant: str, layout: Layout) -> Iterator[Mesh]:
+def mesh_of(
+    comm: MPI.Intracomm, variant: str, layout: Layout, placement: ExpertPlacement | None = None
+) -> Iterator[Mesh]:
     """The mesh of `layout` for `variant`, freed afterwards."""
-    mesh = Mesh.split(comm, layout, tiny_config(variant))
+    mesh = Mesh.split(comm, layout, tiny_config(variant), placement)
     yield mesh
     for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv, mesh.experts, mesh.ep, mesh.etp):
         group.comm.Free()

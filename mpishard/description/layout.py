@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
+from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.errors import UserError
 
 
@@ -69,7 +70,8 @@ class Layout:
     the same rank. Of a mixture, `ep` ranks divide the experts, and those that a replica has beyond
     them the width of each; `dispatch` says how tokens and experts meet. With a
     `capacity` an expert takes no more than this many times its even share of a step's rows, and
-    `drop` says by what the others are dropped; 0 is no limit.
+    `drop` says by what the others are dropped; 0 is no limit. `placement` names the file that says
+    which rank has which experts, if it is not a block of them.
     """
 
     tp: int = 1
@@ -85,6 +87,7 @@ class Layout:
     dispatch: str = DISPATCHES[0]
     capacity: float = 0.0
     drop: str = DROPS[0]
+    placement: str = ""
 
     @property
     def world(self) -> int:
@@ -139,10 +142,11 @@ SWITCHES: dict[str, tuple[str, bool | int | float | str]] = {
     "dispatch": ("--expert-dispatch", DISPATCHES[0]),
     "capacity": ("--expert-capacity", 0.0),
     "drop": ("--expert-drop", DROPS[0]),
+    "placement": ("--expert-placement", ""),
 }
 
 # Those that only a mixture of experts knows.
-EXPERT_SWITCHES = ("ep", "dispatch", "capacity", "drop")
+EXPERT_SWITCHES = ("ep", "dispatch", "capacity", "drop", "placement")
 
 
 def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
@@ -260,6 +264,11 @@ def _check_switches(layout: Layout, given: dict[str, bool | float | str]) -> Non
                 f"{no_effect} where every rank has the whole cache of its heads: leave it out, or "
                 "divide the cache with --flash-decoding or --cp 2"
             )
+        if name == "placement" and layout.ep == 1:
+            raise UserError(
+                f"{no_effect} with --ep 1, where every rank has all experts: leave it out, or give "
+                "the --ep that it was made for"
+            )
         if name == "drop" and not layout.capacity:
             raise UserError(
                 f"{no_effect} where nothing is dropped: leave it out, or give --expert-capacity"
@@ -300,11 +309,11 @@ def _divides(ep: int, layout: Layout) -> bool:
     return ep % layout.replica == 0 and layout.dp % (ep // layout.replica) == 0
 
 
-def cut_of(config: ModelConfig, layout: Layout) -> Cut:
-    """How `layout` cuts a model's weights."""
+def cut_of(config: ModelConfig, layout: Layout, placement: ExpertPlacement | None = None) -> Cut:
+    """How `layout` cuts a model's weights; experts in blocks, or as `placement` says."""
     if config.moe is None:
         return Cut(layout.tp)
-    return Cut(layout.tp, layout.ep, max(layout.replica, layout.ep))
+    return Cut(layout.tp, layout.ep, max(layout.replica, layout.ep), placement)
 
 
 def set_of(cut: Cut, layout: Layout, rank: int) -> int:

@@ -47,12 +47,15 @@ from mpishard.errors import UserError
 
 
 def experts_of(experts: int, cut: Cut, index: int) -> slice:
-    """The experts, of so many, that set `index` of the weights has."""
+    """The experts, of so many, that set `index` of the weights has where they are dealt in
+    blocks."""
     return block(experts, cut.ep, cut.ep_rank(index))
 
 
-def experts_of_blocks(experts: int, cut: Cut) -> list[Sequence[int]]:
-    """The experts, of so many, that each block of them has: each of the `ep` that `cut` makes."""
+def experts_of_groups(experts: int, cut: Cut, layer: int) -> Sequence[Sequence[int]]:
+    """The experts of a layer, of so many, that each of the `ep` groups of sets has."""
+    if cut.placement is not None:
+        return cut.placement.layers[layer]
     return [range(experts)[block(experts, cut.ep, rank)] for rank in range(cut.ep)]
 
 
@@ -104,6 +107,8 @@ class Weight:
         """Whether set `index` of the weights has a part of it; only experts are not in all."""
         if self.expert is None or config.moe is None:
             return True
+        if cut.placement is not None and self.layer is not None:
+            return self.expert in cut.placement.layers[self.layer][cut.ep_rank(index)]
         own = experts_of(config.moe.experts, cut, index)
         return own.start <= self.expert < own.stop
 

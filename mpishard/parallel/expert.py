@@ -1,8 +1,9 @@
 """Expert parallelism: the experts of a mixture divided over ranks, tokens sent to theirs.
 
 The ranks of the ``experts`` group hold all experts of a layer: ``ep`` blocks of slots with an
-expert in each, times ``etp`` parts of the width of each. Every rank routes its own tokens, each to
-as many slots as it has experts, in one of two forms:
+expert in each, times ``etp`` parts of the width of each. An expert is in one slot or, where many
+tokens choose it, in several (redundant experts: DeepSeek-V3, arXiv 2412.19437). Every rank routes
+its own tokens, each to one slot of each of its experts, in one of two forms:
 
 by_all_to_all  x_nD -> all_gather(experts) of the counts -> rows_mD, a row for each of a token's
                slots -> all_to_all(ep) -> all_gather(etp) -> partial_MD, by expert ->
@@ -36,7 +37,7 @@ import numpy as np
 
 from mpishard.arithmetic.packed import Step
 from mpishard.arithmetic.products import linear
-from mpishard.arithmetic.routing import Capacity, Router, sigmoid
+from mpishard.arithmetic.routing import Capacity, Router, sigmoid, turns
 from mpishard.communication.collectives import all_gather, all_to_all, reduce_scatter
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import block
@@ -46,17 +47,29 @@ from mpishard.parallel.tensor import FeedForward
 @dataclass(frozen=True)
 class Slots:
     """Where the experts of a layer are: slot by slot, block by block of the ``ep`` group's ranks,
-    those of a block ascending. With no copies, a slot's number is its expert's."""
+    those of a block ascending. An expert with copies has several slots; where none has and they are
+    dealt in blocks, a slot's number is its expert's."""
 
     expert_Z: np.ndarray  # the expert in each slot
     bounds: tuple[int, ...]  # the first slot of each block, and the end of the last
+    copies_E: np.ndarray
+    slot_EC: np.ndarray  # of each copy; C is the most copies of any
 
     @classmethod
     def of(cls, held: Sequence[Sequence[int]]) -> Slots:
-        """The slots of blocks that have these experts."""
+        """The slots of ranks that have these experts, each expert at least once."""
         sizes = [len(experts) for experts in held]
-        numbers = [number for experts in held for number in sorted(experts)]
-        return cls(np.array(numbers, np.int64), (0, *accumulate(sizes)))
+        expert_Z = np.array([number for experts in held for number in sorted(experts)], np.int64)
+        copies_E = np.bincount(expert_Z)
+        slot_EC = np.zeros((len(copies_E), copies_E.max()), np.int64)
+        slot_EC[expert_Z, turns(expert_Z)] = np.arange(len(expert_Z))
+        return cls(expert_Z, (0, *accumulate(sizes)), copies_E, slot_EC)
+
+    def place(self, ids_nA: np.ndarray, kept_nA: np.ndarray, first: int) -> np.ndarray:
+        """The slots of tokens' experts, (n, A): an expert's rows go round its copies in the order
+        of the tokens, beginning with the `first`; those that are not kept go nowhere."""
+        turn_nA = (turns(np.where(kept_nA, ids_nA, -1)) + first) % self.copies_E[ids_nA]
+        return np.where(kept_nA, self.slot_EC[ids_nA, turn_nA], self.nowhere)
 
     @property
     def nowhere(self) -> int:
@@ -101,14 +114,14 @@ class Mixture:
         """The experts of each token, ascending, and their weights: ``(ids_nA, weights_nA)``."""
         return self.how.route(linear(x_nD, self.router, self.router_bias), self.selection_bias)
 
-    def route(self, x_nD: np.ndarray) -> Routes:
-        """The slots that this rank's tokens go to, rows above the capacity nowhere."""
+    def route(self, x_nD: np.ndarray, mesh: Mesh) -> Routes:
+        """The slots that this rank's tokens go to, rows above the capacity nowhere. Ranks begin
+        with different copies, so that those of a few tokens each do not all choose the same."""
         ids_nA, weights_nA = self.choose(x_nD)
-        slots_nA = ids_nA
+        kept_nA = np.ones(ids_nA.shape, bool)
         if self.capacity is not None:
             kept_nA = self.capacity.kept(ids_nA, weights_nA, len(self.router))
-            slots_nA = np.where(kept_nA, slots_nA, self.slots.nowhere)
-        return Routes(ids_nA, weights_nA, slots_nA)
+        return Routes(ids_nA, weights_nA, self.slots.place(ids_nA, kept_nA, mesh.experts.rank))
 
     def partial(self, rows_MD: np.ndarray, expert_M: np.ndarray) -> np.ndarray:
         """What this rank's experts make of rows, each for its expert and all in the order of the
@@ -140,7 +153,7 @@ def feed_forward(
     """What the mixture makes of the residual stream's tokens, which are whole on each rank of the
     ``tp`` group or divided over it, as `stream` (tensor or sequence parallelism) has them."""
     mine_nD = stream.deal(x_nD, mesh)
-    routes = w.route(mine_nD)
+    routes = w.route(mine_nD, mesh)
     for watch in w.watchers:
         watch(routes, step, mesh)
     y_nD = stream.join(w.dispatch(mine_nD, routes, w, mesh), step, mesh)

@@ -11,6 +11,7 @@ rows, each a part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,6 +94,6 @@ class Load:
         return rows.T
 
 
-def imbalance(rows: list[int]) -> float | None:
+def imbalance(rows: Sequence[float]) -> float | None:
     """The most over the mean; None where there is nothing."""
     return max(rows) * len(rows) / sum(rows) if any(rows) else None

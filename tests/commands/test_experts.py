@@ -90,6 +90,62 @@ def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
     assert sum(loads[0, "prompt"]["rows_of_ranks"][:2]) == 6
 
 
+def test_experts_placed_by_their_load(mixture, tmp_path):
+    """From counting over placing to the same answers, of a checkpoint and of shards, whose other
+    files a rank then opens."""
+    load, places, shards = tmp_path / "load.json", tmp_path / "places.json", tmp_path / "shards"
+    expected = completions(None, mixture, *ASKED, "--expert-stats", load)
+    how = ["--ep", 4, "--copies", 6]
+    finished = mpishard(None, "place", load, *how, "-o", places)
+    words = "3 experts on each of 4 ranks; most rows of a rank over the mean, mean of the layers: "
+    before, after = re.findall(rf"{words}(\S+) in blocks, (\S+) so$", finished.stderr.strip())[0]
+    assert float(after) < float(before)
+    placed = ["--ep", 4, "--expert-placement", places]
+    narrow = tmp_path / "narrow"
+    answered(None, "shard", mixture, shards, "--tp", 2, "--ep", 4)
+    answered(None, "shard", shards, narrow, "--tp", 4, "--ep", 4, "--dtype", "bfloat16")
+    for source, more in (
+        (mixture, ["--tp", 4]),
+        (mixture, ["--tp", 2, "--cp", 2, "--expert-dispatch", "gather"]),
+        (shards, ["--dp", 2]),
+        (narrow, []),
+    ):
+        fewer = tmp_path / "fewer.json"
+        asked = [*ASKED, *placed, *more, "--expert-stats", fewer]
+        assert completions(4, source, *asked) == expected, more
+        loads = json.loads(fewer.read_text())["loads"]
+        assert all(load["imbalance_of_ranks"] < 1.5 for load in loads if load["phase"] == "prompt")
+
+
+def test_placements_that_do_not_fit(mixture, model, tmp_path):
+    load, places, bad = tmp_path / "load.json", tmp_path / "places.json", tmp_path / "bad.json"
+    completions(None, mixture, *ASKED, "--expert-stats", load)
+    bad.write_text("{}")
+    assert "equally many of: use --copies 2 or 6" in refusal_here(
+        *("place", load, "--ep", 4, "--copies", 3, "-o", places)
+    )
+    assert refusal_here("place", bad, "--ep", 2, "-o", places) == (
+        f"{bad} has the \"format\" None, not 'mpishard expert load 1': give the file that "
+        "--expert-stats wrote"
+    )
+    spoiled = json.loads(load.read_text())
+    spoiled["loads"][0]["rows_of_experts"].pop()
+    bad.write_text(json.dumps(spoiled))
+    assert f"{bad} is not a load as" in refusal_here("place", bad, "--ep", 2, "-o", places)
+    bad.write_text(json.dumps(spoiled | {"loads": []}))
+    assert f"{bad} has no rows" in refusal_here("place", bad, "--ep", 2, "-o", places)
+    assert "is what is read: give another name" in refusal_here(
+        "place", load, "--ep", 2, "-o", load
+    )
+    answered(None, "place", load, "--ep", 3, "-o", places)
+    asked = ["generate", mixture, "--prompt", "a", "--expert-placement", places]
+    assert "no effect with --ep 1, where every rank has all experts" in refusal_here(*asked)
+    sentence = refusal(2, *asked, "--tp", 2, "--ep", 2)
+    assert sentence.startswith(f'--expert-placement {places} has "ep" 3, but --ep is 2: make')
+    asked[1] = model
+    assert "no effect" in refusal_here(*asked)
+
+
 def test_a_load_that_cannot_be_counted_or_written(mixture, model, tmp_path):
     asked = ["generate", mixture, "--prompt", "a", "--expert-stats"]
     assert refusal_here(*asked, tmp_path) == (

@@ -50,6 +50,7 @@ def test_what_a_command_does_unless_told_otherwise():
         "dispatch": None,
         "capacity": None,
         "drop": None,
+        "placement": None,
         "max_positions": None,
         "compute_dtype": "float32",
     }
