@@ -47,6 +47,7 @@ from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
+from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import (
     MOST_POSITIONS,
     SWITCHES,
@@ -63,6 +64,8 @@ from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel.data import collect, deal
+from mpishard.parallel.expert_load import Load
+from mpishard.storage.directory import read_json
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
 from mpishard.storage.weights import load_weights
@@ -130,6 +133,19 @@ class Model:
     def check(self, ids: Sequence[int], what: str) -> None:
         """Refuse token ids that the model cannot take (UserError); `what` names them."""
         check_request(self.decoder, list(ids), what)
+
+    def count_load(self) -> Load:
+        """The rows that experts are given from now on, which are counted as they are routed.
+        UserError if the model has no experts."""
+        self.check_has_experts("counting the load of experts")
+        load = Load()
+        self.decoder = self.decoder.with_mixtures(load.watching)
+        return load
+
+    def check_has_experts(self, what: str) -> None:
+        """Refuse `what` is asked of experts where there are none (UserError)."""
+        if self.config.moe is None:
+            raise UserError(f"{what} has no effect on a model without experts: leave it out")
 
     def generate(
         self,
@@ -232,15 +248,18 @@ class Model:
             together = sequences[first : first + self.mesh.dp.size]
             mine = together[self.mesh.dp.rank] if self.mesh.dp.rank < len(together) else []
             longest = max(map(len, together))
-            scores = self._score(np.array(mine, np.int64), hidden_states, chunk or longest, longest)
+            ids_S, place = np.array(mine, np.int64), first + self.mesh.dp.rank
+            scores = self._score(ids_S, place, hidden_states, chunk or longest, longest)
             lengths = [len(ids) for ids in together]
             lengths += [0] * (self.mesh.dp.size - len(together))
             yield from self._gather_scores(scores, lengths, len(together))
 
-    def _score(self, ids_S: np.ndarray, hidden_states: bool, chunk: int, longest: int) -> Scores:
-        """This replica's scores of one sequence, whole on rank 0 of the replica, fed in steps of at
-        most `chunk` tokens, as many as the `longest` of all replicas' sequences takes. The
-        sequence has no tokens where fewer are left than replicas."""
+    def _score(
+        self, ids_S: np.ndarray, place: int, hidden_states: bool, chunk: int, longest: int
+    ) -> Scores:
+        """This replica's scores of one sequence, the `place`-th of all, whole on rank 0 of the
+        replica, fed in steps of at most `chunk` tokens, as many as the `longest` of all replicas'
+        sequences takes. The sequence has no tokens where fewer are left than replicas."""
         decoder = self.decoder
         cache = decoder.new_cache(len(ids_S), min(chunk, len(ids_S)))
         streams = self.config.layers + 1 if hidden_states else 0
@@ -248,7 +267,7 @@ class Model:
         hidden = [[np.empty((0, self.config.hidden), decoder.dtype)] for _ in range(streams)]
         for start in range(0, longest, chunk):
             new_S = ids_S[start : start + chunk]
-            feed = Feed(new_S, cache, max(0, len(ids_S) - start - len(new_S)))
+            feed = Feed(new_S, cache, max(0, len(ids_S) - start - len(new_S)), place)
             step = pack([feed] if len(new_S) else [], decoder.division, all_logits=True)
 
             def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:
@@ -305,7 +324,7 @@ def load(
     *,
     cp: int = 1,
     max_positions: int | None = None,
-    **switches: bool | int | str | None,
+    **switches: bool | float | str | None,
 ) -> Model:
     """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
 
@@ -332,7 +351,8 @@ def load(
         check_experts(config, layout, given)
         if max_positions is not None:
             config = replace(config, max_positions=max_positions)
-    mesh = Mesh.split(comm, layout, config)
+        placement = _placement(layout, config)
+    mesh = Mesh.split(comm, layout, config, placement)
     with together(comm):
         weights = load_weights(source, mesh.cut, mesh.weights, DTYPES[compute_dtype])
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
@@ -343,13 +363,14 @@ def _check_chunk(prefill_chunk: int | None) -> None:
         raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
 
 
-def _check_arguments(switches: dict[str, bool | int | str | None]) -> None:
+def _check_arguments(switches: dict[str, bool | float | str | None]) -> None:
     """Refuse, with a TypeError, what no layout has, and what would pass for another type."""
     for name, value in switches.items():
         if name not in SWITCHES:
             raise TypeError(f"load() has no argument {name!r}; switches are {', '.join(SWITCHES)}")
         right = type(SWITCHES[name][1])
-        if not isinstance(value, right | None):
+        whole = right is float and type(value) is int
+        if not whole and not isinstance(value, right | None):
             raise TypeError(f"{name} {value!r} must be of type {right.__name__}")
 
 
@@ -374,7 +395,7 @@ def _layout(
     dp: int | None,
     cp: int,
     command: Callable[[int], str],
-    switches: dict[str, bool | int | str | None],
+    switches: dict[str, bool | float | str | None],
 ) -> Layout:
     """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
     check_degrees(tp, dp, cp)
@@ -402,6 +423,14 @@ def _layout(
             f"multiple of {replica}, not {ranks}: run {line}"
         )
     return make_layout(ranks, right, dp, cp, command(right), **switches)
+
+
+def _placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:
+    """The placement of experts that the layout names, if it does."""
+    if not layout.placement or config.moe is None:
+        return None
+    where = f"--expert-placement {layout.placement}"
+    return ExpertPlacement.of(read_json(Path(layout.placement)), config.moe, layout.ep, where)
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

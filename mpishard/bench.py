@@ -36,13 +36,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mpishard.api import Model
-from mpishard.arithmetic.packed import KVCache, Step, pack
+from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
 from mpishard.communication.collectives import MAX, MIN, all_reduce
 from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Group, Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
-from mpishard.description.partition import weights_of
+from mpishard.description.partition import Weight, weights_of
 from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import Draw, Sampling
 from mpishard.errors import UserError
@@ -132,6 +132,7 @@ class Excerpt(Decoder):
     """The first layer of each kind of a model, of which it has as many as it has windows."""
 
     def __init__(self, model: Decoder) -> None:
+        model = model.with_mixtures(lambda _, mixture: replace(mixture, watchers=()))
         self.__dict__.update(model.__dict__)
         windows = model.config.windows
         self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
@@ -246,7 +247,8 @@ def read_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int, tokens:
         if weight.field != "embedding" or config.tied:
             chosen = 1.0
             if config.moe and weight.expert is not None:
-                chosen -= (1 - config.moe.top_k / config.moe.experts) ** tokens
+                share = tokens / _copies(cut, weight)
+                chosen -= (1 - config.moe.top_k / config.moe.experts) ** share
             read += chosen * math.prod(weight.shard_shape(config, cut, index))
     return int(itemsize * read)
 
@@ -261,12 +263,19 @@ def product_flops(
     for weight in weights_of(config, cut, index):
         shape = weight.shard_shape(config, cut, index)
         if config.moe and weight.expert is not None:
-            flops += 2 * routed * config.moe.top_k / config.moe.experts * math.prod(shape)
+            share = config.moe.top_k / config.moe.experts / _copies(cut, weight)
+            flops += 2 * routed * share * math.prod(shape)
         elif weight.layer is not None and len(shape) == 2:
             flops += 2 * tokens * math.prod(shape)
         elif weight.field == head:
             flops += 2 * wanted * math.prod(shape)
     return int(flops)
+
+
+def _copies(cut: Cut, weight: Weight) -> int:
+    """How many ranks share the tokens of an expert's weight."""
+    assert weight.layer is not None and weight.expert is not None
+    return cut.copies(weight.layer, weight.expert)
 
 
 def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray) -> int:
@@ -367,7 +376,11 @@ def _run(
 
 def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.ndarray:
     """The token chosen after feeding each sequence its next tokens, ready to be fed: (B, 1)."""
-    step = pack(list(zip(ids_BS, caches, strict=True)), decoder.division)
+    feeds = [
+        Feed(ids_S, cache, request=place, prompt=cache.length or None)
+        for place, (ids_S, cache) in enumerate(zip(ids_BS, caches, strict=True))
+    ]
+    step = pack(feeds, decoder.division)
     draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
     return np.array(next_tokens(decoder, step, draws))[:, np.newaxis]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpishard
 from mpishard import launch
-from mpishard.description.layout import DISPATCHES, MERGES, ORDERS, PREFILLS
+from mpishard.description.layout import DISPATCHES, DROPS, MERGES, ORDERS, PREFILLS
 from mpishard.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def make_parser() -> Parser:
     _add_generate(commands)
     _add_logits(commands)
     _add_bench(commands)
+    _add_place(commands)
     return parser
 
 
@@ -187,6 +188,20 @@ def _add_layout(command: Parser) -> None:
         help="how tokens and experts meet (default: all-to-all)",
     )  # fmt: skip
     layout.add_argument(
+        "--expert-capacity", dest="capacity", type=number, default=None, metavar="X",
+        help="an expert takes at most X times its even share of the rows that a rank routes in a "
+        "step; those above it are dropped (default: nothing is)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-drop", dest="drop", choices=DROPS, default=None,
+        help="what is kept first: rows of large weight, or of early tokens (default: probability)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--expert-placement", dest="placement", default=None, metavar="FILE.json",
+        help="which rank has which experts, some of them several times, as `place` writes it "
+        "(default: a block of them each)",
+    )  # fmt: skip
+    layout.add_argument(
         "--max-positions", type=count, default=None, metavar="N",
         help="positions to allow instead of those of config.json",
     )  # fmt: skip
@@ -200,6 +215,14 @@ def _add_chunk(command: Parser) -> None:
     command.add_argument(
         "--prefill-chunk", type=count, default=None, metavar="N",
         help="take prompts in by at most N tokens a step (default: whole)",
+    )  # fmt: skip
+
+
+def _add_expert_stats(command: Parser) -> None:
+    command.add_argument(
+        "--expert-stats", nargs="?", const="", default=None, metavar="FILE.json",
+        help="count the rows of every expert and rank of a mixture; print how uneven they are at "
+        "the end, and write them to FILE.json if it is given",
     )  # fmt: skip
 
 
@@ -275,6 +298,7 @@ def _add_generate(commands) -> None:
     sampling.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
     )
+    _add_expert_stats(command)
     _add_layout(command)
 
 
@@ -294,6 +318,7 @@ def _add_logits(commands) -> None:
         "the last L, after the final norm",
     )  # fmt: skip
     _add_chunk(command)
+    _add_expert_stats(command)
     _add_layout(command)
 
 
@@ -317,4 +342,23 @@ def _add_bench(commands) -> None:
         "--repeat", type=count, default=3, metavar="N", help="rounds, for medians (default: 3)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_expert_stats(command)
     _add_layout(command)
+
+
+def _add_place(commands) -> None:
+    summary = "Place experts on ranks so that all have about equally much to do."
+    command = commands.add_parser("place", help=summary, description=summary)
+    command.add_argument("stats", metavar="STATS.json", help="the file that --expert-stats wrote")
+    command.add_argument(
+        *EP_FLAGS, type=count, required=True, metavar="N",
+        help="ranks that divide the experts",
+    )  # fmt: skip
+    command.add_argument(
+        "--copies", type=integer, default=0, metavar="N",
+        help="copies of experts that a layer has beyond one of each (default: 0)",
+    )  # fmt: skip
+    command.add_argument(
+        "-o", "--output", required=True, metavar="FILE.json",
+        help="the file to write, for --expert-placement",
+    )  # fmt: skip

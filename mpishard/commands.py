@@ -28,8 +28,16 @@ from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
+from mpishard.experts import (
+    load_report,
+    load_table,
+    place_by_load,
+    placement_summary,
+    read_loads,
+)
 from mpishard.launch import reaches_terminal, threads_per_rank
 from mpishard.parallel.data import deal
+from mpishard.parallel.expert_load import Load
 from mpishard.storage.convert import Conversion
 from mpishard.storage.inspection import describe, stored_bytes, verify
 from mpishard.storage.source import open_source
@@ -76,6 +84,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     if "" in args.stop:
         raise UserError("--stop '' is empty: give the text that ends an answer")
     model = _load(args, world)
+    load = _count_load(args, model, world)
     prompts = _read_prompts(args.prompt, world)
     streams = len(prompts) == 1 and not args.json
     timing, started = Timing(), perf_counter()
@@ -99,6 +108,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     else:
         _print_completions(completions, args.json)
     _summary(model, timing, seconds)
+    _report_load(args, model, load)
 
 
 def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
@@ -107,8 +117,9 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     lines = _read_sequences(Path(args.input), args.hidden_states)
     with together(world):
         if world.rank == 0:
-            _check_output(Path(args.output), Path(args.input))
+            _check_output("--output", Path(args.output), Path(args.input))
     model = _load(args, world)
+    load = _count_load(args, model, world)
     sequences = [_encode_line(model, line, where) for where, line in lines]
     names = [line["id"] for _, line in lines]
     started = perf_counter()
@@ -122,14 +133,29 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     seconds = perf_counter() - started
     tokens = sum(map(len, sequences)) if world.rank == 0 else 0  # counted once for all replicas
     _summary(model, Timing(prompt_tokens=tokens, prompt_seconds=seconds), seconds)
+    _report_load(args, model, load)
 
 
 def bench(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard bench``: prints one table, or one JSON object."""
     model = _load(args, world)
+    load = _count_load(args, model, world)
     report = benchmark.measure(model, args.prompt_tokens, args.max_tokens, args.batch, args.repeat)
     if world.rank == 0:
         print(json.dumps(report) if args.json else benchmark.table(report))
+    _report_load(args, model, load)
+
+
+def place(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard place``: one rank does it, however many were started."""
+    if world.rank != 0:
+        return
+    source, target = Path(args.stats), Path(args.output)
+    loads = read_loads(source)
+    _check_output("--output", target, source, "what is read")
+    placement = place_by_load(loads, args.ep, args.copies)
+    _write_json("--output", target, placement.content)
+    _say(f"{target}: {placement_summary(loads, placement)}")
 
 
 def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
@@ -152,6 +178,35 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
             f"{threads_per_rank()}, {vendor} {'.'.join(map(str, version))}"
         )
     return model
+
+
+def _count_load(args: argparse.Namespace, model: Model, world: MPI.Intracomm) -> Load | None:
+    """What --expert-stats counts, if it is given; the file that it names can be written."""
+    if args.expert_stats is None:
+        return None
+    model.check_has_experts("--expert-stats")
+    with together(world):
+        if args.expert_stats and world.rank == 0:
+            _check_output("--expert-stats", Path(args.expert_stats))
+    return model.count_load()
+
+
+def _report_load(args: argparse.Namespace, model: Model, load: Load | None) -> None:
+    """The end of --expert-stats."""
+    if load is None:
+        return
+    report = load_report(model, load)
+    if model.mesh.world.rank == 0:
+        _say(load_table(report))
+        if args.expert_stats:
+            _write_json("--expert-stats", Path(args.expert_stats), report)
+
+
+def _write_json(flag: str, target: Path, content: dict[str, Any]) -> None:
+    try:
+        target.write_text(json.dumps(content) + "\n")
+    except OSError as error:
+        raise UserError(f"{flag} {target} cannot be written: {error.strerror}") from None
 
 
 def _read_prompts(given: list[str], world: MPI.Intracomm) -> list[str]:
@@ -255,17 +310,19 @@ def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
     return ids
 
 
-def _check_output(target: Path, source: Path) -> None:
-    """Refuse what cannot become the output file, before any work."""
+def _check_output(
+    flag: str, target: Path, source: Path | None = None, known_as: str = "the --input"
+) -> None:
+    """Refuse what cannot become the file that `flag` names, before any work."""
     folder = target.parent
     if target.is_dir():
-        raise UserError(f"--output {target} is a directory: give the name of a file")
+        raise UserError(f"{flag} {target} is a directory: give the name of a file")
     if not folder.is_dir():
-        raise UserError(f"--output {target}: there is no directory {folder}; make it first")
+        raise UserError(f"{flag} {target}: there is no directory {folder}; make it first")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--output {target}: the directory {folder} cannot be written to")
-    if target.exists() and target.samefile(source):
-        raise UserError(f"--output {target} is the --input: give another name")
+        raise UserError(f"{flag} {target}: the directory {folder} cannot be written to")
+    if source is not None and target.exists() and target.samefile(source):
+        raise UserError(f"{flag} {target} is {known_as}: give another name")
 
 
 def _write_scores(

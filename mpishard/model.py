@@ -9,18 +9,19 @@ sliding window.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.ops import Gate, clamped, gated, rms_norm
 from mpishard.arithmetic.packed import Division, KVCache, Step
-from mpishard.arithmetic.routing import Router
+from mpishard.arithmetic.routing import Capacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import Mla, ModelConfig, Moe
 from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
-from mpishard.description.partition import weight_table
+from mpishard.description.partition import experts_of_groups, weight_table
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import attention_of
 from mpishard.parallel.heads import Attend, Attention, LatentAttention, WholeNorm
@@ -55,11 +56,9 @@ class Decoder:
         self.head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
         self.stream = sequence if mesh.layout.sequence_parallel else tensor
         attend = attention_of(mesh.layout)
-        dispatch = expert.DISPATCHES[mesh.layout.dispatch]
         whole_norm = _whole_norm(config, mesh) if config.qk_norm_whole else None
         self.layers = [
-            _layer(config, number, w, attend, dispatch, whole_norm)
-            for number, w in enumerate(layers)
+            _layer(config, number, w, attend, mesh, whole_norm) for number, w in enumerate(layers)
         ]
         self.division = division_of(config, mesh)
         self.dtype = self.embedding_vD.dtype
@@ -67,6 +66,17 @@ class Decoder:
         self.kv_heads = held.stop - held.start
         self.first_id = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
         self._angles_J, self._amplitude = frequencies(config)
+
+    def with_mixtures(self, change: Callable[[int, expert.Mixture], expert.Mixture]) -> Decoder:
+        """This model, with what `change` makes of each layer's number and mixture in its place."""
+        changed = copy(self)
+        changed.layers = [
+            replace(layer, ffn=change(number, layer.ffn))
+            if isinstance(layer.ffn, expert.Mixture)
+            else layer
+            for number, layer in enumerate(self.layers)
+        ]
+        return changed
 
     def new_cache(self, capacity: int, first: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `capacity` positions, of which `first` (all
@@ -198,14 +208,14 @@ def _layer(
     number: int,
     fields: dict[int | None, Fields],
     attend: Attend,
-    dispatch: expert.Dispatch,
+    mesh: Mesh,
     whole_norm: WholeNorm | None,
 ) -> Layer:
     w = fields[None]
     ffn: tensor.FeedForward | expert.Mixture
     if config.moe and config.moe.layers[number]:
         experts = {place: own for place, own in fields.items() if place is not None}
-        ffn = _mixture(config, config.moe, w, experts, dispatch)
+        ffn = _mixture(config, config.moe, number, w, experts, mesh)
     else:
         ffn = _feed_forward(w, gated(config.activation))
     return Layer(
@@ -291,14 +301,16 @@ def _feed_forward(w: Fields, gate_of: Gate) -> tensor.FeedForward:
 def _mixture(
     config: ModelConfig,
     moe: Moe,
+    number: int,
     w: Fields,
     experts: dict[int, Fields],
-    dispatch: expert.Dispatch,
+    mesh: Mesh,
 ) -> expert.Mixture:
     dense = gated(config.activation)
     of_experts = dense
     if moe.alpha is not None and moe.limit is not None:
         of_experts = clamped(moe.alpha, moe.limit)
+    layout, cut = mesh.layout, mesh.cut
     how = Router(
         moe.top_k,
         moe.scoring,
@@ -316,5 +328,7 @@ def _mixture(
         shared=_feed_forward(w, dense) if moe.shared_ffn else None,
         shared_gate=w.get("shared_gate"),
         how=how,
-        dispatch=dispatch,
+        slots=expert.Slots.of(experts_of_groups(moe.experts, cut, number)),
+        capacity=Capacity(layout.capacity, layout.drop) if layout.capacity else None,
+        dispatch=expert.DISPATCHES[layout.dispatch],
     )

@@ -15,7 +15,8 @@ from mpishard.arithmetic.packed import KVCache, Step
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
-from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, block_sizes
+from mpishard.description.expert_placement import ExpertPlacement
+from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, block, block_sizes
 from mpishard.description.partition import weights_of
 from mpishard.model import Decoder, Observer
 from mpishard.parallel import context
@@ -75,9 +76,11 @@ def meshes(comm: MPI.Intracomm, variant: str) -> Iterator[Mesh]:
 
 
 @contextmanager
-def mesh_of(comm: MPI.Intracomm, variant: str, layout: Layout) -> Iterator[Mesh]:
+def mesh_of(
+    comm: MPI.Intracomm, variant: str, layout: Layout, placement: ExpertPlacement | None = None
+) -> Iterator[Mesh]:
     """The mesh of `layout` for `variant`, freed afterwards."""
-    mesh = Mesh.split(comm, layout, tiny_config(variant))
+    mesh = Mesh.split(comm, layout, tiny_config(variant), placement)
     yield mesh
     for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv, mesh.experts, mesh.ep, mesh.etp):
         group.comm.Free()
@@ -129,3 +132,17 @@ def slices(step: Step) -> list[slice]:
     """The places of each sequence's new tokens among those of all ranks."""
     stops = np.cumsum([sum(map(len, segment.tokens)) for segment in step.segments]).tolist()
     return [slice(*bounds) for bounds in pairwise([0, *stops])]
+
+
+def tokens_of_ranks(mesh: Mesh, model: Decoder, count: int) -> list[np.ndarray]:
+    """The positions of a prompt of `count` tokens, fed by the first replica, that each rank which
+    shares the experts routes."""
+    layout = mesh.layout
+    if mesh.world.rank // max(layout.replica, layout.ep) != 0:
+        return [np.empty(0, int)] * mesh.experts.size
+    tokens = []
+    for replica in range(layout.together):
+        for at in model.division.tokens(0, count):
+            at = at if replica == 0 else at[:0]
+            tokens += [at[block(len(at), layout.tp, rank)] for rank in range(layout.tp)]
+    return tokens

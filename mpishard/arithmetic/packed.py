@@ -136,11 +136,14 @@ class KVCache:
 
 class Feed(NamedTuple):
     """What a step is to feed of a sequence: its next tokens and its cache. `remaining` more tokens
-    are known and follow in later steps."""
+    are known and follow in later steps. `request` is the sequence's number, and its positions from
+    `prompt` on, if that is given, were generated."""
 
     ids_S: np.ndarray
     cache: KVCache
     remaining: int = 0
+    request: int = 0
+    prompt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Segment:
     tokens: list[np.ndarray]  # the positions of each cp rank's tokens
     fresh: bool  # whether the sequence begins in this step
     known: int  # the sequence's length once all tokens known of it are fed
+    request: int  # the sequence's number
+    prompt: int | None  # the positions from here on were generated, if any were
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,23 @@ class Step:
     places: list[np.ndarray]
     answers: list[np.ndarray]
     division: Division
+
+    @cached_property
+    def requests_N(self) -> np.ndarray:
+        """The number of the sequence of each of this rank's tokens."""
+        requests_N = np.empty(len(self.ids_N), np.int64)
+        for segment in self.segments:
+            requests_N[segment.new] = segment.request
+        return requests_N
+
+    @cached_property
+    def generated_N(self) -> np.ndarray:
+        """Which of this rank's tokens were generated: the others are of prompts."""
+        generated_N = np.zeros(len(self.ids_N), bool)
+        for segment in self.segments:
+            if segment.prompt is not None:
+                generated_N[segment.new] = self.positions_N[segment.new] >= segment.prompt
+        return generated_N
 
     @cached_property
     def fresh(self) -> list[Segment]:
@@ -229,7 +251,7 @@ def pack(
     wanted: list[int] = []
     begin = stop = 0  # of a sequence's new tokens among all of the step's, and this rank's
     for feed in feeds:
-        ids_S, cache, remaining = Feed(*feed)
+        ids_S, cache, remaining, request, prompt = Feed(*feed)
         start = cache.length
         tokens = division.tokens(start, start + len(ids_S))
         mine = tokens[division.cp_rank]
@@ -237,7 +259,7 @@ def pack(
         cache.take(mine[kept], start + len(ids_S))
         new = slice(stop, stop + len(mine))
         known = cache.length + remaining
-        segments.append(Segment(new, cache, kept, tokens, start == 0, known))
+        segments.append(Segment(new, cache, kept, tokens, start == 0, known, request, prompt))
         ids.append(ids_S[mine - start])
         positions.append(mine)
         places.append([at - start + begin for at in tokens])

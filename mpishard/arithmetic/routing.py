@@ -4,11 +4,16 @@ Families differ in the scores (a softmax over all experts or a sigmoid of each),
 goes by (the scores, or scores with a bias that takes no part in the weights, or only those in the
 best groups of experts), and in the weights (the scores as they are or divided by their sum).
 Sources: Mixtral, arXiv 2401.04088; DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
+
+`Capacity` is a limit on the rows that an expert takes, as GShard (arXiv 2006.16668) and Switch
+Transformers (arXiv 2101.03961) have it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -58,6 +63,47 @@ class Router:
         is_kept_nG = np.zeros((n, self.groups), bool)
         np.put_along_axis(is_kept_nG, kept_nk, True, axis=1)
         return np.where(is_kept_nG[:, :, np.newaxis], choice_nGe, -np.inf).reshape(n, E)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """An expert takes `factor` times the rows that it would have if all experts had equally many,
+    rounded up. Those kept are the ones of the largest weights ("probability"; of equal ones the
+    first token's), or the first tokens' ("position")."""
+
+    factor: float
+    drop: str = "probability"
+
+    def rows(self, tokens: int, top_k: int, experts: int) -> int:
+        """The rows that an expert takes of `tokens` tokens that choose `top_k` of so many experts.
+
+        >>> Capacity(1.1).rows(tokens=30, top_k=2, experts=6)
+        11
+        """
+        # The factor as it was typed: in binary 0.1 * 3 is more than 0.3.
+        return math.ceil(Fraction(str(self.factor)) * tokens * top_k / experts)
+
+    def kept(self, ids_nA: np.ndarray, weights_nA: np.ndarray, experts: int) -> np.ndarray:
+        """Which of the tokens' choices their experts take: (n, A), of type bool."""
+        by = weights_nA if self.drop == "probability" else None
+        n, A = ids_nA.shape
+        return turns(ids_nA, by) < self.rows(n, A, experts)
+
+
+def turns(ids_nA: np.ndarray, weights_nA: np.ndarray | None = None) -> np.ndarray:
+    """The how-manieth of its expert's rows each choice of a token is, from 0: (n, A). They come in
+    the order of the tokens, or those of large weights before those of small ones.
+
+    >>> turns(np.array([[0, 2], [1, 2], [0, 2]])).tolist()
+    [[0, 0], [0, 1], [1, 2]]
+    """
+    ids_m = ids_nA.reshape(-1)
+    keys = [ids_m] if weights_nA is None else [-weights_nA.reshape(-1), ids_m]
+    order_m = np.lexsort(keys)  # stable, by the last key first
+    sorted_m = ids_m[order_m]
+    turn_m = np.empty_like(order_m)
+    turn_m[order_m] = np.arange(len(ids_m)) - np.searchsorted(sorted_m, sorted_m)
+    return turn_m.reshape(ids_nA.shape)
 
 
 def softmax(logits_nE: np.ndarray) -> np.ndarray:

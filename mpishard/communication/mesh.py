@@ -9,6 +9,7 @@ from mpi4py import MPI
 from mpishard.communication.ledger import Ledger
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
+from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import Layout, cut_of, set_of, sharers_of
 
 
@@ -50,8 +51,15 @@ class Mesh:
     ledger: Ledger
 
     @classmethod
-    def split(cls, comm: MPI.Intracomm, layout: Layout, config: ModelConfig) -> Mesh:
-        """The mesh of `layout` over the ranks of `comm`, for a model's heads. MPI_Comm_split.
+    def split(
+        cls,
+        comm: MPI.Intracomm,
+        layout: Layout,
+        config: ModelConfig,
+        placement: ExpertPlacement | None = None,
+    ) -> Mesh:
+        """The mesh of `layout` over the ranks of `comm`, for a model's heads and for experts in
+        blocks or in this `placement`. MPI_Comm_split.
 
         Raises ValueError unless `comm` has as many ranks as the layout.
         """
@@ -62,7 +70,7 @@ class Mesh:
         first = sharers_of(config, layout.tp, tp)[1].start if layout.flash_decoding else tp
         ledger = Ledger()
 
-        cut = cut_of(config, layout)
+        cut = cut_of(config, layout, placement)
         weights = set_of(cut, layout, comm.rank)
         own = weights if config.moe else comm.rank % layout.replica
         copy = comm.rank // max(layout.replica, layout.ep)  # of all experts

@@ -17,8 +17,10 @@ where left and right are halves of the width of each expert, here of two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
+
+from mpishard.description.expert_placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Cut:
 
     Set `index` has the dense weights of tensor-parallel rank ``index % tp``. As to the experts, the
     sets form `ep` groups of neighbours: a group has a block of the experts, and its members divide
-    the width of each.
+    the width of each. With a `placement` a group has the experts that this says, in place of a
+    block; shards are always cut in blocks.
     """
 
     tp: int = 1
     ep: int = 1
     ranks: int = 0
+    placement: ExpertPlacement | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -55,6 +59,10 @@ class Cut:
     def etp_rank(self, index: int) -> int:
         """Which part of each of these experts set `index` has."""
         return index % self.etp
+
+    def copies(self, layer: int, expert: int) -> int:
+        """How many groups have an expert of a layer."""
+        return 1 if self.placement is None else self.placement.copies(layer, expert)
 
     def __str__(self) -> str:
         experts = f" --ep {self.ep}" if self.ep > 1 else ""

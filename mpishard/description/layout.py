@@ -16,11 +16,13 @@ Counting query heads alone would balance some odd layouts better (8 query heads 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
+from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.errors import UserError
 
 
@@ -50,6 +52,7 @@ PREFILLS = ("ring", "all-gather")
 ORDERS = ("zigzag", "contiguous")
 MERGES = ("reduce-scatter", "all-to-all", "all-reduce")
 DISPATCHES = ("all-to-all", "gather")
+DROPS = ("probability", "position")
 
 # More positions than any sequence has; their products with sizes stay within 64 bits.
 MOST_POSITIONS = 2**31 - 1
@@ -65,7 +68,10 @@ class Layout:
     other ranks and `order` which tokens of a prompt a rank has. Where the cache is divided, `merge`
     says how partial attentions become one, and `interleave` how many consecutive positions lie on
     the same rank. Of a mixture, `ep` ranks divide the experts, and those that a replica has beyond
-    them the width of each; `dispatch` says how tokens and experts meet.
+    them the width of each; `dispatch` says how tokens and experts meet. With a
+    `capacity` an expert takes no more than this many times its even share of a step's rows, and
+    `drop` says by what the others are dropped; 0 is no limit. `placement` names the file that says
+    which rank has which experts, if it is not a block of them.
     """
 
     tp: int = 1
@@ -79,6 +85,9 @@ class Layout:
     interleave: int = 1
     ep: int = 1
     dispatch: str = DISPATCHES[0]
+    capacity: float = 0.0
+    drop: str = DROPS[0]
+    placement: str = ""
 
     @property
     def world(self) -> int:
@@ -122,7 +131,7 @@ class Layout:
 
 
 # The flags of a layout beside its degrees, by field, and their defaults.
-SWITCHES: dict[str, tuple[str, bool | int | str]] = {
+SWITCHES: dict[str, tuple[str, bool | int | float | str]] = {
     "sequence_parallel": ("--sequence-parallel", False),
     "flash_decoding": ("--flash-decoding", False),
     "prefill": ("--cp-prefill", PREFILLS[0]),
@@ -131,7 +140,13 @@ SWITCHES: dict[str, tuple[str, bool | int | str]] = {
     "interleave": ("--kv-interleave", 1),
     "ep": ("--ep", 1),
     "dispatch": ("--expert-dispatch", DISPATCHES[0]),
+    "capacity": ("--expert-capacity", 0.0),
+    "drop": ("--expert-drop", DROPS[0]),
+    "placement": ("--expert-placement", ""),
 }
+
+# Those that only a mixture of experts knows.
+EXPERT_SWITCHES = ("ep", "dispatch", "capacity", "drop", "placement")
 
 
 def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
@@ -199,7 +214,7 @@ def make_layout(
     dp: int | None = None,
     cp: int = 1,
     command: str = "…",
-    **switches: bool | int | str | None,
+    **switches: bool | float | str | None,
 ) -> Layout:
     """The layout of `world` ranks, `dp` being what `tp` and `cp` leave of the world unless given;
     `switches` are the other fields of `Layout`, None for their defaults.
@@ -224,9 +239,10 @@ def make_layout(
     raise UserError(f"{problem}: run `mpirun -n {layout.world} {command}`")
 
 
-def _check_switches(layout: Layout, given: dict[str, bool | int | str]) -> None:
+def _check_switches(layout: Layout, given: dict[str, bool | float | str]) -> None:
     choices = (
-        ("prefill", PREFILLS), ("order", ORDERS), ("merge", MERGES), ("dispatch", DISPATCHES)
+        ("prefill", PREFILLS), ("order", ORDERS), ("merge", MERGES), ("dispatch", DISPATCHES),
+        ("drop", DROPS),
     )  # fmt: skip
     for name, known in choices:
         if getattr(layout, name) not in known:
@@ -234,6 +250,11 @@ def _check_switches(layout: Layout, given: dict[str, bool | int | str]) -> None:
             raise UserError(f"{flag} {getattr(layout, name)} must be one of {', '.join(known)}")
     if not 1 <= layout.interleave <= MOST_POSITIONS:
         raise UserError(f"--kv-interleave {layout.interleave} must be 1 to {MOST_POSITIONS}")
+    if "capacity" in given and not 0 < layout.capacity < math.inf:
+        raise UserError(
+            f"--expert-capacity {layout.capacity} must be a number above 0: how many times its "
+            "even share of a step's rows an expert takes; leave it out to drop nothing"
+        )
     for name, value in given.items():
         no_effect = f"{SWITCHES[name][0]} {value} has no effect"
         if name in ("prefill", "order") and layout.cp == 1:
@@ -243,14 +264,23 @@ def _check_switches(layout: Layout, given: dict[str, bool | int | str]) -> None:
                 f"{no_effect} where every rank has the whole cache of its heads: leave it out, or "
                 "divide the cache with --flash-decoding or --cp 2"
             )
+        if name == "placement" and layout.ep == 1:
+            raise UserError(
+                f"{no_effect} with --ep 1, where every rank has all experts: leave it out, or give "
+                "the --ep that it was made for"
+            )
+        if name == "drop" and not layout.capacity:
+            raise UserError(
+                f"{no_effect} where nothing is dropped: leave it out, or give --expert-capacity"
+            )
 
 
-def check_experts(config: ModelConfig, layout: Layout, given: Iterable[str]) -> None:
+def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> None:
     """Refuse an `ep` that the model's experts or the ranks cannot be divided by, and switches
     `given` that have no effect on a model without experts (UserError)."""
     moe, ep, replica = config.moe, layout.ep, layout.replica
     if moe is None:
-        for name in {"ep", "dispatch"} & set(given):
+        for name in (name for name in EXPERT_SWITCHES if name in given):
             flag = f"{SWITCHES[name][0]} {getattr(layout, name)}"
             raise UserError(f"{flag} has no effect on a model without experts: leave it out")
         return
@@ -279,11 +309,11 @@ def _divides(ep: int, layout: Layout) -> bool:
     return ep % layout.replica == 0 and layout.dp % (ep // layout.replica) == 0
 
 
-def cut_of(config: ModelConfig, layout: Layout) -> Cut:
-    """How `layout` cuts a model's weights."""
+def cut_of(config: ModelConfig, layout: Layout, placement: ExpertPlacement | None = None) -> Cut:
+    """How `layout` cuts a model's weights; experts in blocks, or as `placement` says."""
     if config.moe is None:
         return Cut(layout.tp)
-    return Cut(layout.tp, layout.ep, max(layout.replica, layout.ep))
+    return Cut(layout.tp, layout.ep, max(layout.replica, layout.ep), placement)
 
 
 def set_of(cut: Cut, layout: Layout, rank: int) -> int:

@@ -32,7 +32,7 @@ and cutting the inputs (columns) is row parallelism (Shoeybi et al. 2019, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mpishard.description.config import Mla, ModelConfig, Moe, Separate
@@ -47,8 +47,16 @@ from mpishard.errors import UserError
 
 
 def experts_of(experts: int, cut: Cut, index: int) -> slice:
-    """The experts, of so many, that set `index` of the weights has."""
+    """The experts, of so many, that set `index` of the weights has where they are dealt in
+    blocks."""
     return block(experts, cut.ep, cut.ep_rank(index))
+
+
+def experts_of_groups(experts: int, cut: Cut, layer: int) -> Sequence[Sequence[int]]:
+    """The experts of a layer, of so many, that each of the `ep` groups of sets has."""
+    if cut.placement is not None:
+        return cut.placement.layers[layer]
+    return [range(experts)[block(experts, cut.ep, rank)] for rank in range(cut.ep)]
 
 
 def check_cut(config: ModelConfig, cut: Cut) -> None:
@@ -99,6 +107,8 @@ class Weight:
         """Whether set `index` of the weights has a part of it; only experts are not in all."""
         if self.expert is None or config.moe is None:
             return True
+        if cut.placement is not None and self.layer is not None:
+            return self.expert in cut.placement.layers[self.layer][cut.ep_rank(index)]
         own = experts_of(config.moe.experts, cut, index)
         return own.start <= self.expert < own.stop
 

@@ -81,7 +81,9 @@ class _Running:
             self.cache.clear()
             self.fitted = len(ids)
         new = ids[self.cache.length :][:chunk]
-        return Feed(np.array(new, np.int64), self.cache, len(ids) - self.cache.length - len(new))
+        remaining = len(ids) - self.cache.length - len(new)
+        index, prompt = self.request.index, len(self.request.ids)
+        return Feed(np.array(new, np.int64), self.cache, remaining, index, prompt)
 
 
 def check_request(model: Decoder, ids: list[int], what: str) -> None:

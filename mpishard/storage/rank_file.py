@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Manifest:
     @property
     def mapping(self) -> dict[str, int]:
         """How the weights are divided: one file for each of the `ranks`."""
-        return asdict(self.cut)
+        return {"tp": self.cut.tp, "ep": self.cut.ep, "ranks": self.cut.ranks}
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

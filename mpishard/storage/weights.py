@@ -37,14 +37,15 @@ def load_weights(
     Face names, in `dtype`, wide ones in float32 at least.
 
     Shards stored in `dtype` are memory-mapped and read-only: nothing is copied or read before it is
-    used, and the processes of a machine share the pages. Other shards are checked and converted;
-    of a checkpoint the rank's slices are read and converted. Raises UserError as `check_fits`
-    does, and for damaged shards where they are converted.
+    used, and the processes of a machine share the pages. Other shards are checked and converted,
+    and so are experts that a placement takes from other ranks' files; of a checkpoint the rank's
+    slices are read and converted. Raises UserError as `check_fits` does, and for damaged shards
+    where they are converted.
     """
     check_fits(source, cut)
     held = weights_of(source.config, cut, index)
     if isinstance(source, ShardDirectory):
-        return _load_shards(source, index, held, dtype)
+        return _load_shards(source, cut, index, held, dtype)
     weights = _allocate(source, cut, index, held, dtype)
     for weight in held:
         slices = weight.slices(source.config, cut, index)
@@ -53,19 +54,23 @@ def load_weights(
 
 
 def _load_shards(
-    source: ShardDirectory, index: int, held: list[Weight], dtype: DTypeLike
+    source: ShardDirectory, cut: Cut, index: int, held: list[Weight], dtype: DTypeLike
 ) -> dict[str, np.ndarray]:
     file, parts = map_file(source.file(index)), source.parts(index)
     mapped = {
         weight.name: parts[weight.name].array.view(file)
         for weight in held
-        if source.dtype(weight.name) == _dtype_of(weight, dtype)
+        if weight.name in parts and source.dtype(weight.name) == _dtype_of(weight, dtype)
     }
     others = [weight for weight in held if weight.name not in mapped]
-    converted = _allocate(source, source.cut, index, others, dtype)
-    for name, array in converted.items():
-        parts[name].check()
-        array[...] = parts[name].array.view(file)
+    converted = _allocate(source, cut, index, others, dtype)
+    for weight in others:
+        if weight.name in parts:
+            parts[weight.name].check()
+            converted[weight.name][...] = parts[weight.name].array.view(file)
+        else:
+            slices = weight.slices(source.config, cut, index)
+            converted[weight.name][...] = source.read(weight.name, slices)
     weights = mapped | converted
     return {weight.name: weights[weight.name] for weight in held}
 

@@ -3,13 +3,15 @@ and what is refused."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 from tiny_models import write_checkpoint
 from tiny_text import write_speaker
 
-from commands.shell import answered, completions, refusal, refusal_here
+from commands.shell import answered, completions, mpishard, refusal, refusal_here
 
 VARIANT = "mixtral-full"  # 6 experts of width 19, 8 query and 4 key/value heads
 ASKED = ["--prompt", "the in", "--prompt", "def on(a):\n", "--prompt", "é", "--max-tokens", "12"]
@@ -49,9 +51,112 @@ def test_experts_stored_together_are_the_same(mixture, tmp_path):
     assert completions(2, together, *ASKED, "--tp", 1, "--ep", 2, "--dp", 2) == expected
 
 
+def test_answers_where_experts_take_only_so_much(mixture):
+    """Tokens alone in their step lose nothing, so that only prompts do."""
+    alone = ["--prompt", "d", "--max-tokens", "9"]
+    limited = ["--expert-capacity", "0.1"]
+    expected = completions(None, mixture, *alone)
+    assert completions(2, mixture, *alone, *limited, "--ep", 2, "--dp", 2) == expected
+    whole = completions(None, mixture, *ASKED)
+    assert completions(None, mixture, *ASKED, *limited) != whole
+    assert completions(None, mixture, *ASKED, "--expert-capacity", 6) == whole
+
+
 def test_bench_takes_mixtures(mixture):
     how = "--tp 2 --ep 2 --prompt-tokens 8 --max-tokens 2 --batch 2 --repeat 1".split()
-    assert "all_to_all" in answered(2, "bench", mixture, *how)
+    finished = mpishard(2, "bench", mixture, *how, "--expert-stats")
+    assert "all_to_all" in finished.stdout
+    assert re.search(r"^ +1  generation +\d+ +0 +[1-6]\.\d\d ", finished.stderr, re.MULTILINE)
+
+
+def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
+    lines, file = tmp_path / "in.jsonl", tmp_path / "load.json"
+    lines.write_text('{"id": 1, "input_ids": [3, 4, 5]}\n{"id": 2, "input_ids": [6, 7]}\n')
+    to = ["--input", lines, "--output", tmp_path / "out.npz"]
+    how = ["--tp", 2, "--ep", 2, "--dp", 2]
+    finished = mpishard(4, "logits", mixture, *to, *how, "--expert-stats", file)
+    assert "expert load, 2 of 6 experts a token, 4 ranks; most over mean:" in finished.stderr
+    assert f"    0  prompt      {2 * 5:>9}  {0:>9}  " in finished.stderr
+    report = json.loads(file.read_text())
+    assert (report["experts"], report["top_k"], report["ranks"]) == (6, 2, 4)
+    assert report["layout"] == "--tp 2 --dp 2 --ep 2"
+    loads = {(load["layer"], load["phase"]): load for load in report["loads"]}
+    assert list(loads) == [(n, phase) for n in (0, 1) for phase in ("prompt", "generation")]
+    for (_, phase), load in loads.items():
+        rows = 10 if phase == "prompt" else 0
+        assert sum(load["rows_of_experts"]) == sum(load["rows_of_ranks"]) == rows
+        assert load["dropped"] == 0
+        if not rows:
+            assert load["imbalance_of_experts"] is load["imbalance_of_ranks"] is None
+    # Unlike experts, replicas have what they were dealt.
+    assert sum(loads[0, "prompt"]["rows_of_ranks"][:2]) == 6
+
+
+def test_experts_placed_by_their_load(mixture, tmp_path):
+    """From counting over placing to the same answers, of a checkpoint and of shards, whose other
+    files a rank then opens."""
+    load, places, shards = tmp_path / "load.json", tmp_path / "places.json", tmp_path / "shards"
+    expected = completions(None, mixture, *ASKED, "--expert-stats", load)
+    how = ["--ep", 4, "--copies", 6]
+    finished = mpishard(None, "place", load, *how, "-o", places)
+    words = "3 experts on each of 4 ranks; most rows of a rank over the mean, mean of the layers: "
+    before, after = re.findall(rf"{words}(\S+) in blocks, (\S+) so$", finished.stderr.strip())[0]
+    assert float(after) < float(before)
+    placed = ["--ep", 4, "--expert-placement", places]
+    narrow = tmp_path / "narrow"
+    answered(None, "shard", mixture, shards, "--tp", 2, "--ep", 4)
+    answered(None, "shard", shards, narrow, "--tp", 4, "--ep", 4, "--dtype", "bfloat16")
+    for source, more in (
+        (mixture, ["--tp", 4]),
+        (mixture, ["--tp", 2, "--cp", 2, "--expert-dispatch", "gather"]),
+        (shards, ["--dp", 2]),
+        (narrow, []),
+    ):
+        fewer = tmp_path / "fewer.json"
+        asked = [*ASKED, *placed, *more, "--expert-stats", fewer]
+        assert completions(4, source, *asked) == expected, more
+        loads = json.loads(fewer.read_text())["loads"]
+        assert all(load["imbalance_of_ranks"] < 1.5 for load in loads if load["phase"] == "prompt")
+
+
+def test_placements_that_do_not_fit(mixture, model, tmp_path):
+    load, places, bad = tmp_path / "load.json", tmp_path / "places.json", tmp_path / "bad.json"
+    completions(None, mixture, *ASKED, "--expert-stats", load)
+    bad.write_text("{}")
+    assert "equally many of: use --copies 2 or 6" in refusal_here(
+        *("place", load, "--ep", 4, "--copies", 3, "-o", places)
+    )
+    assert refusal_here("place", bad, "--ep", 2, "-o", places) == (
+        f"{bad} has the \"format\" None, not 'mpishard expert load 1': give the file that "
+        "--expert-stats wrote"
+    )
+    spoiled = json.loads(load.read_text())
+    spoiled["loads"][0]["rows_of_experts"].pop()
+    bad.write_text(json.dumps(spoiled))
+    assert f"{bad} is not a load as" in refusal_here("place", bad, "--ep", 2, "-o", places)
+    bad.write_text(json.dumps(spoiled | {"loads": []}))
+    assert f"{bad} has no rows" in refusal_here("place", bad, "--ep", 2, "-o", places)
+    assert "is what is read: give another name" in refusal_here(
+        "place", load, "--ep", 2, "-o", load
+    )
+    answered(None, "place", load, "--ep", 3, "-o", places)
+    asked = ["generate", mixture, "--prompt", "a", "--expert-placement", places]
+    assert "no effect with --ep 1, where every rank has all experts" in refusal_here(*asked)
+    sentence = refusal(2, *asked, "--tp", 2, "--ep", 2)
+    assert sentence.startswith(f'--expert-placement {places} has "ep" 3, but --ep is 2: make')
+    asked[1] = model
+    assert "no effect" in refusal_here(*asked)
+
+
+def test_a_load_that_cannot_be_counted_or_written(mixture, model, tmp_path):
+    asked = ["generate", mixture, "--prompt", "a", "--expert-stats"]
+    assert refusal_here(*asked, tmp_path) == (
+        f"--expert-stats {tmp_path} is a directory: give the name of a file"
+    )
+    assert "there is no directory" in refusal_here(*asked, tmp_path / "no" / "load.json")
+    for command in ("generate {} --prompt a", "bench {}"):
+        sentence = refusal_here(*command.format(model).split(), "--expert-stats")
+        assert sentence == ("--expert-stats has no effect on a model without experts: leave it out")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +164,12 @@ def test_bench_takes_mixtures(mixture):
     [
         ("--ep 7", "--ep 7 must be 1 to the model's 6 experts: a rank without an expert"),
         ("--ep 2", "--ep 2 does not divide --tp 1 --dp 1: it must divide the 1 ranks of a replica"),
+        (
+            "--expert-capacity 0",
+            "--expert-capacity 0.0 must be a number above 0: how many times its",
+        ),
+        ("--expert-capacity inf", "--expert-capacity inf must be a number above 0"),
+        ("--expert-drop position", "position has no effect where nothing is dropped: leave it out"),
     ],
 )
 def test_experts_that_cannot_be_divided_so(mixture, flags, sentence):
@@ -71,7 +182,7 @@ def test_ranks_that_do_not_fit_the_experts(mixture):
 
 
 def test_switches_of_experts_have_no_effect_on_a_dense_model(model):
-    for flags in ("--ep 1", "--expert-dispatch gather"):
+    for flags in ("--ep 1", "--expert-dispatch gather", "--expert-capacity 1.5"):
         sentence = refusal_here("generate", model, "--prompt", "a", *flags.split())
         assert sentence == f"{flags} has no effect on a model without experts: leave it out"
 

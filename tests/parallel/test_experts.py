@@ -11,14 +11,23 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from tiny_models import MOE_VARIANTS, tiny_config
-from toys import FORMS, Recorder, degrees, mesh_of, oracle, slices, toy, whole_logits
+from toys import (
+    FORMS,
+    Recorder,
+    degrees,
+    mesh_of,
+    oracle,
+    slices,
+    tokens_of_ranks,
+    toy,
+    whole_logits,
+)
 
 from mpishard.arithmetic.packed import pack
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import DISPATCHES, Layout, block, check_experts
 from mpishard.engine.generate import Request, generate
 from mpishard.errors import UserError
-from mpishard.model import Decoder
 from mpishard.parallel.data import deal
 from mpishard.parallel.expert import Mixture
 
@@ -120,7 +129,7 @@ def test_what_is_sent(comm: MPI.Intracomm, variant: str):
         feeds = [(ids, model.new_cache(len(ids)))] if mesh.dp.rank == 0 else []
         mesh.ledger.clear()
         model.forward(pack(feeds, model.division))
-        tokens = _tokens_of_rank(mesh, model, len(ids))  # of every rank that shares the experts
+        tokens = tokens_of_ranks(mesh, model, len(ids))  # of every rank that shares the experts
         row, e = config.hidden * 8, 8
         mine = tokens[mesh.experts.rank]
         if layout.dispatch == "gather":
@@ -149,20 +158,6 @@ def test_what_is_sent(comm: MPI.Intracomm, variant: str):
         assert entry.calls == 2 * len(chosen)
         assert entry.wire_bytes == wire * row
         assert mesh.ledger["all_gather", "etp"].payload_bytes == came * row
-
-
-def _tokens_of_rank(mesh: Mesh, model: Decoder, count: int) -> list[np.ndarray]:
-    """The positions of a prompt of `count` tokens, fed by the first replica, that each rank which
-    shares the experts routes."""
-    layout = mesh.layout
-    if mesh.world.rank // max(layout.replica, layout.ep) != 0:
-        return [np.empty(0, int)] * mesh.experts.size
-    tokens = []
-    for replica in range(layout.together):
-        for at in model.division.tokens(0, count):
-            at = at if replica == 0 else at[:0]
-            tokens += [at[block(len(at), layout.tp, rank)] for rank in range(layout.tp)]
-    return tokens
 
 
 @pytest.mark.ranks(2)

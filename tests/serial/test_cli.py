@@ -36,6 +36,7 @@ def test_what_a_command_does_unless_told_otherwise():
         "stop": [],
         "ignore_eos": False,
         "prefill_chunk": None,
+        "expert_stats": None,
         "tp": None,
         "cp": 1,
         "dp": None,
@@ -47,6 +48,9 @@ def test_what_a_command_does_unless_told_otherwise():
         "interleave": None,
         "ep": None,
         "dispatch": None,
+        "capacity": None,
+        "drop": None,
+        "placement": None,
         "max_positions": None,
         "compute_dtype": "float32",
     }

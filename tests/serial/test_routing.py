@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpishard.arithmetic.routing import Router, sigmoid, softmax
+from mpishard.arithmetic.routing import Capacity, Router, sigmoid, softmax
+from mpishard.description.layout import DROPS
 
 
 def plain(router: Router, logits_E: np.ndarray, bias_E: np.ndarray) -> dict[int, float]:
@@ -61,3 +62,26 @@ def test_scores_of_any_size():
     large = np.array([[1e4, -1e4, 0.0]])
     np.testing.assert_array_equal(softmax(large), [[1, 0, 0]])
     np.testing.assert_array_equal(sigmoid(large), [[1, 0, 0.5]])
+
+
+def test_an_expert_takes_its_even_share_times_the_factor():
+    assert Capacity(1).rows(tokens=12, top_k=2, experts=6) == 4
+    assert Capacity(1.1).rows(tokens=30, top_k=2, experts=6) == 11  # 11.000000000000002 in binary
+    assert Capacity(1.25).rows(tokens=1, top_k=2, experts=8) == 1
+    assert Capacity(1.25).rows(tokens=0, top_k=2, experts=8) == 0
+
+
+def test_what_an_expert_keeps():
+    ids_nA = np.array([[0, 1], [0, 2], [0, 1], [0, 2]])
+    weights_nA = np.array([[0.5, 0.5], [0.7, 0.3], [0.7, 0.1], [0.6, 0.3]])
+    first, largest = Capacity(0.75, "position"), Capacity(0.75)  # 2 rows of 8 for 3 experts
+    assert first.kept(ids_nA, weights_nA, 3).tolist() == [[1, 1], [1, 1], [0, 1], [0, 1]]
+    assert largest.kept(ids_nA, weights_nA, 3).tolist() == [[0, 1], [1, 1], [1, 1], [0, 1]]
+    tied_nA = np.ones_like(weights_nA)
+    assert largest.kept(ids_nA, tied_nA, 3).tolist() == [[1, 1], [1, 1], [0, 1], [0, 1]]
+
+
+def test_a_token_alone_loses_nothing():
+    """A token's experts differ, and each takes at least one row."""
+    for drop in DROPS:
+        assert Capacity(0.01, drop).kept(np.array([[1, 4, 5]]), np.ones((1, 3)), 7).all()

@@ -1,0 +1,129 @@
+"""The load of a mixture's experts, to read and as a JSON file, and the placement of experts that
+comes of it.
+
+The file of a load is one object: ``format``, ``model``, ``layout``, ``ranks``, ``experts`` and
+``top_k`` of the run, and ``loads``, one for each layer and phase ("prompt" or "generation") of the
+tokens:
+
+    {"layer": 0, "phase": "prompt", "rows_of_experts": [...], "rows_of_ranks": [...],
+     "dropped": 0, "imbalance_of_experts": 1.25, "imbalance_of_ranks": 1.1}
+
+A row is one token for one of its experts, all steps and requests together. Ranks that divide the
+width of the same experts have the same rows. The imbalance is the most over the mean, null where
+there are no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mpishard.api import Model
+from mpishard.arithmetic.balancing import loads_of_ranks, place_experts
+from mpishard.description.expert_placement import ExpertPlacement, slots_of_each
+from mpishard.description.layout import block
+from mpishard.errors import UserError
+from mpishard.parallel.expert_load import Load, imbalance
+from mpishard.storage.directory import read_json
+
+LOAD_FORMAT = "mpishard expert load 1"
+
+
+def load_report(model: Model, load: Load) -> dict[str, Any]:
+    """What `load` counted of `model`, on every rank. Collective."""
+    totals, moe = load.totals(model.mesh), model.config.moe
+    assert moe is not None, "a load is that of a mixture"
+    return {
+        "format": LOAD_FORMAT,
+        "model": str(model.path),
+        "layout": str(model.mesh.layout),
+        "ranks": model.mesh.world.size,
+        "experts": moe.experts,
+        "top_k": moe.top_k,
+        "loads": [
+            {
+                "layer": rows.layer,
+                "phase": rows.phase,
+                "rows_of_experts": rows.of_experts,
+                "rows_of_ranks": rows.of_ranks,
+                "dropped": rows.dropped,
+                "imbalance_of_experts": imbalance(rows.of_experts),
+                "imbalance_of_ranks": imbalance(rows.of_ranks),
+            }
+            for rows in totals
+        ],
+    }
+
+
+def load_table(report: dict[str, Any]) -> str:
+    """A report of `load_report` to read."""
+    return "\n".join(_load_lines(report))
+
+
+def _load_lines(report: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"expert load, {report['top_k']} of {report['experts']} experts a token, "
+        f"{report['ranks']} ranks; most over mean:"
+    )
+    yield f"{'layer':>5}  {'phase':<10}  {'rows':>9}  {'dropped':>9}  {'experts':>7}  {'ranks':>7}"
+    for one in report["loads"]:
+        rows, dropped = sum(one["rows_of_experts"]), one["dropped"]
+        if rows or dropped:
+            imbalances = (one["imbalance_of_experts"], one["imbalance_of_ranks"])
+            columns = "  ".join("      -" if x is None else f"{x:7.2f}" for x in imbalances)
+            yield f"{one['layer']:>5}  {one['phase']:<10}  {rows:>9}  {dropped:>9}  {columns}"
+
+
+def read_loads(path: Path) -> dict[int, list[int]]:
+    """The rows of each expert, by layer, prompts and generation together, from a file of a load;
+    UserError if it is none."""
+    content = read_json(path)
+    if content.get("format") != LOAD_FORMAT:
+        raise UserError(
+            f'{path} has the "format" {content.get("format")!r}, not {LOAD_FORMAT!r}: give the '
+            "file that --expert-stats wrote"
+        )
+    loads: dict[int, list[int]] = {}
+    try:
+        for one in content["loads"]:
+            rows_E = [int(rows) for rows in one["rows_of_experts"]]
+            if len(rows_E) != content["experts"] or min(rows_E) < 0:
+                raise ValueError(rows_E)
+            before_E = loads.get(int(one["layer"]), [0] * len(rows_E))
+            loads[int(one["layer"])] = [a + b for a, b in zip(before_E, rows_E, strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a load as --expert-stats writes it: {problem}") from None
+    if not any(map(any, loads.values())):
+        raise UserError(f"{path} has no rows: there is nothing to go by")
+    return loads
+
+
+def place_by_load(loads: dict[int, list[int]], ep: int, copies: int) -> ExpertPlacement:
+    """The experts of `ep` ranks in each layer, with so many further copies, by the experts' loads.
+    UserError where the slots cannot be the same on all ranks."""
+    experts = len(next(iter(loads.values())))
+    slots = slots_of_each(experts, copies, ep)
+    layers = {layer: place_experts(loads_E, ep, slots) for layer, loads_E in loads.items()}
+    return ExpertPlacement(experts, layers)
+
+
+def placement_summary(loads: dict[int, list[int]], placement: ExpertPlacement) -> str:
+    """How uneven the counted rows are over ranks in blocks of experts, and as they are placed."""
+    experts, ep = placement.experts, placement.ep
+    blocks = [range(experts)[block(experts, ep, rank)] for rank in range(ep)]
+    before = [_imbalance(loads_of_ranks(loads_E, blocks)) for loads_E in loads.values()]
+    after = [
+        _imbalance(loads_of_ranks(loads_E, placement.layers[layer]))
+        for layer, loads_E in loads.items()
+    ]
+    slots = sum(map(len, next(iter(placement.layers.values())))) // ep
+    return (
+        f"{slots} experts on each of {ep} ranks; most rows of a rank over the mean, mean of the "
+        f"layers: {sum(before) / len(before):.2f} in blocks, {sum(after) / len(after):.2f} so"
+    )
+
+
+def _imbalance(loads: list[float]) -> float:
+    return imbalance(loads) or 1.0
