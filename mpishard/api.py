@@ -43,6 +43,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
+from mpishard.allocator import keep_freed_memory
 from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.mesh import Mesh
@@ -332,7 +333,8 @@ def load(
     the communicator. `switches` are the other fields of `mpishard.description.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_positions` stands in for the number
-    of positions that the configuration allows, whatever the model was trained for.
+    of positions that the configuration allows, whatever the model was trained for. The process
+    keeps memory that it frees from then on (`mpishard.allocator`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it. Its message then has the line to type: ``mpirun -n N`` and what `command` gives for
@@ -343,6 +345,7 @@ def load(
         raise UserError(f"compute_dtype {compute_dtype!r} must be one of {', '.join(DTYPES)}")
     if max_positions is not None and not 1 <= max_positions <= MOST_POSITIONS:
         raise UserError(f"max_positions {max_positions} must be 1 to {MOST_POSITIONS}")
+    keep_freed_memory()
     with together(comm):
         source = open_source(path)
         layout = _layout(source, comm.size, tp, dp, cp, command, switches)

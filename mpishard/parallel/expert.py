@@ -125,12 +125,12 @@ class Mixture:
         return Routes(ids_nA, weights_nA, self.slots.place(ids_nA, kept_nA, mesh.experts.rank))
 
     def partial(self, rows_MD: np.ndarray, expert_M: np.ndarray) -> np.ndarray:
-        """What this rank's experts make of rows, each for its expert and all in the order of the
-        experts: (M, D). It is a partial sum, over this rank's part of each expert's width."""
+        """What this rank's experts make of rows, each for its expert, those of an expert together:
+        (M, D). It is a partial sum, over this rank's part of each expert's width."""
         partial_MD = np.empty_like(rows_MD)
         for number, w in self.experts.items():
-            mine = slice(*np.searchsorted(expert_M, [number, number + 1]))
-            if mine.start < mine.stop:
+            mine = np.flatnonzero(expert_M == number)
+            if len(mine):
                 partial_MD[mine] = w.partial(rows_MD[mine])
         return partial_MD
 
@@ -183,10 +183,7 @@ def by_all_to_all(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> n
 
     came_mD = all_to_all(sent_mD, mesh.ep, counts.sent, counts.came)
     rows_MD = all_gather(came_mD, mesh.etp, sizes=counts.of_sharers)
-    expert_M = counts.experts()
-    by_expert_M = np.argsort(expert_M, kind="stable")
-    partial_MD = np.empty_like(rows_MD)
-    partial_MD[by_expert_M] = w.partial(rows_MD[by_expert_M], expert_M[by_expert_M])
+    partial_MD = w.partial(rows_MD, counts.experts())
     done_mD = reduce_scatter(partial_MD, mesh.etp, sizes=counts.of_sharers)
     w.add_bias(done_mD, counts.experts(mesh.etp.rank))
     back_mD = all_to_all(done_mD, mesh.ep, counts.came, counts.sent)
@@ -208,7 +205,6 @@ def by_gathering(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np
 
     own = w.slots.block(mesh.ep.rank)
     pair_M = np.flatnonzero((own.start <= slots_NA) & (slots_NA < own.stop))
-    pair_M = pair_M[np.argsort(slots_NA.reshape(-1)[pair_M], kind="stable")]
     expert_M = w.slots.expert_Z[slots_NA.reshape(-1)[pair_M]]
     rows_MD = w.partial(x_ND[pair_M // max(A, 1)], expert_M)
     if mesh.etp.rank == 0:  # of the ranks that divide an expert's width, one adds its bias
