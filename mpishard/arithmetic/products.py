@@ -6,7 +6,8 @@ memory that it reads (it copies the weight into its own packed order first). The
 walked in blocks of rows that stay in cache:
 
 - 2 and 3 rows: a matrix-vector product per row for each block; the block comes from memory once.
-- 4 to 32 rows: products so small that OpenBLAS (on AVX-512 machines) does not pack at all.
+- 4 to 32 rows: products so small that OpenBLAS (on AVX-512 machines) does not pack at all; of wide
+  weights they take some columns at a time.
 - up to 256 rows: ``w @ x.T``, whose long axis is the weight's, is faster than ``x @ w.T``.
 
 ``numpy.matmul`` over a stack of blocks runs the loop over blocks in C.
@@ -14,10 +15,14 @@ walked in blocks of rows that stay in cache:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 # OpenBLAS takes its unpacked path up to M*N*K of 10**6.
 SMALL_PRODUCT = 10**6
+# Such a product has at least so many rows of the weight, if need be of fewer columns.
+SMALL_HEIGHT = 24
 # Bytes of weight that stay in the second-level cache while several vectors use them.
 CACHED_BLOCK = 256 * 1024
 
@@ -50,10 +55,16 @@ def _by_vectors(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
 
 
 def _by_small_products(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
-    height = max(8, min(96, SMALL_PRODUCT // max(1, x_NI.size) // 8 * 8))
-    x_IN = np.ascontiguousarray(x_NI.T)
-    blocks = [(w_bhI @ x_IN).reshape(-1, len(x_NI)) for w_bhI in _blocks(w_OI, height)]
-    return np.ascontiguousarray(np.concatenate(blocks).T)
+    x_IN, (rows, inputs) = np.ascontiguousarray(x_NI.T), x_NI.shape
+    pieces = max(1, math.ceil(SMALL_HEIGHT * x_NI.size / SMALL_PRODUCT))
+    width = max(1, math.ceil(inputs / pieces))  # columns that are summed at a time
+    height = max(8, min(96, SMALL_PRODUCT // max(1, rows * width) // 8 * 8))
+    y_ON = np.zeros((len(w_OI), rows), x_NI.dtype)
+    for start in range(0, inputs, width):
+        x_iN = x_IN[start : start + width]
+        for w_bhI, y_bhN in zip(_blocks(w_OI, height), _blocks(y_ON, height), strict=True):
+            y_bhN += w_bhI[:, :, start : start + width] @ x_iN
+    return np.ascontiguousarray(y_ON.T)
 
 
 def _blocks(w_OI: np.ndarray, height: int) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 from mpishard.arithmetic.products import linear
 
 ROWS = (1, 2, 3, 4, 5, 8, 16, 31, 32, 33, 64, 256, 257, 300)
-SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (0, 8), (8, 0))
+SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (50, 9000), (0, 8), (8, 0))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
