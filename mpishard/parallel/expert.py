@@ -94,6 +94,17 @@ class Routes(NamedTuple):
 Watch = Callable[[Routes, Step, Mesh], None]
 
 
+def by_router(
+    x_nD: np.ndarray, w: Mixture, step: Step, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """The experts of each token, ascending, and their weights: ``(ids_nA, weights_nA)``."""
+    return w.how.route(linear(x_nD, w.router, w.router_bias), w.selection_bias)
+
+
+# Who decides: the router, unless others' decisions are replayed.
+Choose = Callable[[np.ndarray, "Mixture", Step, Mesh], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The router and the experts of one layer on this rank."""
@@ -108,16 +119,13 @@ class Mixture:
     slots: Slots
     capacity: Capacity | None
     dispatch: Dispatch
+    choose: Choose = by_router
     watchers: tuple[Watch, ...] = ()
 
-    def choose(self, x_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The experts of each token, ascending, and their weights: ``(ids_nA, weights_nA)``."""
-        return self.how.route(linear(x_nD, self.router, self.router_bias), self.selection_bias)
-
-    def route(self, x_nD: np.ndarray, mesh: Mesh) -> Routes:
+    def route(self, x_nD: np.ndarray, step: Step, mesh: Mesh) -> Routes:
         """The slots that this rank's tokens go to, rows above the capacity nowhere. Ranks begin
         with different copies, so that those of a few tokens each do not all choose the same."""
-        ids_nA, weights_nA = self.choose(x_nD)
+        ids_nA, weights_nA = self.choose(x_nD, self, step, mesh)
         kept_nA = np.ones(ids_nA.shape, bool)
         if self.capacity is not None:
             kept_nA = self.capacity.kept(ids_nA, weights_nA, len(self.router))
@@ -153,7 +161,7 @@ def feed_forward(
     """What the mixture makes of the residual stream's tokens, which are whole on each rank of the
     ``tp`` group or divided over it, as `stream` (tensor or sequence parallelism) has them."""
     mine_nD = stream.deal(x_nD, mesh)
-    routes = w.route(mine_nD, mesh)
+    routes = w.route(mine_nD, step, mesh)
     for watch in w.watchers:
         watch(routes, step, mesh)
     y_nD = stream.join(w.dispatch(mine_nD, routes, w, mesh), step, mesh)

@@ -37,6 +37,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "ignore_eos": False,
         "prefill_chunk": None,
         "expert_stats": None,
+        "record_routing": None,
+        "replay_routing": None,
         "tp": None,
         "cp": 1,
         "dp": None,
