@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -19,7 +20,7 @@ POSITIONS = 2**31
 
 @dataclass(frozen=True)
 class Decisions:
-    """The experts and weights of tokens, by ascending request and position, each of these once.
+    """The experts and weights of T tokens, by ascending request and position, each of these once.
 
     `where` names them in errors; `names` are those of the requests, by their numbers.
     """
@@ -80,8 +81,9 @@ class Decisions:
         """Whether some token is there twice, in arrays that are sorted."""
         return bool((np.diff(self._keys) == 0).any())
 
-    @property
+    @cached_property
     def _keys(self) -> np.ndarray:
+        """One ascending number for each token's request and position."""
         return self.request_T * POSITIONS + self.position_T
 
     def _refuse(

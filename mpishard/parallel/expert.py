@@ -76,7 +76,7 @@ class Slots:
         """In the place of a slot, that a row is dropped."""
         return len(self.expert_Z)
 
-    def block(self, rank: int) -> slice:
+    def of_rank(self, rank: int) -> slice:
         """The slots of a rank of the ``ep`` group."""
         return slice(self.bounds[rank], self.bounds[rank + 1])
 
@@ -216,7 +216,7 @@ def by_gathering(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np
     weights_NA = all_gather(weights_nA, mesh.experts, sizes=sizes)
     A = slots_NA.shape[1]
 
-    own = w.slots.block(mesh.ep.rank)
+    own = w.slots.of_rank(mesh.ep.rank)
     pair_M = np.flatnonzero((own.start <= slots_NA) & (slots_NA < own.stop))
     pair_M = pair_M[np.argsort(slots_NA.reshape(-1)[pair_M], kind="stable")]
     expert_M = w.slots.expert_Z[slots_NA.reshape(-1)[pair_M]]
@@ -242,13 +242,13 @@ class Counts:
     @property
     def own(self) -> slice:
         """The slots of this rank's block."""
-        return self.slots.block(self.mesh.ep.rank)
+        return self.slots.of_rank(self.mesh.ep.rank)
 
     @property
     def sent(self) -> list[int]:
         """The rows that this rank sends to each block of slots."""
         mine_Z = self.counts[self.mesh.ep.rank, self.mesh.etp.rank]
-        return [int(mine_Z[self.slots.block(rank)].sum()) for rank in range(self.mesh.ep.size)]
+        return [int(mine_Z[self.slots.of_rank(rank)].sum()) for rank in range(self.mesh.ep.size)]
 
     @property
     def came(self) -> list[int]:
