@@ -12,6 +12,8 @@ S     positions of one sequence       J     K / 2, the pairs of a head
 T     positions of one sequence       V     vocabulary
       in the cache                    C     candidates for the next token
 P     (token, head) pairs             R     ranks of a group
+E     experts of a layer              A     experts of a token
+Z     slots with an expert in each    L     layers
 1     an axis of length 1
 ====  ==============================  ====  ===================================
 

@@ -37,13 +37,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
 
 from mpishard.allocator import keep_freed_memory
+from mpishard.arithmetic.decisions import Decisions
 from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.mesh import Mesh
@@ -66,7 +67,9 @@ from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel.data import collect, deal
 from mpishard.parallel.expert_load import Load
+from mpishard.parallel.routing_replay import Recorder, replaying
 from mpishard.storage.directory import read_json
+from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
 from mpishard.storage.weights import load_weights
@@ -110,6 +113,8 @@ class Model:
     config: ModelConfig
     mesh: Mesh
     decoder: Decoder
+    recorder: Recorder | None = None
+    replayed: Decisions | None = None
 
     @cached_property
     def text(self) -> Text:
@@ -142,6 +147,51 @@ class Model:
         load = Load()
         self.decoder = self.decoder.with_mixtures(load.watching)
         return load
+
+    def record_routing(self) -> None:
+        """From now on, remember what the routers choose for each token. UserError if the model has
+        no experts."""
+        self.check_has_experts("recording the routing")
+        self.recorder = Recorder()
+        self.decoder = self.decoder.with_mixtures(self.recorder.recording)
+
+    def write_routing(self, path: str | Path, names: Sequence[str]) -> None:
+        """Write what was recorded, of one call of `generate` or `logits` whose requests have these
+        names. Collective; OSError if the file cannot be written, on the rank that writes."""
+        assert self.recorder is not None, "record_routing comes first"
+        decisions = self.recorder.gathered(self.mesh, names, self.decoder.dtype)
+        if decisions is not None:
+            write_routing(Path(path), decisions, self.config)
+
+    def replay_routing(self, path: str | Path, names: Sequence[str]) -> None:
+        """From now on, do not ask the routers but a file that `write_routing` wrote: the requests
+        of the next call have these names. Collective.
+
+        UserError if the file cannot be read, is of another model, or lacks one of the requests.
+        """
+        self.check_has_experts("replaying a routing")
+        where = f"the routing in {path}"
+        with together(self.mesh.world.comm):
+            replayed = read_routing(Path(path), self.config, where).of(names)
+        self.replayed = replayed
+        self.decoder = self.decoder.with_mixtures(partial(replaying, replayed))
+
+    def _check_routing(self, encoded: Sequence[Sequence[int]], chosen: int) -> None:
+        """Refuse sequences, of which up to `chosen` more tokens will be fed, whose routing cannot
+        be recorded, or which what is to be replayed does not have (UserError)."""
+        if self.recorder is None and self.replayed is None:
+            return
+        for place, ids in enumerate(encoded):
+            longest = min(len(ids) + chosen, self.config.max_positions)
+            if chosen and self.decoder.depends_on_length(longest):
+                raise UserError(
+                    f"the dynamic rope of {self.path} takes a sequence of {longest} tokens in "
+                    "again for every token chosen, so that a token is routed many times, which is "
+                    "neither recorded nor replayed: use fewer tokens, or score them with logits"
+                )
+            if self.replayed is not None:
+                request_S = np.full(len(ids), place)
+                self.replayed.find(request_S, np.arange(len(ids)), np.array(ids, np.int64))
 
     def check_has_experts(self, what: str) -> None:
         """Refuse `what` is asked of experts where there are none (UserError)."""
@@ -179,6 +229,7 @@ class Model:
         encoded = [self.encode(prompt, chat) for prompt in prompts]
         for place, ids in enumerate(encoded):
             self.check(ids, f"prompt {place + 1}")
+        self._check_routing(encoded, max_tokens - 1)
         mine = deal(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
         text = self.text if self.has_tokenizer or stop or on_text else None
@@ -240,6 +291,7 @@ class Model:
         for place, ids in enumerate(encoded):
             self.check(ids, f"sequence {place + 1}")
         _check_chunk(prefill_chunk)
+        self._check_routing(encoded, 0)
         return self._rounds(encoded, hidden_states, prefill_chunk)
 
     def _rounds(
@@ -378,7 +430,7 @@ def _check_arguments(switches: dict[str, bool | float | str | None]) -> None:
 
 
 @contextmanager
-def together(comm: MPI.Intracomm) -> Iterator[None]:
+def together(comm: MPI.Comm) -> Iterator[None]:
     """What is done within fails on all ranks of `comm` if it fails on one: a UserError of any rank
     is raised, the lowest rank's, after all have come to the end."""
     mine = None

@@ -226,6 +226,17 @@ def _add_expert_stats(command: Parser) -> None:
     )  # fmt: skip
 
 
+def _add_routing(command: Parser) -> None:
+    command.add_argument(
+        "--record-routing", default=None, metavar="FILE.npz",
+        help="write the experts and weights that the routers of a mixture choose for each token",
+    )  # fmt: skip
+    command.add_argument(
+        "--replay-routing", default=None, metavar="FILE.npz",
+        help="take the experts and weights that --record-routing wrote, and do not ask the routers",
+    )  # fmt: skip
+
+
 def _add_shard(commands) -> None:
     command = _add_command(commands, "shard", "Cut a model into one HDF5 file for each rank.")
     command.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
@@ -299,6 +310,7 @@ def _add_generate(commands) -> None:
         "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
     )
     _add_expert_stats(command)
+    _add_routing(command)
     _add_layout(command)
 
 
@@ -319,6 +331,7 @@ def _add_logits(commands) -> None:
     )  # fmt: skip
     _add_chunk(command)
     _add_expert_stats(command)
+    _add_routing(command)
     _add_layout(command)
 
 

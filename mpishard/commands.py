@@ -86,6 +86,8 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     model = _load(args, world)
     load = _count_load(args, model, world)
     prompts = _read_prompts(args.prompt, world)
+    names = [str(place) for place in range(len(prompts))]  # the ids of --json
+    _watch_routing(args, model, names, world)
     streams = len(prompts) == 1 and not args.json
     timing, started = Timing(), perf_counter()
     mine = len(deal(len(prompts), model.mesh))
@@ -107,6 +109,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         print(flush=True)
     else:
         _print_completions(completions, args.json)
+    _write_routing(args, model, names, world)
     _summary(model, timing, seconds)
     _report_load(args, model, load)
 
@@ -122,6 +125,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     load = _count_load(args, model, world)
     sequences = [_encode_line(model, line, where) for where, line in lines]
     names = [line["id"] for _, line in lines]
+    _watch_routing(args, model, names, world)
     started = perf_counter()
     scores = model.logits(sequences, args.hidden_states, args.prefill_chunk)
     with _bar(world, len(sequences), "scoring", "sequence") as advance:
@@ -131,6 +135,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
             for _ in scores:
                 pass
     seconds = perf_counter() - started
+    _write_routing(args, model, names, world)
     tokens = sum(map(len, sequences)) if world.rank == 0 else 0  # counted once for all replicas
     _summary(model, Timing(prompt_tokens=tokens, prompt_seconds=seconds), seconds)
     _report_load(args, model, load)
@@ -189,6 +194,43 @@ def _count_load(args: argparse.Namespace, model: Model, world: MPI.Intracomm) ->
         if args.expert_stats and world.rank == 0:
             _check_output("--expert-stats", Path(args.expert_stats))
     return model.count_load()
+
+
+def _watch_routing(
+    args: argparse.Namespace, model: Model, names: list[str], world: MPI.Intracomm
+) -> None:
+    """The beginning of --record-routing and --replay-routing, for requests of these names."""
+    record, replay = args.record_routing, args.replay_routing
+    for flag, path in (("--record-routing", record), ("--replay-routing", replay)):
+        if path is not None:
+            model.check_has_experts(flag)
+    if record is not None and replay is not None:
+        raise UserError(
+            f"--record-routing {record} would write what --replay-routing {replay} reads: leave "
+            "one of them out"
+        )
+    if record is not None:
+        with together(world):
+            if world.rank == 0:
+                _check_output("--record-routing", Path(record))
+        model.record_routing()
+    if replay is not None:
+        model.replay_routing(replay, names)
+
+
+def _write_routing(
+    args: argparse.Namespace, model: Model, names: list[str], world: MPI.Intracomm
+) -> None:
+    """The end of --record-routing."""
+    if args.record_routing is None:
+        return
+    with together(world):
+        try:
+            model.write_routing(args.record_routing, names)
+        except OSError as error:
+            raise UserError(
+                f"--record-routing {args.record_routing} cannot be written: {error.strerror}"
+            ) from None
 
 
 def _report_load(args: argparse.Namespace, model: Model, load: Load | None) -> None:

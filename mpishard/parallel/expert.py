@@ -77,7 +77,7 @@ class Slots:
         """In the place of a slot, that a row is dropped."""
         return len(self.expert_Z)
 
-    def block(self, rank: int) -> slice:
+    def of_rank(self, rank: int) -> slice:
         """The slots of a rank of the ``ep`` group."""
         return slice(self.bounds[rank], self.bounds[rank + 1])
 
@@ -95,6 +95,17 @@ class Routes(NamedTuple):
 Watch = Callable[[Routes, Step, Mesh], None]
 
 
+def by_router(
+    x_nD: np.ndarray, w: Mixture, step: Step, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """The experts of each token, ascending, and their weights: ``(ids_nA, weights_nA)``."""
+    return w.how.route(linear(x_nD, w.router, w.router_bias), w.selection_bias)
+
+
+# Who decides: the router, unless others' decisions are replayed.
+Choose = Callable[[np.ndarray, "Mixture", Step, Mesh], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The router and the experts of one layer on this rank."""
@@ -109,16 +120,13 @@ class Mixture:
     slots: Slots
     capacity: Capacity | None
     dispatch: Dispatch
+    choose: Choose = by_router
     watchers: tuple[Watch, ...] = ()
 
-    def choose(self, x_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The experts of each token, ascending, and their weights: ``(ids_nA, weights_nA)``."""
-        return self.how.route(linear(x_nD, self.router, self.router_bias), self.selection_bias)
-
-    def route(self, x_nD: np.ndarray, mesh: Mesh) -> Routes:
+    def route(self, x_nD: np.ndarray, step: Step, mesh: Mesh) -> Routes:
         """The slots that this rank's tokens go to, rows above the capacity nowhere. Ranks begin
         with different copies, so that those of a few tokens each do not all choose the same."""
-        ids_nA, weights_nA = self.choose(x_nD)
+        ids_nA, weights_nA = self.choose(x_nD, self, step, mesh)
         kept_nA = np.ones(ids_nA.shape, bool)
         if self.capacity is not None:
             kept_nA = self.capacity.kept(ids_nA, weights_nA, len(self.router))
@@ -151,7 +159,7 @@ def feed_forward(
     """What the mixture makes of the residual stream's tokens, which are whole on each rank of the
     ``tp`` group or divided over it, as `stream` (tensor or sequence parallelism) has them."""
     mine_nD = stream.deal(x_nD, mesh)
-    routes = w.route(mine_nD, mesh)
+    routes = w.route(mine_nD, step, mesh)
     for watch in w.watchers:
         watch(routes, step, mesh)
     y_nD = stream.join(w.dispatch(mine_nD, routes, w, mesh), step, mesh)
@@ -203,7 +211,7 @@ def by_gathering(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np
     weights_NA = all_gather(weights_nA, mesh.experts, sizes=sizes)
     A = slots_NA.shape[1]
 
-    own = w.slots.block(mesh.ep.rank)
+    own = w.slots.of_rank(mesh.ep.rank)
     pair_M = np.flatnonzero((own.start <= slots_NA) & (slots_NA < own.stop))
     expert_M = w.slots.expert_Z[slots_NA.reshape(-1)[pair_M]]
     rows_MD = w.partial(x_ND[pair_M // max(A, 1)], expert_M)
@@ -228,13 +236,13 @@ class Counts:
     @property
     def own(self) -> slice:
         """The slots of this rank's block."""
-        return self.slots.block(self.mesh.ep.rank)
+        return self.slots.of_rank(self.mesh.ep.rank)
 
     @property
     def sent(self) -> list[int]:
         """The rows that this rank sends to each block of slots."""
         mine_Z = self.counts[self.mesh.ep.rank, self.mesh.etp.rank]
-        return [int(mine_Z[self.slots.block(rank)].sum()) for rank in range(self.mesh.ep.size)]
+        return [int(mine_Z[self.slots.of_rank(rank)].sum()) for rank in range(self.mesh.ep.size)]
 
     @property
     def came(self) -> list[int]:

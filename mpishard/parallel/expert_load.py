@@ -84,7 +84,7 @@ class Load:
         return np.cumsum([self._rows[layer].shape[1] for layer in layers])[:-1]
 
     def _of_this_rank(self, layer: int, rows: np.ndarray, mesh: Mesh) -> np.ndarray:
-        return rows[:, self._slots[layer].block(mesh.ep.rank)].sum(axis=1)
+        return rows[:, self._slots[layer].of_rank(mesh.ep.rank)].sum(axis=1)
 
     def _by_expert(self, layer: int) -> np.ndarray:
         """This rank's counts by expert, the dropped ones last: (phases, E + 1)."""

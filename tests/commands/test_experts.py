@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import write_checkpoint
 from tiny_text import write_speaker
 
@@ -146,6 +149,94 @@ def test_placements_that_do_not_fit(mixture, model, tmp_path):
     assert sentence.startswith(f'--expert-placement {places} has "ep" 3, but --ep is 2: make')
     asked[1] = model
     assert "no effect" in refusal_here(*asked)
+
+
+@pytest.fixture(scope="module")
+def misled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with routers that choose otherwise."""
+    path = write_speaker(VARIANT, tmp_path_factory.mktemp("misled"))
+    weights = load_file(path / "model.safetensors")
+    for name in weights:
+        if name.endswith("gate.weight"):
+            weights[name] = -weights[name]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_routing_is_recorded_and_replayed(mixture, misled, tmp_path):
+    """By generate on one rank, then by both commands on others and other routers."""
+    routing, double = tmp_path / "routing.npz", ["--compute-dtype", "float64"]
+    expected = completions(None, mixture, *ASKED, *double, "--record-routing", routing)
+    replay = [*double, "--replay-routing", routing]
+    assert completions(None, misled, *ASKED, *double) != expected
+    for how in ("--tp 2 --ep 2 --dp 2", "--cp 2 --tp 2 --ep 4 --sequence-parallel"):
+        assert completions(4, misled, *ASKED, *replay, *how.split()) == expected, how
+
+    lines, found = tmp_path / "in.jsonl", []
+    with np.load(routing) as archive:
+        for request, answer in enumerate(expected):
+            ids = archive["token"][archive["request"] == request].tolist()
+            assert ids[-len(answer["output_ids"]) + 1 :] == answer["output_ids"][:-1]
+            found.append({"id": str(request), "input_ids": ids})
+    lines.write_text("".join(json.dumps(line) + "\n" for line in found))
+    again, scores = tmp_path / "again.npz", []
+    for n, source, flags in (
+        (3, mixture, ["--dp", 3, "--record-routing", again, "--prefill-chunk", 3]),
+        (4, misled, ["--tp", 2, "--dp", 2, "--ep", 4, "--replay-routing", routing]),
+    ):
+        out = tmp_path / f"{n}.npz"
+        answered(n, "logits", source, "--input", lines, "--output", out, *double, *flags)
+        with np.load(out) as archive:
+            scores.append(dict(archive))
+    assert scores[0].keys() == scores[1].keys() == {"0", "1", "2"}
+    for name, expected_SV in scores[0].items():
+        np.testing.assert_allclose(scores[1][name], expected_SV, rtol=0, atol=1e-6)
+    with np.load(routing) as one, np.load(again) as other:
+        for name in one:
+            if name == "weights":
+                np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-9)
+            else:
+                np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_routing_of_tokens_that_are_routed_again_is_not_recorded(mixture, tmp_path):
+    """Beyond its trained length a dynamic rope changes what all tokens so far are."""
+    dynamic = tmp_path / "dynamic"
+    shutil.copytree(mixture, dynamic)
+    config = json.loads((dynamic / "config.json").read_text())
+    config |= {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 8}
+    (dynamic / "config.json").write_text(json.dumps(config))
+    asked = ["generate", dynamic, "--prompt", "d", "--json", "--record-routing", tmp_path / "a.npz"]
+    asked += ["--max-positions", 30]
+    answered(None, *asked, "--max-tokens", 3)
+    sentence = refusal_here(*asked, "--max-tokens", 25)
+    assert sentence.startswith(f"the dynamic rope of {dynamic} takes a sequence of 25 tokens in ag")
+
+
+def test_routing_that_does_not_fit(mixture, model, tmp_path):
+    routing, other = tmp_path / "routing.npz", tmp_path / "other.npz"
+    asked = ["generate", mixture, "--prompt", "the in", "--max-tokens", 3]
+    answered(None, *asked, "--record-routing", routing)
+    replay = ["--replay-routing", routing]
+    assert "--record-routing" in refusal_here(*asked, *replay, "--record-routing", other)
+    assert "there is no directory" in refusal_here(*asked, "--record-routing", tmp_path / "a" / "b")
+    assert refusal_here(*asked, "--prompt", "a", *replay) == (
+        f"the routing in {routing} has no request '1'; it has '0'"
+    )
+    asked[3] = "the on"
+    assert "is of token" in refusal_here(*asked, *replay)
+    asked[3] = "the in"
+    more = [*asked[:-1], 9, "--json"]
+    sentence = refusal(2, *more, *replay, "--tp", 2, "--ep", 2)
+    assert sentence.startswith(f"the routing in {routing} has nothing for position")
+    assert refusal_here("generate", model, "--prompt", "a", *replay) == (
+        "--replay-routing has no effect on a model without experts: leave it out"
+    )
+    another = write_speaker("olmoe-plain", tmp_path / "another")
+    sentence = refusal_here("generate", another, "--prompt", "a", *replay)
+    assert sentence == (
+        f"the routing in {routing} has the \"model_type\" 'mixtral', but the model's is 'olmoe'"
+    )
 
 
 def test_a_load_that_cannot_be_counted_or_written(mixture, model, tmp_path):

@@ -37,6 +37,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "ignore_eos": False,
         "prefill_chunk": None,
         "expert_stats": None,
+        "record_routing": None,
+        "replay_routing": None,
         "tp": None,
         "cp": 1,
         "dp": None,
@@ -81,6 +83,17 @@ def test_a_layout_can_be_typed_as_it_is_written(command):
         args = parse(*command.split(), *str(layout).split())
         switches = {name: getattr(args, name) for name in SWITCHES}
         assert make_layout(24, args.tp, args.dp, args.cp, **switches) == layout
+
+
+def test_switches_of_experts_can_be_typed_as_they_are_written():
+    layout = Layout(2, ep=2, dispatch="gather", capacity=1.25, drop="position", placement="p.json")
+    assert str(layout).endswith(
+        "--ep 2 --expert-dispatch gather --expert-capacity 1.25 --expert-drop position "
+        "--expert-placement p.json"
+    )
+    args = parse("bench", "M", *str(layout).split())
+    switches = {name: getattr(args, name) for name in SWITCHES}
+    assert make_layout(2, args.tp, args.dp, args.cp, **switches) == layout
 
 
 def test_some_flags_may_be_repeated():

@@ -1,0 +1,94 @@
+"""Routing recorded, and replayed in place of the router's, on any layout.
+
+recording  a layer's mixture -> the same, which remembers its routes
+gathered   what the ranks remember -> gather(world) -> all decisions, on rank 0
+replaying  a layer's mixture -> the same, which asks the decisions and not its router
+
+Every token is routed by one rank, which knows its request and position. So both communicate
+nothing while the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mpishard.arithmetic.decisions import Decisions
+from mpishard.arithmetic.packed import Step
+from mpishard.communication.collectives import all_gather, gather
+from mpishard.communication.mesh import Mesh
+from mpishard.errors import UserError
+from mpishard.parallel.expert import Mixture, Routes, routed_here
+
+
+class Recorder:
+    """Remembers the routing of all tokens that this rank routes."""
+
+    def __init__(self) -> None:
+        self._top_k = 0
+        self._tokens: list[np.ndarray] = []  # of each step: requests, positions and ids, (3, n)
+        self._experts: dict[int, list[np.ndarray]] = {}  # by layer
+        self._weights: dict[int, list[np.ndarray]] = {}
+
+    def recording(self, layer: int, w: Mixture) -> Mixture:
+        """The mixture `w` of `layer`, whose routing is now remembered."""
+        self._top_k = w.how.top_k
+        is_first = not self._experts
+        experts = self._experts.setdefault(layer, [])
+        weights = self._weights.setdefault(layer, [])
+
+        def record(routes: Routes, step: Step, mesh: Mesh) -> None:
+            own = routed_here(step, mesh)
+            if is_first:
+                tokens = (step.requests_N[own], step.positions_N[own], step.ids_N[own])
+                self._tokens.append(np.stack(tokens))
+            experts.append(routes.ids_nA)
+            weights.append(routes.weights_nA)
+
+        return replace(w, watchers=(*w.watchers, record))
+
+    def gathered(self, mesh: Mesh, names: Sequence[str], dtype: np.dtype) -> Decisions | None:
+        """The decisions of all ranks, on rank 0, for requests of these names; the others get None.
+        Collective. UserError if a request was fed more than once."""
+        tokens_3n = np.concatenate([np.empty((3, 0), np.int64), *self._tokens], axis=1)
+        counts = all_gather(np.array([tokens_3n.shape[1]]), mesh.world).tolist()
+        tokens_3T = gather(tokens_3n, mesh.world, axis=1, sizes=counts)
+        experts_TLA = gather(self._stacked(self._experts, np.int64), mesh.world, sizes=counts)
+        weights_TLA = gather(self._stacked(self._weights, dtype), mesh.world, sizes=counts)
+        if tokens_3T is None or experts_TLA is None or weights_TLA is None:
+            return None
+        request_T, position_T, token_T = tokens_3T
+        decisions = Decisions(
+            request_T=request_T,
+            position_T=position_T,
+            token_T=token_T,
+            layers=tuple(self._experts),
+            experts_TLA=experts_TLA,
+            weights_TLA=weights_TLA,
+            names=tuple(names),
+        ).sorted_as(request_T, tuple(names))
+        if decisions.twice():
+            raise UserError("a request was fed more than once while its routing was recorded")
+        return decisions
+
+    def _stacked(self, by_layer: dict[int, list[np.ndarray]], dtype: np.typing.DTypeLike):
+        """What was remembered of this rank's tokens: (n, L, A)."""
+        nothing = np.empty((0, self._top_k), dtype)
+        return np.stack([np.concatenate([nothing, *rows]) for rows in by_layer.values()], axis=1)
+
+
+def replaying(decisions: Decisions, layer: int, w: Mixture) -> Mixture:
+    """The mixture `w` of `layer`, with these decisions in place of its router's."""
+    place = decisions.layers.index(layer)
+
+    def choose(
+        x_nD: np.ndarray, w: Mixture, step: Step, mesh: Mesh
+    ) -> tuple[np.ndarray, np.ndarray]:
+        own = routed_here(step, mesh)
+        found_n = decisions.find(step.requests_N[own], step.positions_N[own], step.ids_N[own])
+        weights_nA = decisions.weights_TLA[found_n, place].astype(x_nD.dtype, copy=False)
+        return decisions.experts_TLA[found_n, place], weights_nA
+
+    return replace(w, choose=choose)
