@@ -25,6 +25,12 @@ What depends on a rank's own files fails on all ranks if it fails on one. What e
 rank alone would leave the others waiting for it: ``python -m mpi4py`` ends them too, and so does
 `mpishard.launch.run`, which also gives each rank its share of the cores. Without that, set
 OPENBLAS_NUM_THREADS: every rank would otherwise start as many threads as there are cores.
+
+Where something hangs, or might, a watch says on which rank and in which line:
+
+    with mpishard.Watch(comm, timeout=600, check_collectives=True) as watch:
+        model = mpishard.load("data/cpython-4m", comm, tp=2, dp=2, watch=watch)
+        completions = model.generate(["def read(self", "class Set"])
 """
 
 from __future__ import annotations
@@ -45,6 +51,8 @@ from mpi4py import MPI
 
 from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
+from mpishard.communication.group import Call, Calls, Group
+from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.layout import (
@@ -67,6 +75,7 @@ from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
 from mpishard.storage.weights import load_weights
 from mpishard.text import TOKENIZER, Growing, Text
+from mpishard.watch import Watch
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
 
@@ -305,6 +314,7 @@ def load(
     *,
     cp: int = 1,
     max_positions: int | None = None,
+    watch: Watch | None = None,
     **switches: bool | int | str | None,
 ) -> Model:
     """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
@@ -313,7 +323,8 @@ def load(
     the communicator. `switches` are the other fields of `mpishard.description.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_positions` stands in for the number
-    of positions that the configuration allows, whatever the model was trained for.
+    of positions that the configuration allows, whatever the model was trained for. `watch` watches
+    over everything that the model does: see `mpishard.watch.Watch`.
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it. Its message then has the line to type: ``mpirun -n N`` and what `command` gives for
@@ -324,7 +335,8 @@ def load(
         raise UserError(f"compute_dtype {compute_dtype!r} must be one of {', '.join(DTYPES)}")
     if max_positions is not None and not 1 <= max_positions <= MOST_POSITIONS:
         raise UserError(f"max_positions {max_positions} must be 1 to {MOST_POSITIONS}")
-    with together(comm):
+    calls = watch.calls if watch else Calls()
+    with together(comm, calls):
         source = open_source(path)
         layout = _layout(source, comm.size, tp, dp, cp, command, switches)
         config = source.config
@@ -333,8 +345,8 @@ def load(
         check_runs(config)
         if max_positions is not None:
             config = replace(config, max_positions=max_positions)
-    mesh = Mesh.split(comm, layout, config)
-    with together(comm):
+    mesh = Mesh.split(comm, layout, config, calls)
+    with together(comm, calls):
         weights = load_weights(source, mesh.cut, mesh.weights, DTYPES[compute_dtype])
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
 
@@ -355,15 +367,18 @@ def _check_arguments(switches: dict[str, bool | int | str | None]) -> None:
 
 
 @contextmanager
-def together(comm: MPI.Intracomm) -> Iterator[None]:
+def together(comm: MPI.Intracomm, calls: Calls | None = None) -> Iterator[None]:
     """What is done within fails on all ranks of `comm` if it fails on one: a UserError of any rank
-    is raised, the lowest rank's, after all have come to the end."""
+    is raised, the lowest rank's, after all have come to the end. `calls` are those of this rank
+    that somebody watches or checks."""
     mine = None
     try:
         yield
     except UserError as error:
         mine = str(error)
-    messages = [message for message in comm.allgather(mine) if message is not None]
+    with Call("agreement", Group(comm, "world", Ledger(), calls or Calls())):
+        everyones = comm.allgather(mine)
+    messages = [message for message in everyones if message is not None]
     if messages:
         raise UserError(messages[0])
 

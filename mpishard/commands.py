@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mpishard import bench as benchmark
 from mpishard.api import Completion, Model, Scores, load, together
-from mpishard.communication.collectives import MAX, all_reduce
+from mpishard.communication.collectives import MAX, all_reduce, barrier
 from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
@@ -40,14 +40,14 @@ STDIN_PATIENCE = 5.0  # seconds
 
 def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard shard``: the ranks share the files to be written."""
-    with together(world):
+    with together(world, args.watch.calls):
         conversion = Conversion(open_source(args.model), args.out, args.tp, args.dtype, args.ep)
         if world.rank == 0:
             conversion.prepare()
     with _bar(world, conversion.worker_bytes(world.rank, world.size), "writing", "B") as advance:
         conversion.write(world.rank, world.size, advance)
-    world.Barrier()
-    with together(world):
+    barrier(args.watch.world)
+    with together(world, args.watch.calls):
         if world.rank == 0:
             conversion.finish()
     if world.rank == 0:
@@ -102,7 +102,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard logits``: every array is written as soon as it is there; the file appears under
     its name when it is complete."""
     lines = _read_sequences(Path(args.input), args.hidden_states)
-    with together(world):
+    with together(world, args.watch.calls):
         if world.rank == 0:
             _check_output(Path(args.output), Path(args.input))
     model = _load(args, world)
@@ -140,6 +140,7 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.retyped,
         cp=args.cp,
         max_positions=args.max_positions,
+        watch=args.watch,
         **{name: getattr(args, name) for name in SWITCHES},
     )
     if world.rank == 0:
