@@ -24,13 +24,13 @@ Upper case is the whole dimension, lower case this rank's shard of it, and two r
 2. Only a collective turns a lower-case letter into an upper-case one.
 
 In Python: `load`, and the `Model` that it returns, whose `generate` and `logits` do what the
-commands of the same names do.
+commands of the same names do; `Watch` ends a job that hangs, and says where.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Model", "Sampling", "Scores", "UserError", "load"]
+__all__ = ["Completion", "Model", "Sampling", "Scores", "UserError", "Watch", "load"]
 
 # Imported when asked for: the command line sets the number of threads before NumPy is loaded.
 _HOMES = {
@@ -39,6 +39,7 @@ _HOMES = {
     "Sampling": "mpishard.engine.sampling",
     "Scores": "mpishard.api",
     "UserError": "mpishard.errors",
+    "Watch": "mpishard.watch",
     "load": "mpishard.api",
 }
 

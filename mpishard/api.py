@@ -25,6 +25,12 @@ What depends on a rank's own files fails on all ranks if it fails on one. What e
 rank alone would leave the others waiting for it: ``python -m mpi4py`` ends them too, and so does
 `mpishard.launch.run`, which also gives each rank its share of the cores. Without that, set
 OPENBLAS_NUM_THREADS: every rank would otherwise start as many threads as there are cores.
+
+Where something hangs, or might, a watch says on which rank and in which line:
+
+    with mpishard.Watch(comm, timeout=600, check_collectives=True) as watch:
+        model = mpishard.load("data/cpython-4m", comm, tp=2, dp=2, watch=watch)
+        completions = model.generate(["def read(self", "class Set"])
 """
 
 from __future__ import annotations
@@ -47,6 +53,8 @@ from mpishard.allocator import keep_freed_memory
 from mpishard.arithmetic.decisions import Decisions
 from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import all_reduce, gather
+from mpishard.communication.group import Call, Calls, Group
+from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.expert_placement import ExpertPlacement
@@ -74,6 +82,7 @@ from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, open_source
 from mpishard.storage.weights import load_weights
 from mpishard.text import TOKENIZER, Growing, Text
+from mpishard.watch import Watch
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
 
@@ -171,7 +180,8 @@ class Model:
         """
         self.check_has_experts("replaying a routing")
         where = f"the routing in {path}"
-        with together(self.mesh.world.comm):
+        world = self.mesh.world
+        with together(world.comm, world.calls):
             replayed = read_routing(Path(path), self.config, where).of(names)
         self.replayed = replayed
         self.decoder = self.decoder.with_mixtures(partial(replaying, replayed))
@@ -377,6 +387,7 @@ def load(
     *,
     cp: int = 1,
     max_positions: int | None = None,
+    watch: Watch | None = None,
     **switches: bool | float | str | None,
 ) -> Model:
     """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
@@ -385,8 +396,9 @@ def load(
     the communicator. `switches` are the other fields of `mpishard.description.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_positions` stands in for the number
-    of positions that the configuration allows, whatever the model was trained for. The process
-    keeps memory that it frees from then on (`mpishard.allocator`).
+    of positions that the configuration allows, whatever the model was trained for. `watch` watches
+    over everything that the model does: see `mpishard.watch.Watch`. The process keeps memory that
+    it frees from then on (`mpishard.allocator`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it. Its message then has the line to type: ``mpirun -n N`` and what `command` gives for
@@ -398,7 +410,8 @@ def load(
     if max_positions is not None and not 1 <= max_positions <= MOST_POSITIONS:
         raise UserError(f"max_positions {max_positions} must be 1 to {MOST_POSITIONS}")
     keep_freed_memory()
-    with together(comm):
+    calls = watch.calls if watch else Calls()
+    with together(comm, calls):
         source = open_source(path)
         layout = _layout(source, comm.size, tp, dp, cp, command, switches)
         config = source.config
@@ -407,8 +420,8 @@ def load(
         if max_positions is not None:
             config = replace(config, max_positions=max_positions)
         placement = _placement(layout, config)
-    mesh = Mesh.split(comm, layout, config, placement)
-    with together(comm):
+    mesh = Mesh.split(comm, layout, config, placement, calls)
+    with together(comm, calls):
         weights = load_weights(source, mesh.cut, mesh.weights, DTYPES[compute_dtype])
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
 
@@ -430,15 +443,18 @@ def _check_arguments(switches: dict[str, bool | float | str | None]) -> None:
 
 
 @contextmanager
-def together(comm: MPI.Comm) -> Iterator[None]:
+def together(comm: MPI.Comm, calls: Calls | None = None) -> Iterator[None]:
     """What is done within fails on all ranks of `comm` if it fails on one: a UserError of any rank
-    is raised, the lowest rank's, after all have come to the end."""
+    is raised, the lowest rank's, after all have come to the end. `calls` are those of this rank
+    that somebody watches or checks."""
     mine = None
     try:
         yield
     except UserError as error:
         mine = str(error)
-    messages = [message for message in comm.allgather(mine) if message is not None]
+    with Call("agreement", Group(comm, "world", Ledger(), calls or Calls())):
+        everyones = comm.allgather(mine)
+    messages = [message for message in everyones if message is not None]
     if messages:
         raise UserError(messages[0])
 

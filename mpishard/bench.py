@@ -37,9 +37,10 @@ from mpi4py import MPI
 
 from mpishard.api import Model
 from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
-from mpishard.communication.collectives import MAX, MIN, all_reduce
+from mpishard.communication.collectives import MAX, MIN, all_reduce, barrier
+from mpishard.communication.group import Call, Group
 from mpishard.communication.ledger import Entry, Ledger
-from mpishard.communication.mesh import Group, Mesh
+from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
 from mpishard.description.partition import Weight, weights_of
@@ -387,7 +388,7 @@ def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.nda
 
 def _start_together(world: Group) -> float:
     """The time at which all ranks have come here."""
-    world.comm.Barrier()
+    barrier(world)
     return perf_counter()
 
 
@@ -426,7 +427,8 @@ def _per_step(entry: Entry, steps: int) -> Entry:
 def _matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
     """Work that reads matrices too large together to stay in this rank's part of the caches, and
     their bytes."""
-    node = model.mesh.world.comm.Split_type(MPI.COMM_TYPE_SHARED)
+    with Call("split", model.mesh.world):
+        node = model.mesh.world.comm.Split_type(MPI.COMM_TYPE_SHARED)
     bytes_of_rank = max(RANK_WORKING_SET, NODE_WORKING_SET // node.size)
     node.Free()
     side, dtype = 2048, model.decoder.dtype

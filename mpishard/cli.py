@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,15 +32,21 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             # As tokenizers write it, whatever the locale; file names may have stray bytes.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    return launch.run(lambda world: run_command(sys.argv, world))
+    with ExitStack() as job:
+        return launch.run(lambda world: run_command(sys.argv, world, job))
 
 
-def run_command(argv: Sequence[str], world: MPI.Intracomm) -> None:
-    """Run the command `argv`, program included, on the ranks of `world`. Raises UserError for a
-    wrong call or bad input, and SystemExit after printing help."""
+def run_command(argv: Sequence[str], world: MPI.Intracomm, job: ExitStack) -> None:
+    """Run the command `argv`, program included, on the ranks of `world`, watched until the end of
+    the `job`: a rank that has finished still says so. Raises UserError for a wrong call or bad
+    input, and SystemExit after printing help."""
     args = make_parser().parse_args(argv[1:])
-    from mpishard import commands  # only now: NumPy reads the number of threads when loaded
+    # Only now: NumPy reads the number of threads when loaded.
+    from mpishard import commands
+    from mpishard.watch import Watch
 
+    if "timeout" in args:
+        args.watch = job.enter_context(Watch(world, args.timeout, args.check_collectives))
     args.retyped = lambda tp: retyped(argv, tp)
     getattr(commands, args.command)(args, world)
 
@@ -211,6 +218,21 @@ def _add_layout(command: Parser) -> None:
     )  # fmt: skip
 
 
+def _add_watch(command: Parser) -> None:
+    watch = command.add_argument_group("when something hangs")
+    watch.add_argument(
+        "--timeout", type=number, default=launch.TIMEOUT, metavar="SECONDS",
+        help="end the job, and say where every rank is, when a collective takes longer; ranks that "
+        "wait for one that computes, reads or writes are in a collective, so be generous "
+        f"(default: {launch.TIMEOUT:g}; 0: never)",
+    )  # fmt: skip
+    watch.add_argument(
+        "--check-collectives", action="store_true",
+        help="compare, before each collective, what the ranks are about to do: slow, and a rank "
+        "that does something else is named",
+    )  # fmt: skip
+
+
 def _add_chunk(command: Parser) -> None:
     command.add_argument(
         "--prefill-chunk", type=count, default=None, metavar="N",
@@ -258,6 +280,7 @@ def _add_shard(commands) -> None:
         help="of the stored weights; float32 is mapped into memory without a copy "
         "(default: float32)",
     )  # fmt: skip
+    _add_watch(command)
 
 
 def _add_inspect(commands) -> None:
@@ -312,6 +335,7 @@ def _add_generate(commands) -> None:
     _add_expert_stats(command)
     _add_routing(command)
     _add_layout(command)
+    _add_watch(command)
 
 
 def _add_logits(commands) -> None:
@@ -333,6 +357,7 @@ def _add_logits(commands) -> None:
     _add_expert_stats(command)
     _add_routing(command)
     _add_layout(command)
+    _add_watch(command)
 
 
 def _add_bench(commands) -> None:
@@ -357,6 +382,7 @@ def _add_bench(commands) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     _add_expert_stats(command)
     _add_layout(command)
+    _add_watch(command)
 
 
 def _add_place(commands) -> None:

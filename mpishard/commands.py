@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mpishard import bench as benchmark
 from mpishard.api import Completion, Model, Scores, load, together
-from mpishard.communication.collectives import MAX, all_reduce
+from mpishard.communication.collectives import MAX, all_reduce, barrier
 from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
@@ -49,7 +49,7 @@ STDIN_PATIENCE = 5.0  # seconds
 
 def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard shard``: the ranks share the files to be written."""
-    with together(world):
+    with together(world, args.watch.calls):
         ranks = lcm(args.tp * args.cp, args.ep)
         source = open_source(args.model)
         conversion = Conversion(source, args.out, args.tp, args.dtype, args.ep, ranks)
@@ -57,8 +57,8 @@ def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
             conversion.prepare()
     with _bar(world, conversion.worker_bytes(world.rank, world.size), "writing", "B") as advance:
         conversion.write(world.rank, world.size, advance)
-    world.Barrier()
-    with together(world):
+    barrier(args.watch.world)
+    with together(world, args.watch.calls):
         if world.rank == 0:
             conversion.finish()
     if world.rank == 0:
@@ -118,7 +118,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard logits``: every array is written as soon as it is there; the file appears under
     its name when it is complete."""
     lines = _read_sequences(Path(args.input), args.hidden_states)
-    with together(world):
+    with together(world, args.watch.calls):
         if world.rank == 0:
             _check_output("--output", Path(args.output), Path(args.input))
     model = _load(args, world)
@@ -174,6 +174,7 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.retyped,
         cp=args.cp,
         max_positions=args.max_positions,
+        watch=args.watch,
         **{name: getattr(args, name) for name in SWITCHES},
     )
     if world.rank == 0:
@@ -190,7 +191,7 @@ def _count_load(args: argparse.Namespace, model: Model, world: MPI.Intracomm) ->
     if args.expert_stats is None:
         return None
     model.check_has_experts("--expert-stats")
-    with together(world):
+    with together(world, args.watch.calls):
         if args.expert_stats and world.rank == 0:
             _check_output("--expert-stats", Path(args.expert_stats))
     return model.count_load()
@@ -210,7 +211,7 @@ def _watch_routing(
             "one of them out"
         )
     if record is not None:
-        with together(world):
+        with together(world, args.watch.calls):
             if world.rank == 0:
                 _check_output("--record-routing", Path(record))
         model.record_routing()
@@ -224,7 +225,7 @@ def _write_routing(
     """The end of --record-routing."""
     if args.record_routing is None:
         return
-    with together(world):
+    with together(world, args.watch.calls):
         try:
             model.write_routing(args.record_routing, names)
         except OSError as error:

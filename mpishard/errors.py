@@ -1,4 +1,4 @@
-"""What goes wrong through no fault of the program."""
+"""What goes wrong, and is explained by one sentence."""
 
 
 class UserError(Exception):
@@ -7,4 +7,13 @@ class UserError(Exception):
 
     The command line prints it after ``mpishard: error:`` and ends with status 2, without a
     traceback.
+    """
+
+
+class Mismatch(Exception):
+    """Ranks of a group that do not begin the same collective: one sentence that names two of them,
+    what each begins and from where.
+
+    A fault of the program, found by comparing the ranks before the collective could hang or mix up
+    their data: the command line ends with status 1.
     """

@@ -20,15 +20,21 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from mpishard.errors import UserError
+from mpishard.errors import Mismatch, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Seconds after which a rank that failed no longer waits for the others to end as well.
 AGREEMENT_SECONDS = 1.0
+# Seconds in which a launcher takes over what a rank has printed: MPICH's may lose the last words of
+# one that aborts right after them.
+LAST_WORDS_SECONDS = 0.2
+
+# Seconds that a collective may take, unless told otherwise: see `mpishard.watch`.
+TIMEOUT = 1800.0
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
@@ -121,12 +127,44 @@ def _launcher() -> int | None:
     return None
 
 
+class Outcome(NamedTuple):
+    """What a rank comes to: its exit status and the message, if any, that explains it. A message
+    that says all there is to say needs no rank that it is from."""
+
+    status: int
+    message: str = ""
+    is_complete: bool = True
+
+
 def run(main: Callable[[MPI.Intracomm], None]) -> int:
     """`main`, called with the world; the exit status of the job.
 
-    An exception on any rank ends all of them with one message: status 2 after a UserError, 1
-    after anything else, with its traceback where it is a fault of the program.
+    An exception on any rank ends all of them with one message, which names the rank unless all
+    fail alike: status 2 after a UserError, 1 after anything else, with its traceback where it is a
+    fault of the program.
     """
+    try:
+        return _run(main)
+    except KeyboardInterrupt:
+        return _end_alone(130, "")
+    except BaseException:  # before `main` or after it
+        fault = traceback.format_exc()
+        return _end_alone(1, f"a fault of the start or the end of this rank:\n{fault}")
+
+
+def _end_alone(status: int, message: str) -> int:
+    """The exit status of a rank that failed where no other rank expects it to, and could wait for
+    it: with MPI started, all ranks end here."""
+    world = getattr(sys.modules.get("mpi4py.MPI"), "COMM_WORLD", None)
+    if world is None:
+        report(message)
+        return status
+    report(message and _signed(message, world))
+    end_all(world, status)
+    return status
+
+
+def _run(main: Callable[[MPI.Intracomm], None]) -> int:
     sys.unraisablehook = _interrupt_later
     if not faulthandler.is_enabled():
         faulthandler.enable()  # launchers do not say which rank was killed by a signal, nor where
@@ -134,41 +172,42 @@ def run(main: Callable[[MPI.Intracomm], None]) -> int:
         world = start()
     except UserError as error:
         if not _announced(RANK_VARIABLES):  # of jobs that do not know of each other, the first
-            _report(str(error))
+            report(str(error))
         return 2
-    except KeyboardInterrupt:
-        return 130
     alarm = world.Dup()  # a private context: no message of the program can match its messages
     if world.rank > 0:
         sys.stdout = open(os.devnull, "w")  # results come from one rank only
-    status, message = _attempt(main, world)
-    return _end_together(alarm, status, message)
+    return _end_together(alarm, _attempt(main, world))
 
 
-def _attempt(main: Callable[[MPI.Intracomm], None], world: MPI.Intracomm) -> tuple[int, str]:
-    """The exit status that `main` deserves, and the message, if any, that explains it."""
+def _attempt(main: Callable[[MPI.Intracomm], None], world: MPI.Intracomm) -> Outcome:
+    """What `main` comes to on this rank."""
     where = f" on rank {world.rank} of {world.size}" if world.size > 1 else ""
     try:
         main(world)
         sys.stdout.flush()
     except SystemExit as end:  # --help and --version
-        return (1, end.code) if isinstance(end.code, str) else ((end.code or 0) & 255, "")
+        if isinstance(end.code, str):
+            return Outcome(1, end.code, is_complete=False)
+        return Outcome((end.code or 0) & 255)
     except UserError as error:
-        return 2, str(error)
-    except KeyboardInterrupt:
-        return 130, "interrupted"
+        return Outcome(2, str(error), is_complete=False)
+    except Mismatch as error:  # which names two ranks
+        return Outcome(1, str(error))
+    except KeyboardInterrupt:  # which the launcher passes on to all ranks
+        return Outcome(130, "interrupted")
     except BrokenPipeError:  # the reader of our output has left
-        return 1, ""
+        return Outcome(1)
     except MemoryError as error:
-        return 1, f"out of memory{where}: {error}"
+        return Outcome(1, f"out of memory{where}: {error}")
     except OSError as error:
-        return 1, f"the system refused{where}: {error}"
+        return Outcome(1, f"the system refused{where}: {error}")
     except BaseException:
-        return 1, f"a fault of the program{where}:\n{traceback.format_exc()}"
-    return 0, ""
+        return Outcome(1, f"a fault of the program{where}:\n{traceback.format_exc()}")
+    return Outcome(0)
 
 
-def _end_together(alarm: MPI.Intracomm, status: int, message: str) -> int:
+def _end_together(alarm: MPI.Intracomm, mine: Outcome) -> int:
     """The exit status of the job, after one of the ranks that failed has printed its message.
 
     Where all ranks come here, they exchange their statuses and return, so that MPI ends in order
@@ -181,14 +220,14 @@ def _end_together(alarm: MPI.Intracomm, status: int, message: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _flush_or_discard()
     others = [rank for rank in range(alarm.size) if rank != alarm.rank]
-    speaks = status != 0 and not _notice_from(others, alarm)
+    speaks = mine.status != 0 and not _notice_from(others, alarm)
     notices = [alarm.Isend(b"", rank) for rank in others if speaks]
     outcomes = bytearray(2 * alarm.size)
-    exchange = alarm.Iallgather(bytes([status, speaks]), outcomes)
-    deadline = time.monotonic() + (AGREEMENT_SECONDS if status else math.inf)
+    exchange = alarm.Iallgather(bytes([mine.status, speaks]), outcomes)
+    deadline = time.monotonic() + (AGREEMENT_SECONDS if mine.status else math.inf)
     while not exchange.Test():
         if time.monotonic() > deadline:
-            _abort(alarm, status, message if speaks else "")
+            _abort(alarm, mine.status, _alone(mine, alarm) if speaks else "")
         time.sleep(0.002)
     speakers = [rank for rank in range(alarm.size) if outcomes[2 * rank + 1]]
     for rank in speakers:
@@ -197,18 +236,34 @@ def _end_together(alarm: MPI.Intracomm, status: int, message: str) -> int:
     for notice in notices:
         notice.Wait()
     if alarm.rank in speakers[:1]:
-        _report(message)
+        alike = set(outcomes[::2]) == {mine.status}
+        report(mine.message if alike else _alone(mine, alarm))
     return outcomes[2 * speakers[0]] if speakers else 0
+
+
+def _alone(mine: Outcome, comm: MPI.Intracomm) -> str:
+    """The message of a rank that failed where others did not, which says so."""
+    return mine.message if mine.is_complete else _signed(mine.message, comm)
+
+
+def _signed(message: str, comm: MPI.Intracomm) -> str:
+    return f"rank {comm.rank} of {comm.size}: {message}" if comm.size > 1 else message
 
 
 def _abort(alarm: MPI.Intracomm, status: int, message: str) -> None:
     """End all ranks, after printing `message`, unless a rank that comes first is about to."""
     if message and not _notice_from(range(alarm.rank), alarm):
-        _report(message)
+        report(message)
     else:
         time.sleep(AGREEMENT_SECONDS)  # the end comes within that time from the rank that speaks
+    end_all(alarm, status)
+
+
+def end_all(comm: MPI.Intracomm, status: int) -> None:
+    """End all ranks of the job, wherever they are. MPI_Abort."""
+    time.sleep(LAST_WORDS_SECONDS)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has lines of its own for this
-    alarm.Abort(status)
+    comm.Abort(status)
 
 
 def _notice_from(ranks: Iterable[int], alarm: MPI.Intracomm) -> bool:
@@ -217,7 +272,8 @@ def _notice_from(ranks: Iterable[int], alarm: MPI.Intracomm) -> bool:
     return any([alarm.Iprobe(rank) for rank in ranks for _ in range(5)])
 
 
-def _report(message: str) -> None:
+def report(message: str) -> None:
+    """Print what ends the job, if there is anything to say."""
     if message:
         sys.stderr.write(f"mpishard: error: {message}\n")  # at once; print would write it in pieces
 

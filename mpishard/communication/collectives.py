@@ -7,11 +7,13 @@ reduce_scatter  x -> the sum of all ranks' x -> this rank's block of it
 all_to_all      rows for each rank -> rows from each rank
 gather          block -> all ranks' blocks, joined, on rank 0
 broadcast       x -> rank 0's x
+barrier         nothing -> nothing, once all ranks have come
 send_receive    x for one rank -> (arithmetic) -> what another rank sent
 
 Each returns a new array and leaves its argument alone. Data travels through MPI's buffer calls
 (``Allreduce``, not ``allreduce``), so that the bytes in the ledger are the bytes of the arrays.
-Arrays of no elements, on some ranks or all, are ordinary.
+Arrays of no elements, on some ranks or all, are ordinary. Each is a `Call` of its group, which says
+in words what all ranks of the group must agree upon.
 
 MPI counts elements in a C ``int``. Not every library offers the large-count calls of MPI 4, so an
 array of more than `LIMIT` elements goes in several calls of at most `LIMIT` elements; the ledger
@@ -30,23 +32,26 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
-from mpishard.communication.mesh import Group
+from mpishard.communication.group import Call, Group, Parcels
 from mpishard.description.layout import block_sizes
 
 LIMIT = 2**31 - 1
 
 SUM, MAX, MIN = MPI.SUM, MPI.MAX, MPI.MIN
 
+OPERATORS = ((SUM, "sum"), (MAX, "maximum"), (MIN, "minimum"))
+
 
 def all_reduce(x: np.ndarray, group: Group, op: MPI.Op = SUM, limit: int = LIMIT) -> np.ndarray:
     """The sum (or `op`) of every rank's `x`, on every rank. MPI_Allreduce."""
-    started = perf_counter()
-    whole = np.asarray(x, order="C")
-    total = np.empty_like(whole)
-    for source, target in zip(_flat_pieces(whole, limit), _flat_pieces(total, limit), strict=True):
-        group.comm.Allreduce(source, target, op)
+    with Call("all_reduce", group, lambda: f"{_amount(x)} ({_operator(op)})") as call:
+        whole = np.asarray(x, order="C")
+        total = np.empty_like(whole)
+        pieces = zip(_flat_pieces(whole, limit), _flat_pieces(total, limit), strict=True)
+        for source, target in pieces:
+            group.comm.Allreduce(source, target, op)
     p = group.size
-    _enter("all_reduce", group, x.nbytes, 2 * (p - 1) / p * x.nbytes, started)
+    _enter(call, x.nbytes, 2 * (p - 1) / p * x.nbytes)
     return total
 
 
@@ -63,16 +68,16 @@ def all_gather(
     `sizes` are the lengths of all ranks' blocks along `axis`; without them all are as long as
     this rank's.
     """
-    started = perf_counter()
     counts = _counts(sizes, x.shape[axis], group)
-    rows = _front(x, axis)
-    whole = np.empty((sum(counts), *rows.shape[1:]), x.dtype)
 
     def gather_rows(mine: np.ndarray, joined: np.ndarray, lengths: list[int]) -> None:
         group.comm.Allgatherv(mine, [joined, lengths])
 
-    _join_pieces(gather_rows, rows, whole, counts, limit)
-    _enter("all_gather", group, x.nbytes, (group.size - 1) * x.nbytes, started)
+    with Call("all_gather", group, lambda: _blocks_of(counts, x, axis)) as call:
+        rows = _front(x, axis)
+        whole = np.empty((sum(counts), *rows.shape[1:]), x.dtype)
+        _join_pieces(gather_rows, rows, whole, counts, limit)
+    _enter(call, x.nbytes, (group.size - 1) * x.nbytes)
     return _back(whole, axis)
 
 
@@ -89,17 +94,17 @@ def reduce_scatter(
     `sizes` are the lengths of the blocks; without them the axis is divided as evenly as
     `mpishard.description.layout.block` does.
     """
-    started = perf_counter()
     counts = block_sizes(x.shape[axis], group.size) if sizes is None else list(sizes)
     _check_sum(counts, x.shape[axis])
-    rows = _front(x, axis)
-    shard = np.empty((counts[group.rank], *rows.shape[1:]), x.dtype)
-    if x.size <= limit:
-        width = math.prod(rows.shape[1:])
-        group.comm.Reduce_scatter(rows, shard, [count * width for count in counts], SUM)
-    else:
-        _reduce_scatter_pieces(group, rows, shard, counts, limit)
-    _enter("reduce_scatter", group, x.nbytes, x.nbytes - shard.nbytes, started)
+    with Call("reduce_scatter", group, lambda: _blocks_of(counts, x, axis)) as call:
+        rows = _front(x, axis)
+        shard = np.empty((counts[group.rank], *rows.shape[1:]), x.dtype)
+        if x.size <= limit:
+            width = math.prod(rows.shape[1:])
+            group.comm.Reduce_scatter(rows, shard, [count * width for count in counts], SUM)
+        else:
+            _reduce_scatter_pieces(group, rows, shard, counts, limit)
+    _enter(call, x.nbytes, x.nbytes - shard.nbytes)
     return _back(shard, axis)
 
 
@@ -117,7 +122,6 @@ def all_to_all(
     go to rank ``i``, ``receive_sizes[i]`` come from it. Raises ValueError if the rows of `x`, or
     what this rank sends to and receives from itself, are not as many as the sizes say.
     """
-    started = perf_counter()
     rank, p = group.rank, group.size
     _check_sum(send_sizes, len(x))
     if send_sizes[rank] != receive_sizes[rank]:
@@ -125,21 +129,27 @@ def all_to_all(
             f"rank {rank} sends itself {send_sizes[rank]} rows, receives {receive_sizes[rank]}"
         )
     whole = np.empty((sum(receive_sizes), *x.shape[1:]), x.dtype)
-    sent, received = _blocks(np.ascontiguousarray(x), send_sizes), _blocks(whole, receive_sizes)
+
+    def parcels() -> tuple[Parcels, Parcels]:
+        width = math.prod(x.shape[1:])
+        return _parcels(send_sizes, width, x.dtype), _parcels(receive_sizes, width, x.dtype)
 
     # MPICH's Alltoallv copies large rows through small cells of shared memory, where messages from
     # rank to rank go in one copy: 16 MB on 2 ranks take 3.6 ms against 2.2 ms, and 82 ms against
     # 2.3 ms where waiting ranks sleep (MPIR_CVAR_ENABLE_HEAVY_YIELD). For 4 KB the two are equal,
     # so messages it always is: a threshold would need sizes that all ranks know.
-    others = [(rank + step) % p for step in range(1, p)]
-    requests = []
-    for i in reversed(others):
-        requests += _receive(received[i], i, group, limit)
-    for i in others:
-        requests += _send(sent[i], i, group, limit)
-    received[rank][...] = sent[rank]
-    MPI.Request.Waitall(requests)
-    _enter("all_to_all", group, x.nbytes, x.nbytes - sent[rank].nbytes, started)
+    with Call("all_to_all", group, lambda: f"rows of {_width(x, 0)} {x.dtype}", parcels) as call:
+        sent = _blocks(np.ascontiguousarray(x), send_sizes)
+        received = _blocks(whole, receive_sizes)
+        others = [(rank + step) % p for step in range(1, p)]
+        requests = []
+        for i in reversed(others):
+            requests += _receive(received[i], i, group, limit)
+        for i in others:
+            requests += _send(sent[i], i, group, limit)
+        received[rank][...] = sent[rank]
+        MPI.Request.Waitall(requests)
+    _enter(call, x.nbytes, x.nbytes - sent[rank].nbytes)
     return whole
 
 
@@ -152,36 +162,43 @@ def gather(
 ) -> np.ndarray | None:
     """Every rank's `x`, joined along `axis` in the order of the ranks, on rank 0 of the group;
     None elsewhere. MPI_Gatherv. `sizes` as for `all_gather`."""
-    started = perf_counter()
     counts = _counts(sizes, x.shape[axis], group)
-    rows = _front(x, axis)
     is_root = group.rank == 0
-    whole = np.empty((sum(counts) if is_root else 0, *rows.shape[1:]), x.dtype)
 
     def gather_rows(mine: np.ndarray, joined: np.ndarray, lengths: list[int]) -> None:
         group.comm.Gatherv(mine, [joined, lengths] if is_root else None)
 
-    _join_pieces(gather_rows, rows, whole, counts, limit)
-    _enter("gather", group, x.nbytes, 0 if is_root else x.nbytes, started)
+    with Call("gather", group, lambda: _blocks_of(counts, x, axis)) as call:
+        rows = _front(x, axis)
+        whole = np.empty((sum(counts) if is_root else 0, *rows.shape[1:]), x.dtype)
+        _join_pieces(gather_rows, rows, whole, counts, limit)
+    _enter(call, x.nbytes, 0 if is_root else x.nbytes)
     return _back(whole, axis) if is_root else None
 
 
 def broadcast(x: np.ndarray, group: Group, limit: int = LIMIT) -> np.ndarray:
     """Rank 0's `x`, on every rank; elsewhere `x` gives the shape and type. MPI_Bcast."""
-    started = perf_counter()
-    copy = np.array(x, order="C")
-    for piece in _flat_pieces(copy, limit):
-        group.comm.Bcast(piece, root=0)
+    with Call("broadcast", group, lambda: _amount(x)) as call:
+        copy = np.array(x, order="C")
+        for piece in _flat_pieces(copy, limit):
+            group.comm.Bcast(piece, root=0)
     p = group.size
-    _enter("broadcast", group, x.nbytes, (p - 1) / p * x.nbytes, started)
+    _enter(call, x.nbytes, (p - 1) / p * x.nbytes)
     return copy
+
+
+def barrier(group: Group) -> None:
+    """Returns when all ranks of the group have called it. MPI_Barrier. It carries nothing, and the
+    ledger does not count it."""
+    with Call("barrier", group):
+        group.comm.Barrier()
 
 
 @dataclass
 class Pending:
     """An exchange that `send_receive` has begun and `wait` completes."""
 
-    group: Group
+    call: Call
     to: int
     sent: np.ndarray | None  # MPI reads it until `wait` returns
     received: np.ndarray | None  # and writes this
@@ -202,13 +219,14 @@ class Pending:
     def wait(self) -> np.ndarray | None:
         """What was received, None if nothing was to come. MPI_Waitall. To be called once, always:
         until then MPI has the two arrays in use."""
-        started = perf_counter()
-        MPI.Request.Waitall(self.requests)
-        self.seconds += perf_counter() - started
+        with self.call:
+            MPI.Request.Waitall(self.requests)
+        self.seconds += self.call.seconds
         if self.sent is not None or self.received is not None:
+            group = self.call.group
             payload = 0 if self.sent is None else self.sent.nbytes
-            wire = 0 if self.to == self.group.rank else payload
-            self.group.ledger.add("send_receive", self.group.name, payload, wire, self.seconds)
+            wire = 0 if self.to == group.rank else payload
+            group.ledger.add("send_receive", group.name, payload, wire, self.seconds)
         return self.received
 
 
@@ -228,24 +246,59 @@ def send_receive(
     not be changed. None for `x` sends nothing, None for `shape` receives nothing. `dtype` is that
     of the array received; without it, that of `x`. Raises ValueError if there is neither.
     """
-    started = perf_counter()
     sent = None if x is None else np.ascontiguousarray(x)
     received = None
-    requests = []
     if shape is not None:
         if dtype is None:
             if x is None:
                 raise ValueError("send_receive needs the dtype of what it receives, or x to say it")
             dtype = x.dtype
         received = np.empty(shape, dtype)
-        requests += _receive(received, source, group, limit)
-    if sent is not None:
-        requests += _send(sent, to, group, limit)
-    return Pending(group, to, sent, received, requests, perf_counter() - started)
+
+    def parcels() -> tuple[Parcels, Parcels]:
+        return _parcel(sent, to), _parcel(received, source)
+
+    requests = []
+    with Call("send_receive", group, parcels=parcels, parts=2) as call:
+        if received is not None:
+            requests += _receive(received, source, group, limit)
+        if sent is not None:
+            requests += _send(sent, to, group, limit)
+    return Pending(call, to, sent, received, requests, call.seconds)
 
 
-def _enter(operation: str, group: Group, payload: int, wire: float, started: float) -> None:
-    group.ledger.add(operation, group.name, payload, wire, perf_counter() - started)
+def _enter(call: Call, payload: int, wire: float) -> None:
+    """Enter a call that has just ended in the ledger."""
+    group = call.group
+    group.ledger.add(call.operation, group.name, payload, wire, call.seconds)
+
+
+def _amount(x: np.ndarray) -> str:
+    return f"{x.size} {x.dtype}"
+
+
+def _width(x: np.ndarray, axis: int) -> int:
+    """The elements of a row of `x`, whose rows, if there are any, lie along `axis`."""
+    return math.prod(np.delete(x.shape, axis).tolist())
+
+
+def _operator(op: MPI.Op) -> str:
+    return next((name for known, name in OPERATORS if op == known), "an operator of one's own")
+
+
+def _blocks_of(counts: list[int], x: np.ndarray, axis: int) -> str:
+    """All ranks' blocks, of which `x` is made or which `x` is one of, in words."""
+    return f"{'+'.join(map(str, counts))} rows of {_width(x, axis)} {x.dtype}"
+
+
+def _parcels(sizes: Sequence[int], width: int, dtype: np.dtype) -> Parcels:
+    """Rows of `width` elements for or from each rank, as many as `sizes` say."""
+    return {i: (int(size) * width, str(dtype)) for i, size in enumerate(sizes)}
+
+
+def _parcel(x: np.ndarray | None, rank: int) -> Parcels:
+    """`x`, if any, for or from one rank."""
+    return {} if x is None else {rank: (x.size, str(x.dtype))}
 
 
 def _flat_pieces(x: np.ndarray, limit: int) -> list[np.ndarray]:

@@ -19,7 +19,8 @@ send_receive       the array sent, n           n, 0 to itself
 =================  ==========================  ===================================
 
 The seconds are those spent in MPI: of send_receive the beginning, the progress and the end, not the
-arithmetic between them.
+arithmetic between them. What a check of the collectives sends (`mpishard.communication.check`) is
+not counted; the seconds that ranks wait for each other in it are.
 """
 
 from __future__ import annotations

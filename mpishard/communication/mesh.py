@@ -6,30 +6,12 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from mpishard.communication.group import Call, Calls, Group
 from mpishard.communication.ledger import Ledger
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
 from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import Layout, cut_of, set_of, sharers_of
-
-
-@dataclass(frozen=True)
-class Group:
-    """A communicator, the name under which the ledger knows it, and that ledger."""
-
-    comm: MPI.Comm
-    name: str
-    ledger: Ledger
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group."""
-        return self.comm.rank
-
-    @property
-    def size(self) -> int:
-        """The number of ranks in the group; 1 is an ordinary case."""
-        return self.comm.size
 
 
 @dataclass(frozen=True)
@@ -57,18 +39,21 @@ class Mesh:
         layout: Layout,
         config: ModelConfig,
         placement: ExpertPlacement | None = None,
+        calls: Calls | None = None,
     ) -> Mesh:
         """The mesh of `layout` over the ranks of `comm`, for a model's heads and for experts in
         blocks or in this `placement`. MPI_Comm_split.
 
-        Raises ValueError unless `comm` has as many ranks as the layout.
+        `calls` are those of this rank that somebody watches or checks. Raises ValueError unless
+        `comm` has as many ranks as the layout.
         """
         if comm.size != layout.world:
             raise ValueError(f"{layout} needs {layout.world} ranks, not the {comm.size} of comm")
         dp, cp, tp = layout.coordinates(comm.rank)
         # The first rank that holds the same key/value heads stands for all that divide their cache.
         first = sharers_of(config, layout.tp, tp)[1].start if layout.flash_decoding else tp
-        ledger = Ledger()
+        ledger, calls = Ledger(), calls or Calls()
+        world = Group(comm, "world", ledger, calls, tuple(range(comm.size)))
 
         cut = cut_of(config, layout, placement)
         weights = set_of(cut, layout, comm.rank)
@@ -77,19 +62,30 @@ class Mesh:
         etp = max(1, layout.replica // layout.ep)
 
         def group(name: str, color: int, key: int) -> Group:
-            return Group(comm.Split(color, key), name, ledger)
+            part = comm.Split(color, key)
+            return Group(part, name, ledger, calls, _members(part, comm))
 
-        return cls(
-            layout=layout,
-            world=Group(comm, "world", ledger),
-            dp=group("dp", color=cp * layout.tp + tp, key=dp),
-            cp=group("cp", color=dp * layout.tp + tp, key=cp),
-            tp=group("tp", color=dp * layout.cp + cp, key=tp),
-            kv=group("kv", color=dp * layout.tp + first, key=cp * layout.tp + tp),
-            experts=group("experts", color=copy, key=own),
-            ep=group("ep", color=copy * etp + own % etp, key=own // etp),
-            etp=group("etp", color=copy * layout.ep + own // etp, key=own % etp),
-            cut=cut,
-            weights=weights,
-            ledger=ledger,
-        )
+        with Call("split", world):
+            return cls(
+                layout=layout,
+                world=world,
+                dp=group("dp", color=cp * layout.tp + tp, key=dp),
+                cp=group("cp", color=dp * layout.tp + tp, key=cp),
+                tp=group("tp", color=dp * layout.cp + cp, key=tp),
+                kv=group("kv", color=dp * layout.tp + first, key=cp * layout.tp + tp),
+                experts=group("experts", color=copy, key=own),
+                ep=group("ep", color=copy * etp + own % etp, key=own // etp),
+                etp=group("etp", color=copy * layout.ep + own // etp, key=own % etp),
+                cut=cut,
+                weights=weights,
+                ledger=ledger,
+            )
+
+
+def _members(part: MPI.Comm, whole: MPI.Comm) -> tuple[int, ...]:
+    """The ranks of `whole` that the ranks of `part` are."""
+    some, everyone = part.Get_group(), whole.Get_group()
+    ranks = tuple(some.Translate_ranks(None, everyone))
+    some.Free()
+    everyone.Free()
+    return ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def refusal(n: int | None, *words: object, **options: Any) -> str:
 def refusal_here(*words: object) -> str:
     """The same sentence, of a command run in this process: for the many that differ in nothing
     else."""
-    with pytest.raises(UserError) as refused:
-        run_command(["mpishard", *map(str, words)], MPI.COMM_SELF)
+    with pytest.raises(UserError) as refused, ExitStack() as job:
+        run_command(["mpishard", *map(str, words)], MPI.COMM_SELF, job)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -141,7 +142,8 @@ def test_a_step_takes_in_no_more_of_a_prompt_than_a_piece(model, monkeypatch, ca
     for chunk, steps in ((3, [3, 3, 2, 1]), (8, [8, 1]), (None, [8, 1])):
         how = ["--prompt", "a" * 8, "--max-tokens", "2", "--ignore-eos"]
         how += [] if chunk is None else ["--prefill-chunk", str(chunk)]
-        run_command(["mpishard", "generate", str(model), *how], MPI.COMM_SELF)
+        with ExitStack() as job:
+            run_command(["mpishard", "generate", str(model), *how], MPI.COMM_SELF, job)
         assert fed == steps
         fed.clear()
     assert len(set(capfd.readouterr().out.splitlines())) == 1

@@ -55,6 +55,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "placement": None,
         "max_positions": None,
         "compute_dtype": "float32",
+        "timeout": 1800.0,
+        "check_collectives": False,
     }
     assert vars(parse("shard", "M", "OUT", "--tp", "2"))["dtype"] == "float32"
     assert parse("inspect", "M").verify is False

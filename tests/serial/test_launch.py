@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -163,7 +164,7 @@ def test_ranks_that_fail_alike_end_in_order_with_one_message():
 def test_a_rank_that_fails_when_the_others_have_finished_ends_in_order():
     run = ended("if rank == 1: time.sleep(0.3); raise UserError('late')")
     assert run.returncode == 2
-    assert errors_in(run.stderr) == ["mpishard: error: late"]
+    assert errors_in(run.stderr) == ["mpishard: error: rank 1 of 3: late"]
     assert "BAD TERMINATION" not in run.stdout and "Abort" not in run.stderr
 
 
@@ -172,14 +173,15 @@ def test_a_rank_that_fails_alone_ends_those_that_wait(waiting):
     started = time.monotonic()
     run = ended(f"if rank == 1: raise UserError('alone')\n    {waiting}")
     assert run.returncode != 0
-    assert errors_in(run.stderr) == ["mpishard: error: alone"]
+    assert errors_in(run.stderr) == ["mpishard: error: rank 1 of 3: alone"]
     assert time.monotonic() - started < 10
 
 
 def test_some_ranks_that_fail_each_for_itself_end_with_one_message():
     run = ended("if rank: raise UserError('several')\n    world.Barrier()", 4)
     assert run.returncode != 0
-    assert errors_in(run.stderr) == ["mpishard: error: several"]
+    (message,) = errors_in(run.stderr)  # of the rank that was the first
+    assert re.fullmatch("mpishard: error: rank [123] of 4: several", message)
 
 
 def test_the_message_is_that_of_the_rank_that_failed_first():
@@ -195,6 +197,33 @@ def test_a_fault_of_the_program_shows_where_it_is():
     assert errors_in(run.stderr) == ["mpishard: error: a fault of the program on rank 2 of 3:"]
     assert run.stderr.count("Traceback") == 1
     assert "ZeroDivisionError: division by zero" in run.stderr
+
+
+# Faults of the launch itself, where `main` has not begun or is over.
+BROKEN = """
+from mpi4py import MPI
+from mpishard import launch
+def broken(*arguments):
+    if MPI.COMM_WORLD.rank == 1: raise RuntimeError("broken")
+launch.{name} = broken
+"""
+
+
+@pytest.mark.parametrize("name", ["check_launcher", "_flush_or_discard"])
+def test_a_rank_that_fails_before_or_after_its_work_ends_those_that_wait(name):
+    script = BROKEN.format(name=name) + PROGRAM.format(body="world.Barrier()")
+    run = run_mpi(3, ["-c", script], timeout=30)
+    assert run.returncode != 0
+    assert errors_in(run.stderr) == [
+        "mpishard: error: rank 1 of 3: a fault of the start or the end of this rank:"
+    ]
+    assert run.stderr.count("RuntimeError: broken") == 1
+
+
+def test_ranks_that_differ_in_a_collective_need_no_traceback():
+    run = ended("from mpishard.errors import Mismatch; raise Mismatch('0 makes a, 1 makes b')", 2)
+    assert run.returncode == 1
+    assert run.stderr == "mpishard: error: 0 makes a, 1 makes b\n"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,10 @@ FLOORS = (
     ("model",),
     ("engine",),
 )
-SURFACE = ("allocator", "api", "bench", "cli", "commands", "experts", "launch", "text", "__main__")
+SURFACE = (
+    *("allocator", "api", "bench", "cli", "commands", "experts", "launch", "text", "watch"),
+    "__main__",
+)
 
 # The packages of others that a part knows. The surface may know all.
 KNOWS: dict[str, set[str]] = {
