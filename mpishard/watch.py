@@ -44,15 +44,15 @@ from mpishard.launch import TIMEOUT, end_all, report
 # Tags of messages between the threads.
 QUESTION, ANSWER = 1, 2
 
-ANSWER_SECONDS = 3.0  # for which answers are awaited
-LOOK_SECONDS = 1.0  # between two looks at the clock, at most
+ANSWER_SECONDS = 5.0  # for which answers are awaited
+LOOK_SECONDS = 1.0  # between two looks at the clock, at most; at least a hundredth of it
 
 STATES = {
     "T": "is stopped (SIGSTOP, or Ctrl-Z)",
     "t": "is stopped by a debugger",
     "D": "waits for a disk",
-    "R": "computes, in code that keeps Python's lock",
-    "S": "sleeps, in code that keeps Python's lock",
+    "R": "runs, and keeps Python's lock or waits for a core",
+    "S": "sleeps, and keeps Python's lock",
     "Z": "has ended",
 }
 
@@ -131,7 +131,7 @@ class Watch:
 
     def _watch(self) -> None:
         """Look, until this is closed, for a collective that takes too long, and for questions."""
-        look = min(LOOK_SECONDS, self.timeout / 8)
+        look = max(LOOK_SECONDS / 100, min(LOOK_SECONDS, self.timeout / 8))
         last, entry, inside = perf_counter(), None, 0.0
         while not self._closing.wait(look):
             call, now = self.calls.current, perf_counter()

@@ -21,7 +21,7 @@ from mpishard.errors import UserError
 from mpishard.watch import Watch, Whereabouts, _merged
 
 # Seconds for collectives that never end, and for jobs that end long before.
-TIMEOUT, PATIENCE = 2, 60
+TIMEOUT, PATIENCE = 4, 90
 
 # A command whose rank 1 misbehaves at its so-manieth call of one function of one module. The script
 # passes for a part of `mpishard.communication`, so that the line which calls it is taken for the
@@ -115,7 +115,7 @@ def test_a_rank_that_does_something_else_is_asked_where_it_is(model):
     said = message(generated(script("time.sleep(1000)"), model))
     assert re.fullmatch(
         r"mpishard: error: rank 0 of 2 has been in one collective for longer than the timeout of "
-        r"2 s: all_reduce of \d+ float32 \(sum\) \(group tp\)",
+        r"4 s: all_reduce of \d+ float32 \(sum\) \(group tp\)",
         said.splitlines()[0],
     )
     waits, away = place("rank 0", said), place("rank 1", said)
@@ -139,13 +139,13 @@ def test_the_first_collective_of_a_group(model):
 def test_a_rank_that_is_stopped(model):
     said = message(generated(script("os.kill(os.getpid(), signal.SIGSTOP)"), model))
     assert re.fullmatch(f"rank 0: {IN_TP}", place("rank 0", said))
-    assert re.search(r"does not answer: process \d+ on \S+ is stopped", place("rank 1", said))
+    assert re.search(r"does not answer: process \d+ on \S+ is stopped", place("rank 1", said)), said
 
 
 def test_a_rank_that_lets_no_other_thread_run_does_not_answer(model):
     """Regular expressions keep Python's lock, and this one takes for ever."""
     said = message(generated(script("__import__('re').match('(a*)*b', 'a' * 60)"), model))
-    assert re.search(r"process \d+ on \S+ computes, in code that keeps", place("rank 1", said))
+    assert re.search(r"process \d+ on \S+ runs, and keeps Python", place("rank 1", said))
 
 
 def test_a_rank_that_ends_before_the_others(model):
@@ -213,7 +213,7 @@ import sys, time
 from mpi4py import MPI
 import mpishard
 comm = MPI.COMM_WORLD
-with mpishard.Watch(comm, timeout=2) as watch:
+with mpishard.Watch(comm, timeout=4) as watch:
     model = mpishard.load(sys.argv[1], comm, tp=2, watch=watch)
     model.generate(["a"], max_tokens=2)
     if comm.rank == 1:
@@ -233,7 +233,7 @@ def test_a_program_that_watches(model):
 
 def test_ranks_that_wait_for_a_slow_one_less_than_the_timeout_at_a_time(model):
     """Together for longer than the timeout."""
-    slow = generated(script("time.sleep(2)", when="(5, 6, 25, 26)"), model, timeout=6)
+    slow = generated(script("time.sleep(2)", when="(5, 6, 7, 8)"), model, timeout=6)
     assert slow.returncode == 0, slow.stderr
     assert slow.stdout == generated(script(), model).stdout
 
