@@ -143,6 +143,22 @@ def test_copies_share_the_rows_in_turn(comm: MPI.Intracomm, dispatch: str):
                     assert counted.of_ranks == expected + [0] * (comm.size - len(first))
 
 
+@by_both
+def test_what_is_dropped_does_not_depend_on_copies(comm: MPI.Intracomm, dispatch: str):
+    """The capacity is an expert's, not that of a copy."""
+    for layout in LAYOUTS[comm.size]:
+        found, dropped = [], []
+        for placed in (None, placement(layout.ep)):
+            limited = replace(layout, dispatch=dispatch, capacity=0.6)
+            with mesh_of(comm, VARIANT, limited, placed) as mesh:
+                load = Load()
+                found.append(forward(mesh, load))
+                totals = load.totals(mesh)
+                dropped.append([(rows.of_experts, rows.dropped) for rows in totals])
+        assert dropped[0] == dropped[1] and any(number for _, number in dropped[0])
+        np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-9)
+
+
 def test_the_fullest_rank_has_less_to_do(comm: MPI.Intracomm):
     layout = Layout(tp=comm.size, ep=comm.size)
     most = []
