@@ -23,7 +23,7 @@ FLOORS = (
     ("model",),
     ("engine",),
 )
-SURFACE = ("api", "bench", "cli", "commands", "launch", "text", "__main__")
+SURFACE = ("api", "bench", "cli", "commands", "job", "launch", "text", "__main__")
 
 # The packages of others that a part knows. The surface may know all.
 KNOWS: dict[str, set[str]] = {
