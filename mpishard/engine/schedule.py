@@ -206,6 +206,8 @@ class Schedule:
         taken = sum(one.bytes for one in self.running)
         if self.limits.kv_bytes is not None and taken + waiting.bytes > self.limits.kv_bytes:
             return None
+        if not self.limits.piece(1, left, first):
+            return None
         donor, shared, coming = self._prefix(request)
         if coming - shared >= WORTH_SHARING:
             return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from mpishard.errors import UserError
 from mpishard.job.lines import Line, Wishes, read_line
@@ -18,11 +19,12 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Span(NamedTuple):
-    """Where a line of the input is."""
+    """Where a line of the input is, and a checksum of it."""
 
     number: int
     offset: int
     length: int
+    checksum: int
 
 
 class Task:
@@ -38,6 +40,8 @@ class Task:
     ) -> None:
         self.source, self.target, self.wishes = source, target, wishes
         check_output(target, source)
+        if source.exists() and not source.is_file() and not source.is_dir():
+            raise UserError(f"--input {source} is no file: lines have to be read more than once")
         self._spans, self._twice, digest = self._read()
         if not self._spans:
             raise UserError(f"--input {source} has no line to answer")
@@ -69,11 +73,16 @@ class Task:
         return len(self) - len(self.journal)
 
     def line(self, place: int) -> Line:
-        """What the line at `place` asks for."""
+        """What the line at `place` asks for. Raises UserError if the input has changed."""
         span = self._spans[place]
         where = f"{self.source} line {span.number}"
         with open(self.source, "rb") as file:
             content = os.pread(file.fileno(), span.length, span.offset)
+        if crc32(content) != span.checksum:
+            raise UserError(
+                f"{where} is not what it was when the job began: leave --input as it is until the "
+                "job has ended; what the journal has belongs to what was there"
+            )
         line = read_line(content, span.number, self.wishes, where)
         if not line.error and place in self._twice:
             first = self._twice[place]
@@ -127,7 +136,7 @@ class Task:
                     if start == 0 and content.startswith(BOM):
                         start, content = len(BOM), content[len(BOM) :]
                     if content.strip():
-                        yield Span(number, start, len(content)), content
+                        yield Span(number, start, len(content), crc32(content)), content
         except OSError as error:
             raise UserError(f"--input {self.source} cannot be read: {error.strerror}") from None
 

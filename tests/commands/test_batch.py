@@ -254,6 +254,13 @@ def test_what_is_said_on_the_way(model, job, capfd, monkeypatch):
     assert conclusion == f"{work.target}: 8 lines answered"
 
 
+def test_a_terminal_shows_a_bar(model, job, capfd, monkeypatch):
+    monkeypatch.setattr(commands, "reaches_terminal", lambda: True)
+    job(*asked()).here(model, *GREEDY)
+    err = capfd.readouterr().err
+    assert "answering:   0%|" in err and "0/8 " in err and "lines answered," not in err
+
+
 # Ended on the way
 
 
@@ -270,9 +277,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     return Job(tmp_path_factory.mktemp("undisturbed"), LINES).run(2, *WORDS, "--dp", 2)
 
 
-def begin(work: Job, n: int = 2, words: list[Any] = WORDS, **popen: Any) -> Launch:
-    command = ["-m", "mpishard", "batch", *map(str, [*words, *work.files])]
-    return Launch(n, command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, **popen)
+# Steps that leave time to end them.
+SLOW = """
+import runpy, time
+from mpi4py import MPI
+from mpishard import launch
+
+start = launch.start
+
+def slower():
+    world = start()
+    from mpishard.model import Decoder
+    forward = Decoder.forward
+    Decoder.forward = lambda *arguments: (time.sleep(0.01), forward(*arguments))[1]
+    return world
+
+launch.start = slower
+runpy.run_module("mpishard", run_name="__main__", alter_sys=True)
+"""
+
+
+def begin(work: Job, n: int = 2, words: list[Any] = WORDS) -> Launch:
+    command = ["-c", SLOW, "batch", *map(str, [*words, *work.files])]
+    return Launch(n, command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def wait_for(work: Job, lines: int, running: Launch) -> None:
@@ -424,6 +451,22 @@ def test_a_disk_too_full_for_the_output_alone_loses_nothing(model, job, expected
     assert work.here(model, *GREEDY) == expected(*GREEDY)
 
 
+def test_an_input_that_changes_meanwhile_ends_the_job(model, job, monkeypatch):
+    """What was answered stays; what is answered is what was there."""
+    work = job(*asked())
+    text = work.source.read_text()
+    load = commands.load
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        work.source.write_text(text.replace("a man", "a cat"))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(commands, "load", late)
+    message = refusal_here("batch", model, *GREEDY, *work.files, "--max-sequences", "1")
+    assert message.startswith(f"{work.source} line 4 is not what it was when the job began: ")
+    assert 4 not in work.finished()
+
+
 # Refused
 
 
@@ -489,6 +532,9 @@ def test_inputs_that_cannot_be(model, tmp_path):
     empty.write_text("\n \n")
     assert refusal_here(*line, empty) == f"--input {empty} has no line to answer"
     assert sorted(tmp_path.iterdir()) == [empty]
+    os.mkfifo(tmp_path / "pipe")
+    message = refusal_here(*line, tmp_path / "pipe")
+    assert message.endswith("pipe is no file: lines have to be read more than once")
 
 
 @pytest.mark.parametrize(
