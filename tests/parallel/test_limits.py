@@ -141,6 +141,7 @@ def test_what_prompts_begin_with_is_computed_once(
     shared = random.randint(0, config.vocab, length).tolist()
     endings = [[], [1, 2], [3], [1, 2, 5, 6], random.randint(0, config.vocab, 7).tolist()]
     requests = [Request(index, shared + end, 4) for index, end in enumerate(endings)]
+    requests.insert(0, Request(5, shared[:7], 2))  # too short for other frequencies
     right = greedy(variant, requests)
     for mesh, model in recorded(comm, variant):
         dynamic = model.depends_on_length(length + 3)
@@ -148,10 +149,11 @@ def test_what_prompts_begin_with_is_computed_once(
             model.steps.clear()
             answers = generate(model, requests, limits=limits)
             assert [answer.ids for answer in answers] == right, mesh.layout
-            alone = sum(len(request.ids) + 3 for request in requests)
-            if not dynamic:
-                spared = 4 * length if mesh.layout.cp == 1 else 0
-                assert sum(fed(model)) == alone - spared
+            shares = mesh.layout.cp == 1 and not dynamic
+            first = {id(s.cache): s.fresh for step in model.steps[::-1] for s in step.segments}
+            assert list(first.values()).count(False) == 5 * shares
+            alone = sum(len(request.ids) + request.max_tokens - 1 for request in requests)
+            assert dynamic or sum(fed(model)) == alone - shares * (7 + 4 * length)
 
 
 def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.Intracomm):
