@@ -41,7 +41,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -69,9 +69,14 @@ from mpishard.description.layout import (
     check_tensor_parallel,
     make_layout,
 )
-from mpishard.engine.generate import Answer, Request, Timing, check_request, generate
+from mpishard.engine.generate import Timing, check_request, generate
 from mpishard.engine.sampling import Sampling
+from mpishard.engine.schedule import Answer, Limits, Request
 from mpishard.errors import UserError
+from mpishard.job.desk import Progress
+from mpishard.job.lines import Wishes
+from mpishard.job.run import BatchReport, run
+from mpishard.job.task import Task
 from mpishard.model import Decoder
 from mpishard.parallel.data import collect, deal
 from mpishard.parallel.expert_load import Load
@@ -79,9 +84,9 @@ from mpishard.parallel.routing_replay import Recorder, replaying
 from mpishard.storage.directory import read_json
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.shards import ShardDirectory
-from mpishard.storage.source import Source, open_source
+from mpishard.storage.source import Source, fingerprint, open_source
 from mpishard.storage.weights import load_weights
-from mpishard.text import TOKENIZER, Growing, Text
+from mpishard.text import TOKENIZER, Growing, Text, outcome
 from mpishard.watch import Watch
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
@@ -261,17 +266,17 @@ class Model:
             for place in mine
         ]
 
-        def finish(request: Request, answer: Answer) -> None:
-            if request.index in texts:
-                texts[request.index].follow(answer.ids)
-                texts[request.index].finish()
-            if on_finish:
-                on_finish(request.index)
+        outcomes = {}
 
-        answers = generate(
-            self.decoder, requests, on_finish=finish, timing=timing, prefill_chunk=prefill_chunk
-        )
-        results = [_as_json(answer, texts.get(answer.index)) for answer in answers]
+        def finish(request: Request, answer: Answer) -> None:
+            place = request.index
+            outcomes[place] = outcome(answer.ids, answer.finish_reason, texts.get(place))
+            if on_finish:
+                on_finish(place)
+
+        limits = Limits(chunk=prefill_chunk)
+        generate(self.decoder, requests, None, finish, timing, limits)
+        results = [json.dumps(outcomes[place]).encode() for place in mine]
         merged = map(json.loads, collect(results, len(encoded), self.mesh))
         return [
             Completion(
@@ -282,6 +287,43 @@ class Model:
             )
             for prompt, ids, result in zip(prompts, encoded, merged, strict=True)
         ]
+
+    def batch(
+        self,
+        input: str | Path,
+        output: str | Path,
+        wishes: Wishes = Wishes(),  # noqa: B008 (immutable)
+        limits: Limits | None = None,
+        told_to_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> BatchReport:
+        """Answer every line of the file `input` in a line of the file `output`, in their order.
+
+        Lines are those of ``mpishard batch`` and made as `wishes` say where they do not. The
+        replicas, each within `limits`, draw requests as they become free. Answers are kept in a
+        journal beside the output, so that a job that was ended goes on where it ended when the same
+        call is made again; the output appears when all are there, and the journal goes. Both files
+        need to be seen from rank 0 alone. All ranks stop after a step in which `told_to_stop` is
+        true on any of them; `on_progress` is called on rank 0 after answers have been written.
+
+        Raises UserError for an input without lines, an output that exists, and a journal that is
+        another job's, on all ranks, and on rank 0 alone where the disk takes no more.
+        """
+        comm, positions = self.mesh.world.comm, self.config.max_positions
+        dtype = self.decoder.dtype.name
+        with open_batch(comm, self.path, input, output, wishes, dtype, positions) as task:
+            return self.answer(task, limits, told_to_stop, on_progress)
+
+    def answer(
+        self,
+        task: Task | None,
+        limits: Limits | None = None,
+        told_to_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> BatchReport:
+        """Answer the batch that `open_batch` has opened; `batch` does both."""
+        limits = limits or batch_limits()
+        return run(self.decoder, self.path, task, limits, told_to_stop, on_progress)
 
     def logits(
         self,
@@ -426,6 +468,58 @@ def load(
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
 
 
+@contextmanager
+def open_batch(
+    comm: MPI.Comm,
+    path: Path,
+    input: str | Path,
+    output: str | Path,
+    wishes: Wishes,
+    compute_dtype: str,
+    max_positions: int | None,
+    watch: Watch | None = None,
+) -> Iterator[Task | None]:
+    """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
+    directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
+    ranks if on one, as `Task` and `open_source` do."""
+    task = None
+    with together(comm, watch.calls if watch else None):
+        if comm.rank == 0:
+            facts = {
+                "model": fingerprint(path),
+                "compute_dtype": compute_dtype,
+                "max_positions": max_positions or open_source(path).config.max_positions,
+            }
+            task = Task(Path(input), Path(output), wishes, facts)
+    with task or nullcontext():
+        yield task
+
+
+def batch_limits(
+    max_batch_tokens: int = Limits.step_tokens,
+    max_sequences: int | None = None,
+    prefill_chunk: int | None = None,
+    kv_memory: int | None = None,
+) -> Limits:
+    """What a replica takes on at once in a batch: a step of at most `max_batch_tokens` tokens, of
+    at most `max_sequences` sequences (32, or as many as a step has tokens), prompts by pieces of
+    at most `prefill_chunk` tokens (or of what a step has left), and `kv_memory` bytes of KV cache
+    on a rank (half of what is free, over the ranks of its host). Raises UserError for what would
+    have no effect."""
+    sequences = max_sequences or min(Limits.sequences, max_batch_tokens)
+    if sequences > max_batch_tokens:
+        raise UserError(
+            f"--max-sequences {sequences} is more than --max-batch-tokens {max_batch_tokens}: "
+            "each running sequence feeds a token in a step; make one of them fit the other"
+        )
+    if prefill_chunk is not None and prefill_chunk > max_batch_tokens:
+        raise UserError(
+            f"--prefill-chunk {prefill_chunk} has no effect with --max-batch-tokens "
+            f"{max_batch_tokens}, which is less: leave it out"
+        )
+    return Limits(max_batch_tokens, sequences, prefill_chunk or max_batch_tokens, kv_memory)
+
+
 def _check_chunk(prefill_chunk: int | None) -> None:
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
@@ -506,17 +600,6 @@ def _placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:
     return lambda piece: on_text(place, piece) if on_text else None
-
-
-def _as_json(answer: Answer, text: Growing | None) -> bytes:
-    """What makes a Completion of one replica's answer, in a form that travels."""
-    stopped = text is not None and text.stopped
-    result = {
-        "text": None if text is None else str(text),
-        "output_ids": answer.ids,
-        "finish_reason": "stop" if stopped else answer.finish_reason,
-    }
-    return json.dumps(result).encode()
 
 
 def _peak_memory() -> int:

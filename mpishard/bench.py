@@ -223,8 +223,7 @@ def generation_work(model: Decoder, batch: int, start: int, stop: int) -> Work:
     kept_T = np.concatenate([positions[division.kept(positions)] for positions in own])
     seen = batch * visible_keys(config, np.arange(start, stop), kept_T) // (stop - start)
     routed = _routed(model, batch)
-    kept = config.key_width + (0 if config.mla else config.value_width)
-    key_and_value = model.kv_heads * kept * model.dtype.itemsize
+    key_and_value = model.kv_heads * config.kept_width * model.dtype.itemsize
     return Work(
         product_flops=product_flops(*_shard(model), batch, batch, routed),
         attention_flops=_flops_per_key(config, sum(division.heads)) * seen,

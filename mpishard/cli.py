@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -113,6 +114,19 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", 1)}
+
+
+def size(text: str) -> int:
+    """A number of bytes, at least 1, from the command line."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?((?:[KMGT]i?)?)B?", text, re.ASCII)
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in bytes, such as 500MB or 2GiB")
+    return size
+
+
 def number(text: str) -> float:
     """A number from the command line."""
     try:
@@ -136,6 +150,7 @@ def make_parser() -> Parser:
     _add_shard(commands)
     _add_inspect(commands)
     _add_generate(commands)
+    _add_batch(commands)
     _add_logits(commands)
     _add_bench(commands)
     _add_place(commands)
@@ -259,6 +274,40 @@ def _add_routing(command: Parser) -> None:
     )  # fmt: skip
 
 
+def _add_sampling(command: Parser) -> None:
+    sampling = command.add_argument_group(
+        "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
+    )
+    sampling.add_argument(
+        "--max-tokens", "--max-new-tokens", type=count, default=128, metavar="N",
+        help="tokens to generate at most (default: 128)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--temperature", type=number, default=0.0, metavar="X", help="0 is greedy (default: 0)"
+    )
+    sampling.add_argument(
+        "--top-k", type=integer, default=0, metavar="N", help="keep the N likeliest tokens (0: all)"
+    )
+    sampling.add_argument(
+        "--top-p", type=number, default=1.0, metavar="X",
+        help="keep the fewest tokens whose probabilities reach X (default: 1, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--min-p", type=number, default=0.0, metavar="X",
+        help="keep tokens at least X times as probable as the likeliest (default: 0, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--seed", type=integer, default=0, metavar="N", help="of the random numbers (default: 0)"
+    )
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
+    )
+
+
 def _add_shard(commands) -> None:
     command = _add_command(commands, "shard", "Cut a model into one HDF5 file for each rank.")
     command.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
@@ -301,39 +350,52 @@ def _add_generate(commands) -> None:
         "--json", action="store_true", help="print one JSON object a line instead of text"
     )
     _add_chunk(command)
-    sampling = command.add_argument_group(
-        "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
-    )
-    sampling.add_argument(
-        "--max-tokens", "--max-new-tokens", type=count, default=128, metavar="N",
-        help="tokens to generate at most (default: 128)",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--temperature", type=number, default=0.0, metavar="X", help="0 is greedy (default: 0)"
-    )
-    sampling.add_argument(
-        "--top-k", type=integer, default=0, metavar="N", help="keep the N likeliest tokens (0: all)"
-    )
-    sampling.add_argument(
-        "--top-p", type=number, default=1.0, metavar="X",
-        help="keep the fewest tokens whose probabilities reach X (default: 1, all)",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--min-p", type=number, default=0.0, metavar="X",
-        help="keep tokens at least X times as probable as the likeliest (default: 0, all)",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--seed", type=integer, default=0, metavar="N", help="of the random numbers (default: 0)"
-    )
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT",
-        help="end the answer before this text; may be given several times",
-    )  # fmt: skip
-    sampling.add_argument(
-        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
-    )
+    _add_sampling(command)
     _add_expert_stats(command)
     _add_routing(command)
+    _add_layout(command)
+    _add_watch(command)
+
+
+def _add_batch(commands) -> None:
+    command = _add_command(
+        commands,
+        "batch",
+        "Answer a file of requests, spread over the replicas. Killed or told to stop, the same "
+        "command goes on where it ended.",
+    )
+    command.add_argument(
+        "--input", required=True, metavar="IN.jsonl",
+        help='lines of {"id": "a", "prompt": "text"} or with "input_ids": [1, 2], and any sampling '
+        "field of its own, or in the form of OpenAI's Batch API",
+    )  # fmt: skip
+    command.add_argument(
+        "--output", required=True, metavar="OUT.jsonl",
+        help="their answers in the same order; until all are there, OUT.jsonl.journal has them",
+    )  # fmt: skip
+    command.add_argument(
+        "--chat", action="store_true", help="apply the model's chat template to every prompt"
+    )
+    limits = command.add_argument_group("limits", "What each replica takes on at once.")
+    limits.add_argument(
+        "--max-batch-tokens", type=count, default=2048, metavar="N",
+        help="tokens in a step at most, of prompts and answers together (default: 2048)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--max-sequences", type=count, default=None, metavar="N",
+        help="sequences at a time at most (default: 32, or --max-batch-tokens if that is less)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--kv-memory", type=size, default=None, metavar="BYTES",
+        help="KV cache of a rank at most, such as 2GiB (default: half of what is free on its host, "
+        "over the ranks there)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--prefill-chunk", type=count, default=None, metavar="N",
+        help="take prompts in by at most N tokens a step (default: what a step has left)",
+    )  # fmt: skip
+    _add_sampling(command)
+    _add_expert_stats(command)
     _add_layout(command)
     _add_watch(command)
 

@@ -7,9 +7,10 @@ import argparse
 import json
 import os
 import select
+import signal
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from math import lcm
@@ -22,7 +23,7 @@ from mpi4py import MPI
 from tqdm import tqdm
 
 from mpishard import bench as benchmark
-from mpishard.api import Completion, Model, Scores, load, together
+from mpishard.api import Completion, Model, Scores, batch_limits, load, open_batch, together
 from mpishard.communication.collectives import MAX, all_reduce, barrier
 from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
@@ -35,6 +36,10 @@ from mpishard.experts import (
     placement_summary,
     read_loads,
 )
+from mpishard.job.desk import Progress
+from mpishard.job.lines import Wishes, check_fields, name_of, prompt_of, read_object
+from mpishard.job.run import BatchReport
+from mpishard.job.task import Task, check_output
 from mpishard.launch import reaches_terminal, threads_per_rank
 from mpishard.parallel.data import deal
 from mpishard.parallel.expert_load import Load
@@ -45,6 +50,12 @@ from mpishard.storage.source import open_source
 FIELDS = ("id", "input_ids", "prompt")  # of a line of sequences to score
 
 STDIN_PATIENCE = 5.0  # seconds
+
+# The status of a batch that was told to stop and can go on: EX_TEMPFAIL of sysexits.h. Not 143,
+# with which launchers end that were killed themselves.
+TOLD_TO_STOP = 75
+
+REPORT_SECONDS = 30.0  # between two lines about the progress of a batch
 
 
 def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
@@ -80,9 +91,7 @@ def inspect(args: argparse.Namespace, world: MPI.Intracomm) -> None:
 
 def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard generate``: streams the text of one prompt; prints several in their order."""
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    if "" in args.stop:
-        raise UserError("--stop '' is empty: give the text that ends an answer")
+    sampling = _sampling(args)
     model = _load(args, world)
     load = _count_load(args, model, world)
     prompts = _read_prompts(args.prompt, world)
@@ -114,13 +123,39 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     _report_load(args, model, load)
 
 
+def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard batch``: exits with status 75 if it was told to stop before all was answered."""
+    wishes = Wishes(args.max_tokens, _sampling(args), tuple(args.stop), args.ignore_eos, args.chat)
+    limits = batch_limits(
+        args.max_batch_tokens, args.max_sequences, args.prefill_chunk, args.kv_memory
+    )
+    told_to_stop = _notices()
+    files = Path(args.model), args.input, args.output, wishes, args.compute_dtype
+    with open_batch(world, *files, args.max_positions, args.watch) as task:
+        if task and task.journal.damaged:
+            _say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
+        model = _load(args, world)
+        load = _count_load(args, model, world)
+        with _reporter(task) as report:
+            outcome = model.answer(task, limits, told_to_stop, report)
+    count = world.rank == 0  # once for all replicas, whose prompts and answers mix in every step
+    tokens = outcome.prompt_tokens * count, outcome.completion_tokens * count
+    seconds = outcome.seconds
+    _summary(model, Timing(tokens[0], seconds, tokens[1], seconds), seconds)
+    if world.rank == 0:
+        _say(_conclusion(args.output, outcome))
+    _report_load(args, model, load)
+    if not outcome.complete:
+        raise SystemExit(TOLD_TO_STOP)
+
+
 def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard logits``: every array is written as soon as it is there; the file appears under
     its name when it is complete."""
     lines = _read_sequences(Path(args.input), args.hidden_states)
     with together(world, args.watch.calls):
         if world.rank == 0:
-            _check_output("--output", Path(args.output), Path(args.input))
+            check_output("--output", Path(args.output), Path(args.input))
     model = _load(args, world)
     load = _count_load(args, model, world)
     sequences = [_encode_line(model, line, where) for where, line in lines]
@@ -157,10 +192,17 @@ def place(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         return
     source, target = Path(args.stats), Path(args.output)
     loads = read_loads(source)
-    _check_output("--output", target, source, "what is read")
+    check_output("--output", target, source, "what is read")
     placement = place_by_load(loads, args.ep, args.copies)
     _write_json("--output", target, placement.content)
     _say(f"{target}: {placement_summary(loads, placement)}")
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """How tokens are chosen; refuses a --stop that would stop everything."""
+    if "" in args.stop:
+        raise UserError("--stop '' is empty: give the text that ends an answer")
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
 
 
 def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
@@ -193,7 +235,7 @@ def _count_load(args: argparse.Namespace, model: Model, world: MPI.Intracomm) ->
     model.check_has_experts("--expert-stats")
     with together(world, args.watch.calls):
         if args.expert_stats and world.rank == 0:
-            _check_output("--expert-stats", Path(args.expert_stats))
+            check_output("--expert-stats", Path(args.expert_stats))
     return model.count_load()
 
 
@@ -213,7 +255,7 @@ def _watch_routing(
     if record is not None:
         with together(world, args.watch.calls):
             if world.rank == 0:
-                _check_output("--record-routing", Path(record))
+                check_output("--record-routing", Path(record))
         model.record_routing()
     if replay is not None:
         model.replay_routing(replay, names)
@@ -281,6 +323,67 @@ def _read_stdin() -> bytes:
     return sys.stdin.buffer.read()
 
 
+def _notices() -> Callable[[], bool]:
+    """Whether this process has been told to stop, from now on: by SIGTERM, which batch systems
+    send some time before the end, or by SIGUSR1, which they can be asked to."""
+    told: list[int] = []
+    for notice in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(notice, lambda number, _: told.append(number))
+    return lambda: bool(told)
+
+
+@contextmanager
+def _reporter(task: Task | None) -> Iterator[Callable[[Progress], None]]:
+    """What shows the progress of a batch on rank 0: a bar where standard error reaches a terminal,
+    else a line now and then."""
+    started = said = perf_counter()
+
+    def write(progress: Progress) -> None:
+        nonlocal said
+        now = perf_counter()
+        if now - said >= REPORT_SECONDS:
+            said = now
+            _say(_pace(progress, now - started))
+
+    if task is None or not reaches_terminal():
+        yield write
+        return
+    with tqdm(
+        total=len(task), initial=len(task.journal), desc="answering", unit="line", leave=False
+    ) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.set_postfix_str(
+                f"{progress.completion_tokens / (perf_counter() - started):.1f} tokens/s", False
+            )
+            bar.update(progress.done - bar.n)
+
+        yield show
+
+
+def _pace(progress: Progress, seconds: float) -> str:
+    """How far a batch is after some `seconds`, and how long it will take."""
+    left = (progress.total - progress.done) * seconds / max(progress.answered, 1)
+    minutes, rest = divmod(round(left), 60)
+    return (
+        f"{progress.done} of {progress.total} lines answered, "
+        f"{progress.completion_tokens / seconds:.1f} tokens/s, "
+        f"about {minutes // 60}:{minutes % 60:02}:{rest:02} left"
+    )
+
+
+def _conclusion(output: str, outcome: BatchReport) -> str:
+    done = outcome.before + outcome.answered
+    before = f", {outcome.before} of them by an earlier run" if outcome.before else ""
+    refused = f", {outcome.refused} with an error" if outcome.refused else ""
+    if outcome.complete:
+        return f"{output}: {done} lines answered{before}{refused}"
+    return (
+        f"told to stop: {done} of {outcome.total} lines are answered, in {output}.journal"
+        f"{before}{refused}; the same command goes on from there"
+    )
+
+
 def _print_completions(completions: list[Completion], as_json: bool) -> None:
     for place, completion in enumerate(completions):
         if as_json:
@@ -320,27 +423,13 @@ def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str
 
 def _parse_line(text: str, where: str) -> dict[str, Any]:
     """One line's fields, its id as a string."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from None
-    name = line.get("id") if isinstance(line, dict) else None
-    if type(name) not in (str, int) or "\0" in str(name):
-        raise UserError(f'{where} must be an object with an "id", not {text.strip()[:60]}')
-    unknown = sorted(line.keys() - set(FIELDS))
-    if unknown:
-        known = ", ".join(f'"{field}"' for field in FIELDS)
-        raise UserError(f'{where} has the unknown field "{unknown[0]}"; known are {known}')
-    ids, prompt = line.get("input_ids"), line.get("prompt")
-    if (ids is None) == (prompt is None):
-        raise UserError(f'{where} must have either "input_ids" or "prompt"')
-    if prompt is not None and not isinstance(prompt, str):
-        raise UserError(f'{where}: "prompt" must be a string, not {json.dumps(prompt)[:60]}')
-    if ids is not None and not (isinstance(ids, list) and all(type(one) is int for one in ids)):
-        raise UserError(
-            f'{where}: "input_ids" must be a list of integers, not {json.dumps(ids)[:60]}'
-        )
-    return line | {"id": str(name)}
+    line = read_object(text, where)
+    name = str(name_of(line, "id", where))
+    if "\0" in name:
+        raise UserError(f'{where}: the "id" {name!r} cannot name an array: it has a NUL')
+    check_fields(line, FIELDS, where)
+    prompt_of(line, where)
+    return line | {"id": name}
 
 
 def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
@@ -351,21 +440,6 @@ def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
         raise UserError(f"{where}: {error}") from None
     model.check(ids, where)
     return ids
-
-
-def _check_output(
-    flag: str, target: Path, source: Path | None = None, known_as: str = "the --input"
-) -> None:
-    """Refuse what cannot become the file that `flag` names, before any work."""
-    folder = target.parent
-    if target.is_dir():
-        raise UserError(f"{flag} {target} is a directory: give the name of a file")
-    if not folder.is_dir():
-        raise UserError(f"{flag} {target}: there is no directory {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {target}: the directory {folder} cannot be written to")
-    if source is not None and target.exists() and target.samefile(source):
-        raise UserError(f"{flag} {target} is {known_as}: give another name")
 
 
 def _write_scores(

@@ -90,6 +90,13 @@ class Decoder:
         latent = config.mla.kv_rank if config.mla else 0
         return KVCache(config.layers, heads, capacity, width, self.dtype, room, latent)
 
+    def cache_bytes(self, capacity: int) -> int:
+        """At least as many bytes as the cache of a sequence of up to `capacity` positions takes on
+        this rank, however the sequence is fed."""
+        config = self.config
+        position = config.layers * self.kv_heads * config.kept_width * self.dtype.itemsize
+        return self.division.most_room(capacity) * position
+
     def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
         """The logits of this rank's block of the vocabulary after each of its tokens that `step`
         wants: (M, v)."""

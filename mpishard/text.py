@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,20 @@ class Text:
         """The text of `ids`, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def chat(self, user: str) -> list[int]:
-        """The token ids of a conversation that a user opens with the message `user`, up to where
-        the assistant answers.
+    def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation up to where the assistant answers. Its `messages` have a
+        ``role`` and a ``content``; a string is the message of a user who opens it.
 
         Raises UserError if the model has no chat template or it fails.
         """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         settings = _settings(self.directory / "special_tokens_map.json")
         settings |= _settings(self.directory / "tokenizer_config.json")
         try:
             template = _environment().from_string(self._template(settings))
             text = template.render(
-                messages=[{"role": "user", "content": user}],
+                messages=messages,
                 add_generation_prompt=True,
                 tools=None,
                 documents=None,
@@ -187,6 +189,19 @@ class Growing:
             self._pieces.append(self._pending[:length])
             self._write(self._pending[:length])
             self._pending = self._pending[length:]
+
+
+def outcome(
+    answer: Sequence[int], finish_reason: str, growing: Growing | None
+) -> dict[str, str | list[int] | None]:
+    """What an answer's tokens, which are complete, come to: `text`, None without one that grows,
+    `output_ids` and `finish_reason`."""
+    if growing:
+        growing.follow(answer)
+        growing.finish()
+        finish_reason = "stop" if growing.stopped else finish_reason
+    text = None if growing is None else str(growing)
+    return {"text": text, "output_ids": list(answer), "finish_reason": finish_reason}
 
 
 class _Generation(Extension):

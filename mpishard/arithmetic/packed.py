@@ -67,9 +67,11 @@ class Division:
     def most_room(self, length: int) -> int:
         """At least as many positions as this rank keeps of a sequence of up to `length`, however
         many of them are fed in the first step."""
-        mine, sharers = len(self.tokens(0, length)[self.cp_rank]), len(self.heads)
-        # Each of zigzag's two runs may begin and end in the middle of a round.
-        return min(mine, mine // sharers + 2 * self.cp * self.interleave)
+        sharers = len(self.heads)
+        # A first step is divided to within a token or two, what follows to within a round.
+        mine = min(length, length // self.cp + self.interleave + 2)
+        # Each of zigzag's two runs, and what follows, may begin and end in the middle of a round.
+        return min(mine, mine // sharers + 3 * self.cp * self.interleave)
 
 
 class KVCache:
@@ -119,6 +121,18 @@ class KVCache:
         self.length = length
         self.stored, self.held = self.held, self.held + len(positions)
         self.positions[self.stored : self.held] = positions
+
+    def take_over(self, other: KVCache, length: int) -> None:
+        """Begin, from nothing, with what `other` holds of the first `length` positions of its
+        sequence, which are this one's as well. Only for sequences of one and the same rotary
+        frequencies."""
+        self.length = length
+        self.stored = self.held = int(np.searchsorted(other.positions[: other.held], length))
+        kept = slice(self.held)
+        self.positions[kept] = other.positions[kept]
+        self.k[..., kept] = other.k[..., kept]
+        if not self.latent:
+            self.v[:, :, kept] = other.v[:, :, kept]
 
     def store(self, layer: int, k_SgK: np.ndarray, v_SgV: np.ndarray) -> None:
         """Put the keys and values of the positions last taken in their place."""

@@ -171,6 +171,11 @@ class ModelConfig:
         return self.mla.kv_rank if self.mla else self.head_dim
 
     @property
+    def kept_width(self) -> int:
+        """Numbers that a cache keeps of a position in each key/value head."""
+        return self.key_width if self.mla else self.key_width + self.value_width
+
+    @property
     def turned_width(self) -> int:
         """Numbers of a query or key that the rotary embedding turns."""
         return self.mla.rope_dim if self.mla else self.head_dim

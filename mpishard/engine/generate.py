@@ -4,55 +4,65 @@ The engine knows nothing of text; it takes and gives token ids. All ranks of a r
 loop on the same requests and take the same tokens, so that they stay together without asking each
 other anything.
 
-In every step each running sequence feeds its new tokens: a whole prompt, or a chunk of it, when it
-enters, the token just chosen afterwards. When a sequence ends, the next request takes its place.
+In every step sequences feed their new tokens: a whole prompt, or a piece of it, when they enter,
+the token just chosen afterwards (`mpishard.engine.schedule`). When a sequence ends, the next
+request takes its place.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 
-from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
+from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import MAX, all_reduce
-from mpishard.engine.sampling import Draw, Sampling, choose
+from mpishard.engine.sampling import Draw, choose
+from mpishard.engine.schedule import Answer, Limits, Request, Running, Schedule
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel import context
 
-# A step never takes in another prompt that would bring it above so many tokens.
-MAX_STEP_TOKENS = 2048
-MAX_SEQUENCES = 32
+# What a replica has to do next, the more urgent the higher.
+NOTHING, WAIT, STEP, STOP = range(4)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be continued by at most `max_tokens` (1 or more) tokens.
+class Work(Protocol):
+    """Where a replica's requests come from. All its ranks are told the same at the same calls."""
 
-    `index` is its place in the input, to which its random numbers belong. A token of `eos_ids`
-    ends the answer and is its last; so does any token after which `stopped` is true of the tokens
-    so far.
-    """
+    @property
+    def more(self) -> bool:
+        """Whether requests may still come."""
 
-    index: int
-    ids: list[int]
-    max_tokens: int
-    sampling: Sampling = Sampling()
-    eos_ids: frozenset[int] = frozenset()
-    stopped: Callable[[list[int]], bool] | None = None
+    @property
+    def stopping(self) -> bool:
+        """Whether to leave everything as it is."""
+
+    def draw(self, wanted: int, busy: bool) -> list[Request]:
+        """At most `wanted` requests; none where others may come later. Unless the replica is
+        `busy` it may take a moment, in which nothing else would happen."""
 
 
-@dataclass
-class Answer:
-    """The tokens that continue a request; `finish_reason` is "stop" or "length"."""
+class Listed:
+    """Requests that are all there from the beginning."""
 
-    index: int
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
+    stopping = False
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._left = deque(requests)
+
+    @property
+    def more(self) -> bool:
+        """Whether there are any left."""
+        return bool(self._left)
+
+    def draw(self, wanted: int, busy: bool) -> list[Request]:
+        """The next `wanted` of them."""
+        return [self._left.popleft() for _ in range(min(wanted, len(self._left)))]
 
 
 @dataclass
@@ -63,27 +73,6 @@ class Timing:
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generation_seconds: float = 0.0
-
-
-@dataclass
-class _Running:
-    request: Request
-    answer: Answer
-    cache: KVCache
-    fitted: int = 0  # the length whose rotary frequencies the cache has
-
-    def feed(self, model: Decoder, chunk: int | None) -> Feed:
-        """The tokens this sequence is to feed next: of those it has not fed yet at most `chunk`,
-        and all of them again where its cache no longer fits the rotary frequencies of its new
-        length."""
-        ids = self.request.ids + self.answer.ids
-        if model.depends_on_length(len(ids)) and self.fitted != len(ids):
-            self.cache.clear()
-            self.fitted = len(ids)
-        new = ids[self.cache.length :][:chunk]
-        remaining = len(ids) - self.cache.length - len(new)
-        index, prompt = self.request.index, len(self.request.ids)
-        return Feed(np.array(new, np.int64), self.cache, remaining, index, prompt)
 
 
 def check_request(model: Decoder, ids: list[int], what: str) -> None:
@@ -109,41 +98,57 @@ def generate(
     on_token: Callable[[Request, int], None] | None = None,
     on_finish: Callable[[Request, Answer], None] | None = None,
     timing: Timing | None = None,
-    prefill_chunk: int | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (immutable)
 ) -> list[Answer]:
-    """The answers of this replica's `requests`, in their order.
+    """The answers of this replica's `requests`, in their order, as `serve` finds them."""
+    requests = list(requests)
+    answers: dict[int, Answer] = {}
+
+    def finish(request: Request, answer: Answer) -> None:
+        answers[id(request)] = answer
+        if on_finish:
+            on_finish(request, answer)
+
+    serve(model, Listed(requests), finish, on_token, timing, limits)
+    return [answers[id(request)] for request in requests]
+
+
+def serve(
+    model: Decoder,
+    work: Work,
+    on_finish: Callable[[Request, Answer], None],
+    on_token: Callable[[Request, int], None] | None = None,
+    timing: Timing | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (immutable)
+) -> None:
+    """Answer this replica's `work`, within `limits`, until there is no more of it or it is stopped;
+    then the sequences that run are given up.
 
     `on_token` is called with every token as it is chosen, `on_finish` with every answer as it is
-    completed; `timing` is added to. A prompt of more than `prefill_chunk` tokens enters in several
-    steps, beside the sequences that run.
+    completed; `timing` is added to.
     """
     timing = timing if timing is not None else Timing()
-    waiting = deque(requests)
-    running: list[_Running] = []
-    answers: list[Answer] = []
-    while _go_on(model, bool(waiting or running)):
+    schedule = Schedule(model, limits)
+    while True:
         started = perf_counter()
-        feeds = [sequence.feed(model, prefill_chunk) for sequence in running]
-        tokens = sum(len(feed.ids_S) for feed in feeds)
-        entering = _admit(model, waiting, len(running), tokens, prefill_chunk)
-        answers += [sequence.answer for sequence in entering]
-        running += entering
-        feeds += [sequence.feed(model, prefill_chunk) for sequence in entering]
-        _step(model, running, feeds, on_token)
-        _count(timing, running, feeds, perf_counter() - started)
-        for sequence in running:
-            if sequence.answer.finish_reason and on_finish:
-                on_finish(sequence.request, sequence.answer)
-        running = [sequence for sequence in running if not sequence.answer.finish_reason]
-    return answers
+        for request, answer in schedule.add(work.draw(schedule.wanted, schedule.busy)):
+            on_finish(request, answer)
+        turn = _turn(model, schedule, work)
+        if turn in (NOTHING, STOP):
+            return
+        if turn == STEP:
+            _step(model, schedule, on_token, timing, started)
+            for request, answer in schedule.leave():
+                on_finish(request, answer)
 
 
-def _go_on(model: Decoder, busy: bool) -> bool:
-    """Whether there is a step to take: replicas that share experts take theirs together, those
-    without work with no tokens."""
+def _turn(model: Decoder, schedule: Schedule, work: Work) -> int:
+    """What to do next. Replicas that share experts take their steps together, those without work
+    with no tokens, and stop together."""
+    mine = STOP if work.stopping else STEP if schedule.busy else WAIT if work.more else NOTHING
     if model.mesh.layout.together == 1:
-        return busy
-    return bool(all_reduce(np.array(busy, np.int64), model.mesh.experts, MAX))
+        return mine
+    return int(all_reduce(np.array(mine, np.int64), model.mesh.experts, MAX))
 
 
 def next_tokens(model: Decoder, step: Step, draws: list[Draw]) -> list[int]:
@@ -156,44 +161,28 @@ def next_tokens(model: Decoder, step: Step, draws: list[Draw]) -> list[int]:
     return context.whole(chosen, step.answers, mesh).tolist()
 
 
-def _admit(
-    model: Decoder, waiting: deque[Request], sequences: int, tokens: int, chunk: int | None
-) -> list[_Running]:
-    """The requests that enter in a step that feeds `tokens` of running `sequences`, taken off
-    `waiting`."""
-    entering: list[_Running] = []
-    while waiting and sequences + len(entering) < MAX_SEQUENCES:
-        request = waiting[0]
-        first = min(len(request.ids), chunk or len(request.ids))
-        tokens += first
-        if entering and tokens > MAX_STEP_TOKENS:
-            break
-        waiting.popleft()
-        last = len(request.ids) + request.max_tokens - 1  # the last token is never fed
-        cache = model.new_cache(min(last, model.config.max_positions), first)
-        entering.append(_Running(request, Answer(request.index), cache))
-    return entering
-
-
 def _step(
     model: Decoder,
-    running: list[_Running],
-    feeds: list[Feed],
+    schedule: Schedule,
     on_token: Callable[[Request, int], None] | None,
+    timing: Timing,
+    started: float,
 ) -> None:
-    """One pass through the model, and the next token of every running sequence that has fed all
-    it knows."""
-    step = pack(feeds, model.division)
-    complete = [s for s, feed in zip(running, feeds, strict=True) if not feed.remaining]
+    """One pass through the model, and the next token of every sequence that has fed all it
+    knows."""
+    feeds = schedule.next()
+    step = pack([feed for _, feed in feeds], model.division)
+    complete = [sequence for sequence, feed in feeds if not feed.remaining]
     draws = [Draw(s.request.sampling, s.request.index, s.cache.length) for s in complete]
     for sequence, token in zip(complete, next_tokens(model, step, draws), strict=True):
         sequence.answer.ids.append(token)
         sequence.answer.finish_reason = _finish_reason(sequence, token)
         if on_token:
             on_token(sequence.request, token)
+    _count(timing, feeds, perf_counter() - started)
 
 
-def _finish_reason(sequence: _Running, token: int) -> str:
+def _finish_reason(sequence: Running, token: int) -> str:
     request, ids = sequence.request, sequence.answer.ids
     if token in request.eos_ids or (request.stopped and request.stopped(ids)):
         return "stop"
@@ -201,16 +190,16 @@ def _finish_reason(sequence: _Running, token: int) -> str:
     return "length" if len(ids) == request.max_tokens or full else ""
 
 
-def _count(timing: Timing, running: list[_Running], feeds: list[Feed], seconds: float) -> None:
+def _count(timing: Timing, feeds: list[tuple[Running, Feed]], seconds: float) -> None:
     """Add a step: one that took in some of a prompt, or one that only generated."""
     prompts = [
         len(feed.ids_S)
-        for sequence, feed in zip(running, feeds, strict=True)
+        for sequence, feed in feeds
         if sequence.cache.length <= len(sequence.request.ids)
     ]
     if prompts:
         timing.prompt_tokens += sum(prompts)
         timing.prompt_seconds += seconds
-    elif running:
-        timing.generated_tokens += len(running)
+    elif feeds:
+        timing.generated_tokens += len(feeds)
         timing.generation_seconds += seconds

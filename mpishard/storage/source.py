@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from mpishard.errors import UserError
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.storage.directory import CONFIG
+from mpishard.storage.directory import COMPANIONS, CONFIG
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
 
 Source = Checkpoint | ShardDirectory
@@ -34,3 +35,16 @@ def open_source(path: str | Path) -> Source:
             f"{path} has neither {CONFIG} (a Hugging Face directory) nor {MANIFEST} (shards)"
         )
     return Checkpoint.open(path)
+
+
+def fingerprint(path: Path) -> str:
+    """What tells one model directory from another, wherever it lies: a digest of its small files,
+    and of the names and sizes of those with weights."""
+    digest = hashlib.sha256()
+    for name in (*COMPANIONS, MANIFEST):
+        if (path / name).is_file():
+            digest.update(name.encode() + b"\0" + (path / name).read_bytes() + b"\0")
+    weights = [*path.glob("*.safetensors"), *path.glob("rank-*.h5")]
+    for file in sorted(weights):
+        digest.update(f"{file.name} {file.stat().st_size}\0".encode())
+    return f"sha256 {digest.hexdigest()}"

@@ -15,7 +15,8 @@ from toys import mesh_of, oracle, toy
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import DISPATCHES, Layout, block
-from mpishard.engine.generate import Answer, Request, generate
+from mpishard.engine.generate import generate
+from mpishard.engine.schedule import Answer, Limits, Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import deal
 from mpishard.parallel.expert import Mixture
@@ -42,7 +43,7 @@ def answers_of(model: Decoder) -> list[Answer]:
     """The answers to this replica's requests, prompts in chunks of which the last may be a single
     token."""
     mine = [requests()[place] for place in deal(len(requests()), model.mesh)]
-    return generate(model, mine, prefill_chunk=4)
+    return generate(model, mine, limits=Limits(chunk=4))
 
 
 def expected_rows() -> dict[tuple[int, str, int], int]:

@@ -26,7 +26,8 @@ from toys import (
 from mpishard.arithmetic.packed import pack
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import DISPATCHES, Layout, block, check_experts
-from mpishard.engine.generate import Request, generate
+from mpishard.engine.generate import generate
+from mpishard.engine.schedule import Limits, Request
 from mpishard.errors import UserError
 from mpishard.parallel.data import deal
 from mpishard.parallel.expert import Mixture
@@ -102,7 +103,7 @@ def test_every_step_is_the_references(comm: MPI.Intracomm, variant: str, chunk: 
     for mesh in expert_meshes(comm, variant):
         model = Recorder(toy(variant, mesh))
         mine = [requests[place] for place in deal(len(requests), mesh)]
-        answers = generate(model, mine, prefill_chunk=chunk)
+        answers = generate(model, mine, limits=Limits(chunk=chunk))
         for request, answer in zip(mine, answers, strict=True):
             assert answer.ids == reference.greedy(request.ids, request.max_tokens), mesh.layout
         segments = [segment for step in model.steps for segment in step.segments]

@@ -13,7 +13,8 @@ from tiny_models import VARIANTS, tiny_config
 from toys import Recorder, meshes, oracle, slices, toy, whole_logits
 
 from mpishard.arithmetic.packed import pack
-from mpishard.engine.generate import Request, generate
+from mpishard.engine.generate import generate
+from mpishard.engine.schedule import Limits, Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import collect, deal
 
@@ -103,7 +104,7 @@ def test_every_step_of_the_generate_loop_is_the_references(
     for mesh in meshes(comm, variant):
         model = Recorder(toy(variant, mesh))
         mine = [requests[place] for place in deal(len(requests), mesh)]
-        answers = generate(model, mine, prefill_chunk=chunk)
+        answers = generate(model, mine, limits=Limits(chunk=chunk))
         assert [answer.index for answer in answers] == [request.index for request in mine]
         for request, answer in zip(mine, answers, strict=True):
             assert answer.ids == reference.greedy(request.ids, request.max_tokens)
@@ -166,9 +167,8 @@ def test_ends_of_answers(comm: MPI.Intracomm):
         assert ended[0][0].index == 3 and ended[-1][0].index == 0
 
 
-def test_more_requests_than_run_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mpishard.engine.generate.MAX_SEQUENCES", 3)
-    monkeypatch.setattr("mpishard.engine.generate.MAX_STEP_TOKENS", 8)
+def test_more_requests_than_run_at_once(comm: MPI.Intracomm):
+    limits = Limits(step_tokens=8, sequences=3)
     reference = oracle("llama-gqa")
     random = np.random.RandomState(11)
     requests = [
@@ -178,5 +178,5 @@ def test_more_requests_than_run_at_once(comm: MPI.Intracomm, monkeypatch: pytest
     expected = [reference.greedy(request.ids, request.max_tokens) for request in requests]
     for mesh in meshes(comm, "llama-gqa"):
         model = Recorder(toy("llama-gqa", mesh))
-        assert [answer.ids for answer in generate(model, requests)] == expected
+        assert [answer.ids for answer in generate(model, requests, limits=limits)] == expected
         assert max(len(step.segments) for step in model.steps) == 3

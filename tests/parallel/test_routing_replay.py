@@ -15,7 +15,8 @@ from toys import mesh_of, oracle, toy, whole_logits
 from mpishard.arithmetic.decisions import Decisions
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import DISPATCHES, Layout
-from mpishard.engine.generate import Request, generate
+from mpishard.engine.generate import generate
+from mpishard.engine.schedule import Limits, Request
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel.data import deal
@@ -52,7 +53,7 @@ def run(model: Decoder, mesh: Mesh) -> tuple[list[list[int]], dict[tuple[int, ..
     """The answers to this replica's requests, and the logits after each sequence so far."""
     watched = Watched(model)
     mine = [requests()[place] for place in deal(len(NAMES), mesh)]
-    answers = generate(watched, mine, prefill_chunk=6)
+    answers = generate(watched, mine, limits=Limits(chunk=6))
     sequences = [r.ids + answer.ids for r, answer in zip(mine, answers, strict=True)]
     segments = [segment for step in watched.steps for segment in step.segments]
     caches = list({id(segment.cache): segment.cache for segment in segments}.values())

@@ -25,8 +25,9 @@ from mpishard.arithmetic.packed import Division, Feed, KVCache, Segment, Step, p
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import ModelConfig
 from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, sharers_of
-from mpishard.engine.generate import Request, generate
+from mpishard.engine.generate import generate
 from mpishard.engine.sampling import Sampling
+from mpishard.engine.schedule import Limits, Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import deal
 
@@ -499,7 +500,7 @@ def test_a_greedy_token_costs_two_all_gathers_beside_the_forward_pass(comm: MPI.
     for mesh in meshes(comm, "llama-gqa"):
         model = Recorder(toy("llama-gqa", mesh, np.float32))
         mesh.ledger.clear()
-        generate(model, requests, prefill_chunk=3)
+        generate(model, requests, limits=Limits(chunk=3))
         expected = [
             call
             for step in model.steps

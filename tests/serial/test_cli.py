@@ -58,6 +58,16 @@ def test_what_a_command_does_unless_told_otherwise():
         "timeout": 1800.0,
         "check_collectives": False,
     }
+    batch = vars(parse("batch", "M", "--input", "I", "--output", "O"))
+    del generate["command"], generate["prompt"], generate["json"]
+    assert batch == generate | {
+        "command": "batch",
+        "input": "I",
+        "output": "O",
+        "max_batch_tokens": 2048,
+        "max_sequences": None,
+        "kv_memory": None,
+    }
     assert vars(parse("shard", "M", "OUT", "--tp", "2"))["dtype"] == "float32"
     assert parse("inspect", "M").verify is False
     assert parse("logits", "M", "--input", "I", "--output", "O").hidden_states is False
@@ -66,7 +76,12 @@ def test_what_a_command_does_unless_told_otherwise():
     assert (bench.batch, bench.repeat) == ([1, 8], 3)
 
 
-COMMANDS = ["generate M --prompt a", "logits M --input I --output O", "bench M"]
+COMMANDS = [
+    "generate M --prompt a",
+    "batch M --input I --output O",
+    "logits M --input I --output O",
+    "bench M",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -210,3 +225,12 @@ def test_the_line_can_be_pasted_into_a_shell():
     assert retyped(["mpishard", "generate", "my model", "--prompt", "it's"], 1) == (
         "mpishard generate 'my model' --prompt 'it'\"'\"'s'"
     )
+
+
+@pytest.mark.parametrize(
+    "text, bytes_",
+    [("1", 1), ("500MB", 500 * 10**6), ("2GiB", 2**31), ("1.5 KiB", 1536), ("3T", 3 * 10**12)],
+)
+def test_sizes_have_units(text, bytes_):
+    args = parse("batch", "M", "--input", "I", "--output", "O", "--kv-memory", text)
+    assert args.kv_memory == bytes_

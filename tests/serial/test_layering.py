@@ -24,7 +24,7 @@ FLOORS = (
     ("engine",),
 )
 SURFACE = (
-    *("allocator", "api", "bench", "cli", "commands", "experts", "launch", "text", "watch"),
+    *("allocator", "api", "bench", "cli", "commands", "experts", "job", "launch", "text", "watch"),
     "__main__",
 )
 

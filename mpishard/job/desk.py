@@ -1,0 +1,286 @@
+"""How requests come to replicas and answers to the disk, while the replicas compute.
+
+Rank 0 has the files, and is the job's `Clerk`: it hands out requests to the replicas that ask, and
+writes down the answers that arrive. It looks after that once in each step of its own replica, and
+all the time when that one has nothing to do. So that nobody waits for it, the first rank of each
+replica, which speaks for it at its `Desk`, asks for more than can run at once.
+
+No collective spans replicas. Between the ranks of one, a small all_reduce a step says what has
+come, which then is broadcast, and whether any of them is to stop.
+
+up      ask (so many requests), answer, stop (a rank is told to), bye (no more will follow)
+down    requests, stop, end (all is done)
+
+Messages and not a shared counter, because one-sided operations too wait, on most networks, until
+their target enters MPI; and answers have to travel in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpishard.communication.collectives import MAX, all_reduce, broadcast
+from mpishard.communication.mesh import Mesh
+from mpishard.communication.post import Post
+from mpishard.engine.sampling import Sampling
+from mpishard.engine.schedule import Answer, Request
+from mpishard.errors import UserError
+from mpishard.job.lines import Line, Wishes
+from mpishard.job.task import Task
+from mpishard.text import Growing, Text, outcome
+
+UP, DOWN = 1, 2  # tags of messages to the clerk, and to a desk
+
+NAP = 0.001  # seconds between two looks of one who has nothing to do
+
+Encode = Callable[[Line], list[int]]
+
+
+@dataclass
+class Progress:
+    """How far a job is: answers of this run and of earlier ones, tokens of this run."""
+
+    total: int
+    before: int
+    answered: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def done(self) -> int:
+        """All answers that are on disk."""
+        return self.before + self.answered
+
+
+@dataclass
+class Clerk:
+    """Rank 0's side: hands out the requests of `task`, whose token ids `encode` finds, to the
+    replicas, whose first ranks are `leaders`, and writes down their answers. `report` is called
+    after answers have been written."""
+
+    task: Task
+    post: Post
+    leaders: list[int]
+    encode: Encode
+    report: Callable[[Progress], None]
+    progress: Progress = field(init=False)
+    stopped: bool = False
+    _asked: Counter[int] = field(default_factory=Counter)
+    _heard: set[int] = field(default_factory=set)
+    _left: set[int] = field(default_factory=set)
+    _out: dict[int, tuple[Line, int]] = field(default_factory=dict)
+    _ended: bool = False
+
+    def __post_init__(self) -> None:
+        done = len(self.task.journal)
+        self.progress = Progress(len(self.task), done)
+
+    @property
+    def at_work(self) -> bool:
+        """Whether some replica has still to say good-bye."""
+        return len(self._left) < len(self.leaders)
+
+    def serve(self) -> bool:
+        """Take in what has arrived, write it down and hand out what is asked for; whether there
+        was anything."""
+        made: list[tuple[int, bytes]] = []
+        busy = False
+        for source, message in self.post.arrived(UP):
+            busy = True
+            self._take(source, json.loads(message), made)
+        if len(self._heard) == len(self.leaders) and not self.stopped:
+            self._hand_out(made)
+        self._write(made)
+        done = not self._out and self.task.left == 0
+        if not self._ended and (done or not self.at_work):
+            self._ended = True
+            self._tell_all({"end": True})
+        return busy
+
+    def stop(self) -> None:
+        """Have all replicas stop."""
+        if not self.stopped and not self._ended:
+            self.stopped = True
+            self._tell_all({"stop": True})
+
+    def _take(self, source: int, message: dict[str, Any], made: list[tuple[int, bytes]]) -> None:
+        self._asked[source] += message.get("ask", 0)
+        self._heard.add(source)
+        if message.get("stop"):
+            self.stop()
+        if message.get("bye"):
+            self._left.add(source)
+        if answer := message.get("answer"):
+            line, prompt_tokens = self._out.pop(answer["place"])
+            if answer["refused"]:
+                where = f"{self.task.source} line {line.number}"
+                self._refuse(answer["place"], line, f"{where}: {answer['refused']}", made)
+                return
+            ids = answer["output_ids"]
+            self.progress.prompt_tokens += prompt_tokens
+            self.progress.completion_tokens += len(ids)
+            said = line.answer(answer["text"], ids, answer["finish_reason"], prompt_tokens)
+            made.append((answer["place"], said))
+
+    def _refuse(self, place: int, line: Line, why: str, made: list[tuple[int, bytes]]) -> None:
+        self.progress.refused += 1
+        made.append((place, line.refusal(why)))
+
+    def _hand_out(self, made: list[tuple[int, bytes]]) -> None:
+        """Give requests to those who ask, one by one in turn."""
+        parcels: dict[int, list[dict[str, Any]]] = {}
+        while asking := [leader for leader in self.leaders if self._asked[leader] > 0]:
+            for leader in asking:
+                request = self._next(made)
+                if request is None:
+                    self._asked.clear()
+                    break
+                self._asked[leader] -= 1
+                parcels.setdefault(leader, []).append(request)
+        for leader, requests in parcels.items():
+            self.post.send(json.dumps({"requests": requests}).encode(), leader, DOWN)
+
+    def _next(self, made: list[tuple[int, bytes]]) -> dict[str, Any] | None:
+        """The next request, in a form that travels. Lines that cannot be one are answered."""
+        while found := self.task.next():
+            place, line = found
+            try:
+                if line.error:
+                    raise UserError(line.error)
+                ids = self.encode(line)
+            except UserError as error:
+                self._refuse(place, line, str(error), made)
+                continue
+            self._out[place] = line, len(ids)
+            wishes = asdict(line.wishes)
+            del wishes["chat"]
+            return {"place": place, "ids": ids, **wishes}
+        return None
+
+    def _write(self, made: list[tuple[int, bytes]]) -> None:
+        if made:
+            self.task.journal.append(made)
+            self.progress.answered += len(made)
+            self.report(self.progress)
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        for leader in self.leaders:
+            self.post.send(json.dumps(message).encode(), leader, DOWN)
+
+
+class Desk:
+    """A replica's side: the engine's `Work`, on each of its ranks.
+
+    `text` is the model's tokenizer, if there is one; `told_to_stop` whether this rank has been told
+    to stop; `clerk` is rank 0's.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        post: Post,
+        text: Text | None,
+        eos_ids: frozenset[int],
+        told_to_stop: Callable[[], bool],
+        clerk: Clerk | None,
+    ) -> None:
+        self.more, self.stopping = True, False
+        self._mesh, self._post, self._clerk = mesh, post, clerk
+        self._text, self._eos_ids, self._told_to_stop = text, eos_ids, told_to_stop
+        self._leads = mesh.cp.rank == 0 and mesh.tp.rank == 0
+        self._texts: dict[int, Growing] = {}
+        self._asked = 0  # requests asked for that have not come
+        self._stops = self._ends = False  # what the leader has heard
+
+    def draw(self, wanted: int, busy: bool) -> list[Request]:
+        """The requests that have come meanwhile; of those still `wanted` the others are asked
+        for."""
+        come: list[dict[str, Any]] = []
+        if self._leads:
+            if wanted > self._asked and not self._ends:
+                self._say({"ask": wanted - self._asked})
+                self._asked = wanted
+            come = self._listen()
+            if not come and not busy:
+                time.sleep(NAP)
+                come = self._listen()
+        return [self._request(fields) for fields in self._agree(come)]
+
+    def answer(self, request: Request, answer: Answer) -> None:
+        """Send an answer off. Called on all ranks of the replica, which have the same."""
+        growing = self._texts.pop(request.index, None)
+        if not self._leads:
+            return
+        if growing is None and self._text:
+            growing = Growing(self._text, request.ids)
+        result = outcome(answer.ids, answer.finish_reason, growing)
+        self._say({"answer": {"place": answer.index, "refused": answer.refused, **result}})
+
+    def close(self) -> None:
+        """Say good-bye, and hear the end of it; rank 0 waits for all others."""
+        if not self._leads:
+            return
+        if self.stopping:
+            self._say({"stop": True})
+        self._say({"bye": True})
+        while not self._ends or (self._clerk and self._clerk.at_work):
+            self._listen()
+            time.sleep(NAP)
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._post.send(json.dumps(message).encode(), 0, UP)
+
+    def _listen(self) -> list[dict[str, Any]]:
+        """The requests that have arrived; rank 0 serves the others first."""
+        if self._clerk:
+            self._clerk.serve()
+        requests: list[dict[str, Any]] = []
+        for _, content in self._post.arrived(DOWN):
+            message = json.loads(content)
+            requests += message.get("requests", [])
+            self._stops |= message.get("stop", False)
+            self._ends |= message.get("end", False)
+        self._asked -= len(requests)
+        return requests
+
+    def _agree(self, come: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the leader has heard, on all ranks of the replica."""
+        mesh = self._mesh
+        content = json.dumps(come).encode() if come else b""
+        stops = self._stops or self._told_to_stop()
+        news = np.array([stops, self._ends, len(content)], np.int64)
+        stops, ends, length = all_reduce(all_reduce(news, mesh.tp, MAX), mesh.cp, MAX).tolist()
+        self.stopping, self.more = bool(stops), not ends
+        if not length:
+            return []
+        own = np.frombuffer(content, np.uint8) if self._leads else np.empty(length, np.uint8)
+        return json.loads(broadcast(broadcast(own, mesh.tp), mesh.cp).tobytes())
+
+    def _request(self, fields: dict[str, Any]) -> Request:
+        place, ids = fields["place"], fields["ids"]
+        wishes = Wishes(
+            max_tokens=fields["max_tokens"],
+            sampling=Sampling(**fields["sampling"]),
+            stop=tuple(fields["stop"]),
+            ignore_eos=fields["ignore_eos"],
+        )
+        stopped = None
+        if wishes.stop and self._text:
+            self._texts[place] = Growing(self._text, ids, wishes.stop)
+            stopped = self._texts[place].follow
+        return Request(
+            index=place,
+            ids=ids,
+            max_tokens=wishes.max_tokens,
+            sampling=wishes.sampling,
+            eos_ids=frozenset() if wishes.ignore_eos else self._eos_ids,
+            stopped=stopped,
+        )

@@ -1,0 +1,172 @@
+"""A batch job from its beginning to its end, on all ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+
+from mpishard.communication.collectives import MIN, all_reduce
+from mpishard.communication.group import Call
+from mpishard.communication.mesh import Mesh
+from mpishard.communication.post import Post
+from mpishard.engine.generate import check_request, serve
+from mpishard.engine.schedule import Limits
+from mpishard.errors import UserError
+from mpishard.job.desk import Clerk, Desk, Progress
+from mpishard.job.lines import Line
+from mpishard.job.task import Task
+from mpishard.model import Decoder
+from mpishard.text import TOKENIZER, Text
+
+# The part of the memory that is free when a job begins that its caches may take.
+CACHE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What became of a job, the same on all ranks: `total` lines, of which `before` had been
+    answered by an earlier run and `answered` by this one, `refused` of these with an error; tokens
+    and seconds are this run's. Unless it is `complete` it was told to stop; run again, it goes on.
+    """
+
+    total: int
+    before: int
+    answered: int
+    refused: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every line is answered and the output is there."""
+        return self.before + self.answered == self.total
+
+
+def run(
+    decoder: Decoder,
+    directory: Path,
+    task: Task | None,
+    limits: Limits,
+    told_to_stop: Callable[[], bool],
+    report: Callable[[Progress], None],
+) -> BatchReport:
+    """Answer the `task`, which rank 0 has and no other, with the model of `directory`.
+
+    A replica works within `limits`; if it has none for the cache, `spare_memory` is. All ranks stop
+    after a step in which `told_to_stop` is true on any of them. `report` is called on rank 0.
+    Raises UserError, on rank 0 alone, where the disk takes no more.
+    """
+    mesh, started = decoder.mesh, perf_counter()
+    world = mesh.world.comm
+    with Call("broadcast", mesh.world):
+        left = world.bcast(task and task.left)
+    share = -(-left // mesh.dp.size)  # else the first to ask would take all of a small job
+    limits = replace(limits, sequences=max(1, min(limits.sequences, share)))
+    if limits.kv_bytes is None:
+        limits = replace(limits, kv_bytes=int(CACHE_SHARE * spare_memory(mesh)))
+    progress = Progress(len(task), len(task.journal)) if task else None
+    if left:
+        progress = _serve(decoder, directory, task, limits, told_to_stop, report)
+    figures = None
+    if task and progress:
+        if not task.left:
+            task.finish()
+        figures = BatchReport(
+            progress.total,
+            progress.before,
+            progress.answered,
+            progress.refused,
+            progress.prompt_tokens,
+            progress.completion_tokens,
+            perf_counter() - started,
+        )
+    with Call("broadcast", mesh.world):
+        return world.bcast(figures)
+
+
+def _serve(
+    decoder: Decoder,
+    directory: Path,
+    task: Task | None,
+    limits: Limits,
+    told_to_stop: Callable[[], bool],
+    report: Callable[[Progress], None],
+) -> Progress | None:
+    """Answer what is left of the task; on rank 0 how far that came."""
+    mesh = decoder.mesh
+    text = Text(directory) if (directory / TOKENIZER).is_file() else None
+    post = Post(mesh.world.comm)
+    clerk = None
+    if task:
+        leaders = list(range(0, mesh.layout.world, mesh.layout.replica))
+        clerk = Clerk(task, post, leaders, _encoder(decoder, directory, task, text), report)
+    eos_ids = frozenset(decoder.config.eos_ids)
+    desk = Desk(mesh, post, text, eos_ids, told_to_stop, clerk)
+    serve(decoder, desk, desk.answer, limits=limits)
+    desk.close()
+    post.close()
+    return clerk.progress if clerk else None
+
+
+def _encoder(
+    decoder: Decoder, directory: Path, task: Task, text: Text | None
+) -> Callable[[Line], list[int]]:
+    """What finds the token ids of a line, or refuses it (UserError)."""
+
+    def encode(line: Line) -> list[int]:
+        where = f"{task.source} line {line.number}"
+        try:
+            ids = _ids(line, directory, text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        check_request(decoder, ids, where)
+        return ids
+
+    return encode
+
+
+def _ids(line: Line, directory: Path, text: Text | None) -> list[int]:
+    prompt, chat = line.prompt, line.wishes.chat
+    are_ids = isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
+    if text is None and (not are_ids or line.wishes.stop):
+        text = Text(directory)  # which says that there is none
+    if are_ids and chat:
+        raise UserError("a chat needs the text that opens it, not token ids; leave --chat away")
+    if are_ids or text is None:
+        return prompt  # type: ignore[return-value]
+    if isinstance(prompt, str):
+        return text.chat(prompt) if chat else text.encode(prompt)
+    return text.chat(prompt)  # type: ignore[arg-type]
+
+
+def spare_memory(mesh: Mesh) -> int:
+    """The bytes of memory that are free for each rank, the fewest of any: its host's, and those
+    that a batch system has set as its limit, over the ranks there."""
+    world = mesh.world
+    node = world.comm.Split_type(MPI.COMM_TYPE_SHARED)
+    free = np.array(_free_memory() // node.size, np.int64)
+    node.Free()
+    return int(all_reduce(free, world, MIN))
+
+
+def _free_memory() -> int:
+    """The bytes of memory that this process and those beside it may still take."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(facts["MemAvailable"].split()[0])
+        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        directory = Path("/sys/fs/cgroup" + group)
+        limit = (directory / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((directory / "memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux, or no limit
+    return max(0, free)

@@ -1,0 +1,157 @@
+"""The files of a batch job: its input, its journal, its output. Rank 0 alone has them in hand, and
+so only its host needs to see them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from mpishard.errors import UserError
+from mpishard.job.lines import Line, Wishes, read_line
+from mpishard.storage.journal import Journal, write_whole
+
+BOM = b"\xef\xbb\xbf"
+
+
+class Span(NamedTuple):
+    """Where a line of the input is, and a checksum of it."""
+
+    number: int
+    offset: int
+    length: int
+    checksum: int
+
+
+class Task:
+    """A batch job: the lines of `source`, to be answered in `target`, as `wishes` say where they do
+    not. `facts` are what else answers depend on.
+
+    Raises UserError where the input cannot be read or has no line, where the output exists or
+    cannot be made, and as `Journal` does.
+    """
+
+    def __init__(
+        self, source: Path, target: Path, wishes: Wishes, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.source, self.target, self.wishes = source, target, wishes
+        check_output("--output", target, source)
+        if source.exists() and not source.is_file() and not source.is_dir():
+            raise UserError(f"--input {source} is no file: lines have to be read more than once")
+        self._spans, self._twice, digest = self._read()
+        if not self._spans:
+            raise UserError(f"--input {source} has no line to answer")
+        path = target.with_name(target.name + ".journal")
+        if target.exists() and not path.exists():
+            raise UserError(
+                f"--output {target} exists already and no job is to be continued there: give "
+                "another name, or remove it"
+            )
+        told = asdict(wishes) | asdict(wishes.sampling) | {"stop": list(wishes.stop)}
+        del told["sampling"]
+        own = {"input": f"sha256 {digest}", "lines": len(self._spans)}
+        self.journal = Journal(path, {**own, **(facts or {}), **told})
+        self._next = 0
+
+    def __enter__(self) -> Task:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.journal.close()
+
+    def __len__(self) -> int:
+        """The lines that are to be answered, blank ones left out."""
+        return len(self._spans)
+
+    @property
+    def left(self) -> int:
+        """The lines not answered yet."""
+        return len(self) - len(self.journal)
+
+    def line(self, place: int) -> Line:
+        """What the line at `place` asks for. Raises UserError if the input has changed."""
+        span = self._spans[place]
+        where = f"{self.source} line {span.number}"
+        with open(self.source, "rb") as file:
+            content = os.pread(file.fileno(), span.length, span.offset)
+        if crc32(content) != span.checksum:
+            raise UserError(
+                f"{where} is not what it was when the job began: leave --input as it is until the "
+                "job has ended; what the journal has belongs to what was there"
+            )
+        line = read_line(content, span.number, self.wishes, where)
+        if not line.error and place in self._twice:
+            first = self._twice[place]
+            return Line(
+                line.number,
+                line.form,
+                line.name,
+                error=f"{where} has the id {line.name!r} of line {first}",
+            )
+        return line
+
+    def next(self) -> tuple[int, Line] | None:
+        """The next line that is not answered yet, and its place; None if there is no other."""
+        while self._next < len(self):
+            place = self._next
+            self._next += 1
+            if place not in self.journal:
+                return place, self.line(place)
+        return None
+
+    def finish(self) -> None:
+        """Write the output, in the order of the input, and take the journal away."""
+        write_whole(self.target, (self.journal[place] for place in range(len(self))))
+        self.journal.remove()
+
+    def _read(self) -> tuple[list[Span], dict[int, int], str]:
+        """Where the lines are; of those with an earlier one's name that one's number; and the
+        input's digest."""
+        spans: list[Span] = []
+        first: dict[Any, int] = {}
+        twice: dict[int, int] = {}
+        digest = hashlib.sha256()
+        for span, content in self._raw_lines(digest):
+            line = read_line(content, span.number, self.wishes, "")
+            if not line.error:
+                earlier = first.setdefault((type(line.name), line.name), span.number)
+                if earlier != span.number:
+                    twice[len(spans)] = earlier
+            spans.append(span)
+        return spans, twice, digest.hexdigest()
+
+    def _raw_lines(self, digest: Any) -> Iterator[tuple[Span, bytes]]:
+        """The lines of the input that are not blank, without a byte order mark; `digest` takes in
+        everything."""
+        try:
+            with open(self.source, "rb") as file:
+                end = 0
+                for number, content in enumerate(file, 1):
+                    digest.update(content)
+                    start, end = end, end + len(content)
+                    if start == 0 and content.startswith(BOM):
+                        start, content = len(BOM), content[len(BOM) :]
+                    if content.strip():
+                        yield Span(number, start, len(content), crc32(content)), content
+        except OSError as error:
+            raise UserError(f"--input {self.source} cannot be read: {error.strerror}") from None
+
+
+def check_output(
+    flag: str, target: Path, source: Path | None = None, known_as: str = "the --input"
+) -> None:
+    """Refuse what cannot become the file that `flag` names, before any work; it must not be
+    `source`, which the user knows as that."""
+    folder = target.parent
+    if target.is_dir():
+        raise UserError(f"{flag} {target} is a directory: give the name of a file")
+    if not folder.is_dir():
+        raise UserError(f"{flag} {target}: there is no directory {folder}; make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {target}: the directory {folder} cannot be written to")
+    if source is not None and target.exists() and source.exists() and target.samefile(source):
+        raise UserError(f"{flag} {target} is {known_as}: give another name")
