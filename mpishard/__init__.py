@@ -23,14 +23,16 @@ Upper case is the whole dimension, lower case this rank's shard of it, and two r
    a collective completes it.
 2. Only a collective turns a lower-case letter into an upper-case one.
 
-In Python: `load`, and the `Model` that it returns, whose `generate` and `logits` do what the
-commands of the same names do; `Watch` ends a job that hangs, and says where.
+In Python: `load`, and the `Model` that it returns, whose `generate`, `batch` and `logits` do what
+the commands of the same names do.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Model", "Sampling", "Scores", "UserError", "Watch", "load"]
+__all__ = [
+    *("Completion", "Model", "Sampling", "Scores", "UserError", "Watch", "Wishes", "load"),
+]
 
 # Imported when asked for: the command line sets the number of threads before NumPy is loaded.
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "Scores": "mpishard.api",
     "UserError": "mpishard.errors",
     "Watch": "mpishard.watch",
+    "Wishes": "mpishard.job.lines",
     "load": "mpishard.api",
 }
 

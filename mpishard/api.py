@@ -20,6 +20,7 @@ communicator make it, in the same order and with the same arguments.
     for scores in model.logits([[1, 2, 3], [4, 5]]):  # on rank 0; None on the others
         if scores is not None:
             print(scores.logits.shape)
+    report = model.batch("in.jsonl", "out.jsonl", mpishard.Wishes(max_tokens=32))
 
 What depends on a rank's own files fails on all ranks if it fails on one. What else fails on one
 rank alone would leave the others waiting for it: ``python -m mpi4py`` ends them too, and so does

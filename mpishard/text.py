@@ -101,7 +101,7 @@ class Text:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if not isinstance(template, str):
             raise UserError(
-                f"--chat needs a chat template, but {self.directory} has neither "
+                f"a chat needs a chat template, but {self.directory} has neither "
                 "chat_template.jinja nor a chat_template in tokenizer_config.json; "
                 "leave --chat away to complete plain text"
             )

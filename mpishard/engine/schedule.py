@@ -125,7 +125,8 @@ class _Waiting:
 
 
 class Schedule:
-    """The sequences of one replica. Every rank of it keeps the same, without asking the others."""
+    """The sequences of one replica. Every rank of it keeps the same, and asks the others only how
+    much their caches take, where those are bounded."""
 
     def __init__(self, model: Decoder, limits: Limits) -> None:
         self.model, self.limits = model, limits

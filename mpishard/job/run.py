@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +27,9 @@ from mpishard.text import TOKENIZER, Text
 
 # The part of the memory that is free when a job begins that its caches may take.
 CACHE_SHARE = 0.5
+LEAST_CACHE = 2**26  # bytes, however little is free
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def run(
     share = -(-left // mesh.dp.size)  # else the first to ask would take all of a small job
     limits = replace(limits, sequences=max(1, min(limits.sequences, share)))
     if limits.kv_bytes is None:
-        limits = replace(limits, kv_bytes=int(CACHE_SHARE * spare_memory(mesh)))
+        share = int(CACHE_SHARE * spare_memory(mesh))
+        limits = replace(limits, kv_bytes=max(LEAST_CACHE, share))
     progress = Progress(len(task), len(task.journal)) if task else None
     if left:
         progress = _serve(decoder, directory, task, limits, told_to_stop, report)
@@ -159,14 +164,18 @@ def spare_memory(mesh: Mesh) -> int:
 def _free_memory() -> int:
     """The bytes of memory that this process and those beside it may still take."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with suppress(OSError, KeyError, ValueError):  # not Linux
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(facts["MemAvailable"].split()[0])
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        directory = Path("/sys/fs/cgroup" + group)
-        limit = (directory / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((directory / "memory.current").read_text()))
-    except (OSError, KeyError, ValueError):
-        pass  # not Linux, or no limit
+    with suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        free = min([free, *_group_memory(CONTROL_GROUPS / own.lstrip("/"))])
     return max(0, free)
+
+
+def _group_memory(group: Path) -> Iterator[int]:
+    """The bytes that the control group of a directory, and those above it, still allow."""
+    for directory in (group, *group.parents):
+        with suppress(OSError, ValueError):  # no limit, or none here
+            limit = int((directory / "memory.max").read_text())
+            yield limit - int((directory / "memory.current").read_text())

@@ -233,7 +233,7 @@ def test_a_model_that_cannot_speak(model, tmp_path):
     assert message.startswith(f"{bare}/tokenizer.json does not exist: text needs the model's")
     shutil.copy(model / "tokenizer.json", bare)
     message = refusal_here("generate", bare, "--prompt", "a", "--chat")
-    assert message.startswith(f"--chat needs a chat template, but {bare} has neither")
+    assert message.startswith(f"a chat needs a chat template, but {bare} has neither")
 
 
 # Models
