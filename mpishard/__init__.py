@@ -24,7 +24,7 @@ Upper case is the whole dimension, lower case this rank's shard of it, and two r
 2. Only a collective turns a lower-case letter into an upper-case one.
 
 In Python: `load`, and the `Model` that it returns, whose `generate`, `batch` and `logits` do what
-the commands of the same names do.
+the commands of the same names do; `Watch` ends a job that hangs, and says where.
 """
 
 from typing import Any

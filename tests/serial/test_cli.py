@@ -59,7 +59,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "check_collectives": False,
     }
     batch = vars(parse("batch", "M", "--input", "I", "--output", "O"))
-    del generate["command"], generate["prompt"], generate["json"]
+    for name in ("command", "prompt", "json", "record_routing", "replay_routing"):
+        del generate[name]
     assert batch == generate | {
         "command": "batch",
         "input": "I",
