@@ -97,6 +97,12 @@ COMMANDS = {
 }
 
 
+def test_every_script_is_tested_and_in_the_readme():
+    assert {script.stem for script in SCRIPTS.glob("*.sbatch")} == set(NAMES)
+    readme = (CHECKOUT / "README.md").read_text()
+    assert [name for name in NAMES if f"| `{name}.sbatch` |" not in readme] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_and_threads_are_those_of_the_allocation(files, name):
     nodes = ONE_NODE if name == "tensor" else {}
