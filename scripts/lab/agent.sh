@@ -8,7 +8,7 @@ while [ "${1#-}" != "$1" ]; do
 done
 host=$1
 shift
-target=/proc/$(cat "$MPISHARD_LAB/$host")/ns
+target=/proc/$(cat "/dev/shm/lab/$host")/ns
 exec nsenter --net="$target/net" --uts="$target/uts" --ipc="$target/ipc" --mount="$target/mnt" \
     --pid="$target/pid_for_children" --wd=. -- \
     env -i HOME="$HOME" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \

@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +33,16 @@ MOST = 200  # hosts, so that their addresses end in one byte
 
 NAMESPACES = ("--net", "--uts", "--ipc", "--pid", "--mount")
 
-# A host's shared memory, names of hosts and network devices are its own: UCX looks for devices in
-# /sys, which shows those of the network namespace it was mounted in.
+# A host's name, names of hosts and network devices are its own: UCX looks for devices in /sys,
+# which shows those of the network namespace it was mounted in.
 SETTLE = """set -e
 hostname "$1"
-mount -t tmpfs tmpfs /dev/shm
 mount --bind "$2" /etc/hosts
 mount -t sysfs sysfs /sys
 ip link set lo up
 """
+OWN_SHARED_MEMORY = "mount -t tmpfs tmpfs /dev/shm"
+LAB = Path("/dev/shm/lab")  # what the head has to know of the hosts, in its own shared memory
 # The address is the last thing a host is given, and the first thing it is asked for.
 CONNECT = 'ip addr add "$1/24" dev eth0 && ip link set eth0 up'
 
@@ -78,8 +78,7 @@ def obstacle() -> str | None:
         if shutil.which(program) is None:
             return f"hosts need `{program}`, of util-linux or iproute2, which is not on the PATH"
     trial = subprocess.run(
-        unshared("sh", "-c", f"{SETTLE}\nip link add link0 type veth peer name link1", "sh")
-        + ["trial", os.devnull],
+        unshared("sh", "-c", f"{SETTLE}\n{OWN_SHARED_MEMORY}", "sh") + ["trial", os.devnull],
         capture_output=True,
         text=True,
     )
@@ -99,22 +98,20 @@ def unshared(*words: str) -> list[str]:
 
 def on_new_machine(command: list[str]) -> int:
     """The exit status of `command`, which is process 1 of `head`."""
-    with tempfile.TemporaryDirectory(prefix="mpishard-hosts-") as directory:
-        settings = {**os.environ, "MPISHARD_LAB_HEAD": "1", "MPISHARD_LAB": directory}
-        with subprocess.Popen(unshared(*command), env=settings) as machine:
-            # Either would end this process alone, and the directory would stay.
-            signal.signal(signal.SIGTERM, lambda *_: machine.kill())
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the command
-            return _status(machine.wait())
+    settings = {**os.environ, "MPISHARD_LAB_HEAD": "1"}
+    with subprocess.Popen(unshared(*command), env=settings) as machine:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the command
+        return _status(machine.wait())
 
 
 def on_head(args: argparse.Namespace) -> int:
     """The exit status of the command, run on `head` beside new hosts. This process is the first of
     its namespace of processes: when it ends, so does everything on all hosts."""
-    lab = Path(os.environ["MPISHARD_LAB"])
+    subprocess.run(OWN_SHARED_MEMORY.split(), check=True)
+    LAB.mkdir()
     names = ["head", *(f"host{place + 1}" for place in range(args.hosts))]
     addresses = dict(zip(names, (f"10.77.0.{place + 1}" for place in range(MOST)), strict=False))
-    table = lab / "hosts"
+    table = LAB / "hosts"
     table.write_text(
         "127.0.0.1 localhost\n"
         + "".join(f"{address} {name}\n" for name, address in addresses.items())
@@ -123,18 +120,18 @@ def on_head(args: argparse.Namespace) -> int:
     hosts = [Host("head", addresses["head"], os.getpid())]
     hosts += [Host(name, addresses[name], start_host(name, table)) for name in names[1:]]
     for host in hosts:
-        (lab / host.name).write_text(str(host.process))
+        (LAB / host.name).write_text(str(host.process))
     if args.delay or args.rate:
         join_by_switch(hosts, args.delay, args.rate)
     else:
         join_by_bridge(hosts)
     for host in hosts:
         subprocess.run(host.command("sh", "-c", CONNECT, "sh", host.address), check=True)
-    (lab / "hostfile").write_text("".join(f"{name}\n" for name in names[1:]))
+    (LAB / "hostfile").write_text("".join(f"{name}\n" for name in names[1:]))
     os.environ.update(
         HYDRA_LAUNCHER="ssh",
         HYDRA_LAUNCHER_EXEC=str(HERE / "agent.sh"),
-        HYDRA_HOST_FILE=str(lab / "hostfile"),
+        HYDRA_HOST_FILE=str(LAB / "hostfile"),
     )
     del os.environ["MPISHARD_LAB_HEAD"]  # hosts may have hosts
     return run_as_first(args.command)
@@ -142,7 +139,7 @@ def on_head(args: argparse.Namespace) -> int:
 
 def start_host(name: str, table: Path) -> int:
     """The process whose namespaces are the new host `name`."""
-    life = f"{SETTLE}\necho up\nexec sleep infinity"
+    life = f"{SETTLE}\n{OWN_SHARED_MEMORY}\necho up\nexec sleep infinity"
     host = subprocess.Popen(
         unshared("sh", "-c", life, "sh", name, str(table)), stdout=subprocess.PIPE, text=True
     )

@@ -89,7 +89,7 @@ def main() -> int:
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="mpishard-slurm-"))
             )
             settings = stack.enter_context(cluster(directory.absolute(), args.nodes, args.cpus))
-            return _status(subprocess.call(args.command, env=settings))
+            return run(args.command, settings)
     except ProblemError as error:
         print(f"slurm.py: error: {error}", file=sys.stderr)
         return 1
@@ -123,6 +123,17 @@ def cluster(directory: Path, nodes: int, cpus: int) -> Iterator[dict[str, str]]:
         )
         running.callback(cancel_jobs, settings)
         yield settings
+
+
+def run(command: list[str], settings: dict[str, str]) -> int:
+    """The exit status of `command`, which does not outlive this call."""
+    process = subprocess.Popen(command, env=settings)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the command
+    try:
+        return _status(process.wait())
+    finally:
+        process.kill()
+        process.wait()
 
 
 def configure(directory: Path, nodes: int, cpus: int) -> str:

@@ -97,6 +97,12 @@ COMMANDS = {
 }
 
 
+def test_every_script_is_tested_and_in_the_readme():
+    assert {script.stem for script in SCRIPTS.glob("*.sbatch")} == set(NAMES)
+    readme = (CHECKOUT / "README.md").read_text()
+    assert [name for name in NAMES if f"| `{name}.sbatch` |" not in readme] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_and_threads_are_those_of_the_allocation(files, name):
     nodes = ONE_NODE if name == "tensor" else {}
@@ -271,19 +277,25 @@ def wait_until(there: Callable[[], Any], what: str) -> Any:
     return found
 
 
+# Does nothing, but says when the cluster is there.
+IDLE = ["sh", "-c", "echo up; exec cat"]
+
+
+def start_lab(*words: object) -> subprocess.Popen[str]:
+    """``slurm.py WORDS``, whose command has a pipe for its input: it ends with our end of it,
+    whatever ends us, and the cluster with it."""
+    command = [sys.executable, str(LAB), *map(str, words)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     version = subprocess.run([*mpirun(), "--version"], capture_output=True, text=True).stdout
     if "HYDRA" not in version:
         pytest.skip("mpirun is not MPICH's, whose ranks `srun --mpi=pmi2` can start")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    # It ends with its command, and that with our end of the pipe, whatever ends us.
-    command = [sys.executable, LAB, "--directory", cluster.directory / "cluster", "4"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*map(str, command), "sh", "-c", "echo up; exec cat"],
-        stdin=pipe, stdout=pipe, stderr=pipe, text=True,
-    ) as lab:  # fmt: skip
+    with start_lab("--directory", cluster.directory / "cluster", 4, *IDLE) as lab:
         assert lab.stdout and lab.stderr
         if lab.stdout.readline() != "up\n":
             told = lab.stderr.read().strip()
@@ -294,6 +306,32 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         lab.communicate(timeout=60)
         assert lab.returncode == 0
     assert list(cluster.processes()) == [], "the cluster has left something behind"
+
+
+def test_a_cluster_ends_when_it_is_told_to(cluster, tmp_path):
+    other = Cluster(tmp_path)
+    with start_lab("--directory", tmp_path / "cluster", 1, *IDLE) as lab:
+        assert lab.stdout and lab.stdout.readline() == "up\n"
+        assert list(other.processes())
+        lab.terminate()
+        assert lab.wait(60) == 128 + signal.SIGTERM
+    assert list(other.processes()) == []
+
+
+def test_what_the_lab_cannot_do_is_refused(cluster):
+    for words, sentence in {
+        (0, "true"): "0 nodes: there can be 1 to 32",
+        ("--cpus", 0, 1, "true"): "--cpus 0: a node has at least 1",
+        (1,): "there is no command to run",
+    }.items():
+        with start_lab(*words) as lab:
+            assert sentence in lab.communicate()[1]
+            assert lab.returncode == 2
+    with start_lab(1, "no-such-command") as lab:
+        assert (
+            lab.communicate()[1] == "slurm.py: error: no-such-command: No such file or directory\n"
+        )
+        assert lab.returncode == 127
 
 
 def answers(out: str) -> list[dict]:
