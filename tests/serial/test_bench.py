@@ -17,8 +17,8 @@ from mpi_runner import run_mpi
 from tiny_models import tiny_config, tiny_weights, write_checkpoint
 
 import mpishard
-from mpishard import bench
 from mpishard.arithmetic.packed import pack
+from mpishard.bench import counts, measure, rounds, table
 from mpishard.cli import make_parser
 from mpishard.description.cut import Cut
 from mpishard.description.layout import Layout
@@ -33,8 +33,8 @@ FLOAT32, FLOAT64 = 4, 8
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch):
-    monkeypatch.setattr(bench, "NODE_WORKING_SET", 2**20)
-    monkeypatch.setattr(bench, "RANK_WORKING_SET", 2**20)
+    monkeypatch.setattr(rounds, "NODE_WORKING_SET", 2**20)
+    monkeypatch.setattr(rounds, "RANK_WORKING_SET", 2**20)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def model(tmp_path_factory) -> mpishard.Model:
 
 @pytest.fixture(scope="module")
 def report(model) -> dict:
-    return bench.measure(model, PROMPTS[::-1], TOKENS, BATCHES, repeat=2)
+    return measure(model, PROMPTS[::-1], TOKENS, BATCHES, repeat=2)
 
 
 def load(variant: str, directory: Path) -> mpishard.Model:
@@ -118,7 +118,7 @@ def test_speeds_and_limits_agree_with_each_other(report):
 
 
 def test_the_slower_of_reading_and_multiplying_is_the_limit():
-    work = bench.Work(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
+    work = counts.Work(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
     fast, slow = 1e9, 1.0
     assert work.seconds(bandwidth=slow, rate=fast) == 50
     assert work.seconds(bandwidth=fast, rate=slow) == 600
@@ -140,7 +140,7 @@ def test_seconds_of_arithmetic_are_a_part_of_the_step(report):
 def test_warming_up_and_limits_stay_short(model, monkeypatch):
     """Whatever is not measured must not grow with a prompt that takes minutes."""
     fed, limited = [], []
-    run, products = bench._run, bench._products
+    run, products = rounds._run, rounds._products
 
     def watched_run(model, batch, tokens, *rest):
         fed.append((batch, tokens))
@@ -151,15 +151,15 @@ def test_warming_up_and_limits_stay_short(model, monkeypatch):
         limited.append(flops)
         return multiply, flops
 
-    monkeypatch.setattr(bench, "WARM_UP_TOKENS", 16)
-    monkeypatch.setattr(bench, "_run", watched_run)
-    monkeypatch.setattr(bench, "_products", watched_products)
-    bench.measure(model, [40, 60], 1, [1, 4], repeat=1)
+    monkeypatch.setattr(rounds, "WARM_UP_TOKENS", 16)
+    monkeypatch.setattr(rounds, "_run", watched_run)
+    monkeypatch.setattr(rounds, "_products", watched_products)
+    measure(model, [40, 60], 1, [1, 4], repeat=1)
     assert fed == [(1, 16), (4, 4), (1, 40), (4, 40), (1, 60), (4, 60)]
     layer = sum(
         w.size for name, w in tiny_weights(UNTIED).items() if "layers.0." in name and w.ndim == 2
     )
-    assert limited == [2 * bench.PRODUCT_ROWS * layer]
+    assert limited == [2 * rounds.PRODUCT_ROWS * layer]
 
 
 def test_weights_and_caches_are_those_of_the_model(report):
@@ -191,7 +191,7 @@ def test_the_peak_is_not_that_of_what_came_before(model):
     large = np.ones(size, np.uint8)
     before = model.peak_memory()
     del large
-    report = bench.measure(model, [PROMPT], 1, [1], repeat=1)
+    report = measure(model, [PROMPT], 1, [1], repeat=1)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         assert report["memory"][0]["peak_bytes"] < before - size / 2
@@ -208,12 +208,26 @@ def test_activations_are_those_of_a_step_through_all_layers(variant, tmp_path):
     decoder.forward(step)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert bench._memory(model, 2, 30, 1)["activations_bytes"] == pytest.approx(peak, rel=0.05)
+    assert rounds._memory(model, 2, 30, 1)["activations_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+def test_a_mixture_computes_a_row_for_each_expert_of_each_token(tmp_path):
+    model = load("mixtral-full", tmp_path)
+    moe, hidden = model.config.moe, model.config.hidden
+    report = measure(model, [PROMPT], 1, [2], repeat=1)
+    prompt, generation = report["speeds"]
+    rows = 2 * PROMPT * moe.top_k * sum(moe.layers)
+    assert prompt["fewest_expert_rows"] == prompt["most_expert_rows"] == rows
+    assert prompt["expert_rows_sent"] == prompt["expert_rows_sent_if_even"] == 0
+    flops = prompt["mixture_limit_seconds"] * prompt["product_flops_per_second"]
+    assert flops == pytest.approx(rows * 2 * 3 * hidden * moe.ffn)
+    assert prompt["mixture_seconds"] > 0 and "mixture_seconds" not in generation
+    assert "mixtures of a step" in table(report)
 
 
 def test_a_watched_model_answers_as_it_would_unwatched(model):
     decoder = model.decoder
-    watched = bench.Watched(decoder)
+    watched = rounds.Watched(decoder)
     steps = [pack([(np.arange(PROMPT), decoder.new_cache(PROMPT))]) for _ in range(2)]
     expected = decoder.forward(steps[0])
     np.testing.assert_array_equal(watched.forward(steps[1]), expected)
@@ -221,7 +235,7 @@ def test_a_watched_model_answers_as_it_would_unwatched(model):
 
 
 def test_a_tied_embedding_is_read_whole():
-    assert bench.read_bytes(tiny_config(TIED), Cut(1), 0, FLOAT32) == sum(
+    assert counts.read_bytes(tiny_config(TIED), Cut(1), 0, FLOAT32) == sum(
         array.nbytes for array in tiny_weights(TIED).values()
     )
 
@@ -241,7 +255,7 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
         monkeypatch.setattr(module, "linear", counting)
     ids_S = np.arange(PROMPT)
     decoder.forward(pack([(ids_S, decoder.new_cache(PROMPT)) for _ in range(2)]))
-    assert bench.product_flops(decoder.config, Cut(1), 0, 2 * PROMPT, 2) == sum(flops)
+    assert counts.product_flops(decoder.config, Cut(1), 0, 2 * PROMPT, 2) == sum(flops)
 
 
 def test_reports_count_the_flops_of_their_own_steps(report):
@@ -249,7 +263,7 @@ def test_reports_count_the_flops_of_their_own_steps(report):
     per_key = 4 * config.heads * config.head_dim * config.layers
     for row in report["speeds"]:
         prompt, length = row["phase"] == "prompt", row["prompt_tokens"]
-        flops = bench.product_flops(config, Cut(1), 0, tokens_of(row), row["batch"])
+        flops = counts.product_flops(config, Cut(1), 0, tokens_of(row), row["batch"])
         assert row["product_flops"] == flops
         # A query at position p sees p + 1 keys; the middle one after the prompt sees two more.
         keys = sum(range(1, length + 1)) if prompt else length + (TOKENS + 1) // 2
@@ -265,14 +279,14 @@ def test_visible_keys_are_neither_later_nor_before_the_window(queries, keys):
     config = tiny_config(WINDOWED)
     assert None in config.windows and 5 in config.windows
     positions = [np.array(at, np.int64) for at in (queries, keys)]
-    assert bench.visible_keys(config, *positions) == seen(config, queries, keys)
+    assert counts.visible_keys(config, *positions) == seen(config, queries, keys)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 6])
 def test_the_product_flops_of_all_ranks_are_those_of_one_where_no_head_is_held_twice(tp):
     config = replace(tiny_config(WINDOWED), kv_heads=6)
-    parts = [bench.product_flops(config, Cut(tp), rank, 5, 2) for rank in range(tp)]
-    assert sum(parts) == bench.product_flops(config, Cut(1), 0, 5, 2)
+    parts = [counts.product_flops(config, Cut(tp), rank, 5, 2) for rank in range(tp)]
+    assert sum(parts) == counts.product_flops(config, Cut(1), 0, 5, 2)
 
 
 LAYOUTS = [
@@ -290,7 +304,7 @@ LAYOUTS = [
 def test_ranks_share_the_attention_of_a_prompt(layout, variant):
     """A query head of a token is one rank's, with all the keys that it sees."""
     config, tokens = tiny_config(variant), 13
-    works = [bench.prompt_work(rank, 3, tokens) for rank in ranks_of(layout, variant)]
+    works = [counts.prompt_work(rank, 3, tokens) for rank in ranks_of(layout, variant)]
     whole = seen(config, range(tokens), range(tokens))
     flops = 3 * 4 * config.heads * config.head_dim * whole
     assert sum(work.attention_flops for work in works) == flops
@@ -304,7 +318,7 @@ def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
     undivided one by each that holds it."""
     config, start, stop = tiny_config(variant), 11, 12
     ranks = ranks_of(layout, variant)
-    works = [bench.generation_work(rank, 3, start, stop) for rank in ranks]
+    works = [counts.generation_work(rank, 3, start, stop) for rank in ranks]
     whole = 3 * seen(config, [start], range(stop))
     flops = 4 * config.heads * config.head_dim * whole
     assert sum(work.attention_flops for work in works) == flops
@@ -316,7 +330,7 @@ def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
 
 def test_zigzag_divides_the_work_of_a_prompt_evenly_and_contiguous_blocks_do_not():
     def flops(layout: Layout) -> list[int]:
-        return [bench.prompt_work(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)]
+        return [counts.prompt_work(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)]
 
     even, zigzag = flops(Layout(cp=2))
     assert even == zigzag
@@ -325,17 +339,17 @@ def test_zigzag_divides_the_work_of_a_prompt_evenly_and_contiguous_blocks_do_not
 
 
 def test_the_tokens_of_a_prompt_are_divided_over_context_parallel_ranks():
-    first, second = [bench.prompt_work(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
+    first, second = [counts.prompt_work(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
     # Zigzag: blocks of 3, 2, 2, 2; the first rank has the first and the last, which is answered.
     config = tiny_config(UNTIED)
-    assert first.product_flops == bench.product_flops(config, Cut(1), 0, 2 * 5, 2)
-    assert second.product_flops == bench.product_flops(config, Cut(1), 0, 2 * 4, 0)
+    assert first.product_flops == counts.product_flops(config, Cut(1), 0, 2 * 5, 2)
+    assert second.product_flops == counts.product_flops(config, Cut(1), 0, 2 * 4, 0)
 
 
 def test_the_mean_generation_step_stands_for_all():
     rank = ranks_of(Layout(), UNTIED)[0]
-    steps = [bench.generation_work(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
-    assert bench.generation_work(rank, 2, 7, 10).attention_flops == sum(steps) / 3
+    steps = [counts.generation_work(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
+    assert counts.generation_work(rank, 2, 7, 10).attention_flops == sum(steps) / 3
 
 
 def test_collectives_are_those_of_one_step(report):
@@ -354,7 +368,7 @@ def test_collectives_are_those_of_one_step(report):
 
 
 def test_the_table_shows_every_speed_with_its_limit_and_share(report):
-    text = bench.table(report)
+    text = table(report)
     lines = text.splitlines()
     assert lines[0].startswith(f"{report['model']}: --tp 1 --dp 1, ranks: 1, threads per rank: ")
     assert f"float32, NumPy {np.__version__} ({report['blas']}" in lines[0]
@@ -385,7 +399,7 @@ def line_of(lines: list[str], title: str, words: str) -> bool:
 
 
 def test_the_table_shows_memory_and_balance(report):
-    lines = bench.table(report).splitlines()
+    lines = table(report).splitlines()
     for row in report["memory"]:
         kinds = ("kv_cache", "residual_stream", "activations", "peak")
         figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
@@ -402,14 +416,14 @@ def test_the_table_shows_memory_and_balance(report):
         "seconds_per_step": 5.0,
     }
     speeds = [report["speeds"][0] | example]
-    lines = bench.table(report | {"speeds": speeds}).splitlines()
+    lines = table(report | {"speeds": speeds}).splitlines()
     shown = "1 2.000 2.500 25 % 0.500 8.0 50 % 0.250 5 %"
     assert line_of(lines, f"prompt {PROMPT}", shown)
 
 
 def test_the_table_names_kernels_that_were_chosen(report):
-    assert "OPENBLAS_CORETYPE=Zen," not in bench.table(report)
-    chosen = bench.table(report | {"blas_kernels": "Zen"})
+    assert "OPENBLAS_CORETYPE=Zen," not in table(report)
+    chosen = table(report | {"blas_kernels": "Zen"})
     assert f"({report['blas']}, OPENBLAS_CORETYPE=Zen)" in chosen
 
 
@@ -432,14 +446,14 @@ def test_the_table_names_kernels_that_were_chosen(report):
 def test_what_cannot_be_measured_is_refused(model, changes, message):
     options = {"prompt_tokens": PROMPTS, "max_tokens": TOKENS, "batches": BATCHES, "repeat": 1}
     with pytest.raises(mpishard.UserError, match=f"^{message}$"):
-        bench.measure(model, **(options | changes))
+        measure(model, **(options | changes))
 
 
 def test_a_length_that_changes_a_dynamic_rope_is_refused(tmp_path):
     model = load("llama-dynamic-old", tmp_path)  # trained on 8 positions, has 32
-    bench.measure(model, [6], 2, [1], repeat=1)
+    measure(model, [6], 2, [1], repeat=1)
     with pytest.raises(mpishard.UserError, match="beyond 8 the dynamic rope.*use at most 8$"):
-        bench.measure(model, [7], 2, [1], repeat=1)
+        measure(model, [7], 2, [1], repeat=1)
 
 
 def test_the_command_has_the_documented_defaults():
@@ -464,8 +478,8 @@ def test_ranks_report_as_one(tmp_path):
     assert prompt["tokens_per_second"] * prompt["seconds_per_step"] == pytest.approx(4 * PROMPT)
     assert generation["tokens_per_second"] * generation["seconds_per_step"] == pytest.approx(4)
     config = tiny_config(UNTIED)
-    assert report["weight_bytes"] == bench.weight_bytes(config, Cut(2), 0, FLOAT32)
-    assert bench.weight_bytes(config, Cut(1), 0, FLOAT32) // 2 < report["weight_bytes"]
+    assert report["weight_bytes"] == counts.weight_bytes(config, Cut(2), 0, FLOAT32)
+    assert counts.weight_bytes(config, Cut(1), 0, FLOAT32) // 2 < report["weight_bytes"]
     payload = (2 * config.layers + 1) * 2 * config.hidden * FLOAT32
     reduced = generation["collectives"][0]
     assert (reduced["operation"], reduced["group"]) == ("all_reduce", "tp")

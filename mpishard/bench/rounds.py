@@ -1,18 +1,4 @@
-"""How fast a model runs in its layout, in how much memory, and how fast this machine would let it.
-
-Speeds and limits are measured in the same process and in turn, on all ranks at the same time:
-
-prompt       B prompts of random tokens in one step, to the choice of each one's next token
-product      after each: flops of ``x @ w.T`` in a second, with weights of the model's own shapes
-generation   steps that feed one token to each of B sequences, to the choice of the next (greedy)
-bandwidth    after each: bytes of large matrices that matrix-vector products read in a second
-
-A step reads every weight of its rank once and multiplies it with every token, and so takes at least
-as long as the slower of the two needs. That is the first limit printed beside each speed: it is the
-whole of it where contexts are short. The second counts attention as well: the products of queries
-with the keys that they see and of probabilities with values, and in generation the bytes of keys
-and values that the step reads. What context parallelism, a divided cache or tensor parallelism
-leave to other ranks is counted there. Norms, softmax and communication make the distance to it.
+"""The measuring: rounds of prompts and generation, each followed by its limit.
 
 Memory is what NumPy allocated during a prompt's step (activations), of that the residual stream,
 and the KV cache; beside them the peak of the process's resident memory, without that of loading.
@@ -37,19 +23,25 @@ from mpi4py import MPI
 
 from mpishard.api import Model
 from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
+from mpishard.bench.counts import (
+    Work,
+    generation_work,
+    prompt_work,
+    read_bytes,
+    shard_of,
+    weight_bytes,
+)
 from mpishard.communication.collectives import MAX, MIN, all_reduce, barrier
 from mpishard.communication.group import Call, Group
 from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig
-from mpishard.description.cut import Cut
-from mpishard.description.partition import Weight, weights_of
 from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import Draw, Sampling
 from mpishard.errors import UserError
 from mpishard.model import Decoder, Layer
-from mpishard.parallel.expert import Mixture
+from mpishard.parallel.expert import Dispatch, Mixture, Routes
 from mpishard.parallel.heads import Attend, Heads
+from mpishard.parallel.tensor import FeedForward
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
@@ -62,26 +54,6 @@ PRODUCT_ROWS = 512
 LIMITS_PER_RUN = 4
 # Tokens that the prompts to warm up have together at most.
 WARM_UP_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step asks of a rank: flops of the products with weights and of attention's, bytes of
-    weights and of keys and values to be read."""
-
-    product_flops: int
-    attention_flops: int
-    weight_bytes: int
-    cache_bytes: int
-
-    def seconds(self, bandwidth: float, rate: float) -> float:
-        """What the step takes at least, attention left out."""
-        return max(self.weight_bytes / bandwidth, self.product_flops / rate)
-
-    def seconds_with_attention(self, bandwidth: float, rate: float) -> float:
-        """What the step takes at least."""
-        read = self.weight_bytes + self.cache_bytes
-        return max(read / bandwidth, (self.product_flops + self.attention_flops) / rate)
 
 
 @dataclass(frozen=True)
@@ -99,7 +71,10 @@ class Run:
     limit_seconds: float
     arithmetic_seconds: float
     entries: list[tuple[str, str, Entry]]
-    attention_seconds: float = 0.0  # of a prompt alone
+    attention_seconds: float = 0.0  # of a prompt alone, as those below
+    mixture_seconds: float = 0.0  # of them in mixtures of experts
+    expert_rows: int = 0  # that experts of this rank computed, and the flops of that
+    expert_flops: int = 0
 
     @property
     def tokens(self) -> int:
@@ -108,18 +83,24 @@ class Run:
 
 
 class Watched(Decoder):
-    """A model that adds up the seconds which attention takes it, communication left out."""
+    """A model that adds up the seconds which attention and mixtures of experts take it, both
+    without communication, and what its experts compute."""
 
     def __init__(self, model: Decoder) -> None:
         self.__dict__.update(model.__dict__)
         self.layers = [self._watched(layer) for layer in model.layers]
-        self.attention_seconds = 0.0
+        self.attention_seconds = self.mixture_seconds = 0.0
+        self.expert_rows = self.expert_flops = 0
 
     def _watched(self, layer: Layer) -> Layer:
-        attend = self._timed(layer.attention.attend)
-        return replace(layer, attention=replace(layer.attention, attend=attend))
+        attend, ffn = self._timed_attend(layer.attention.attend), layer.ffn
+        if isinstance(ffn, Mixture):
+            experts = {number: self._counted(w) for number, w in ffn.experts.items()}
+            dispatch = self._timed_dispatch(ffn.dispatch)
+            ffn = replace(ffn, experts=experts, dispatch=dispatch)
+        return replace(layer, attention=replace(layer.attention, attend=attend), ffn=ffn)
 
-    def _timed(self, attend: Attend) -> Attend:
+    def _timed_attend(self, attend: Attend) -> Attend:
         def timed(heads: Heads, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
             started = _arithmetic_clock(mesh.ledger)
             output = attend(heads, step, mesh)
@@ -127,6 +108,23 @@ class Watched(Decoder):
             return output
 
         return timed
+
+    def _timed_dispatch(self, dispatch: Dispatch) -> Dispatch:
+        def timed(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np.ndarray:
+            started = _arithmetic_clock(mesh.ledger)
+            y_nD = dispatch(x_nD, routes, w, mesh)
+            self.mixture_seconds += _arithmetic_clock(mesh.ledger) - started
+            return y_nD
+
+        return timed
+
+    def _counted(self, w: FeedForward) -> FeedForward:
+        def gate_of(gate_Mf: np.ndarray, up_Mf: np.ndarray) -> np.ndarray:
+            self.expert_rows += len(gate_Mf)
+            self.expert_flops += 2 * len(gate_Mf) * (w.gate.size + w.up.size + w.down.size)
+            return w.gate_of(gate_Mf, up_Mf)
+
+        return replace(w, gate_of=gate_of)
 
 
 class Excerpt(Decoder):
@@ -170,7 +168,8 @@ def measure(
             bandwidths.append(walked / generation.limit_seconds)
             limits = bandwidths[-1], rates[-1]
             work = prompt_work(model.decoder, batch, length)
-            speeds.append(_row(model, prompt, work, *limits) | _balance(model, prompt))
+            row = _row(model, prompt, work, *limits) | _balance(model, prompt)
+            speeds.append(row | _mixtures(model, prompt, rates[-1]))
             work = generation_work(model.decoder, batch, length, length + max_tokens)
             speeds.append(_row(model, generation, work, *limits))
             # The matrices of the limits were there all the time, and are none of the model's.
@@ -178,7 +177,7 @@ def measure(
             arrays = _memory(model, batch, length, max_tokens)
             memory.append({"prompt_tokens": length, "batch": batch, **arrays, "peak_bytes": peak})
 
-    world, shard = model.mesh.world, (*_shard(model.decoder), model.decoder.dtype.itemsize)
+    world, shard = model.mesh.world, (*shard_of(model.decoder), model.decoder.dtype.itemsize)
     weights, read = all_reduce(np.array([weight_bytes(*shard), read_bytes(*shard)]), world, MAX)
     slowest = all_reduce(np.array([np.median(bandwidths), np.median(rates)]), world, MIN)
     return _environment(model) | {
@@ -192,110 +191,6 @@ def measure(
         "memory": memory,
         "speeds": speeds,
     }
-
-
-def prompt_work(model: Decoder, batch: int, tokens: int) -> Work:
-    """What the step that feeds `batch` prompts of `tokens` tokens asks of this rank: its own tokens
-    meet its weights, and its query heads the keys of all ranks."""
-    config, division = model.config, model.division
-    own_S = division.tokens(0, tokens)[division.cp_rank]
-    wanted = int(np.count_nonzero(own_S == tokens - 1))
-    seen = batch * visible_keys(config, own_S, np.arange(tokens))
-    routed = _routed(model, batch * tokens)
-    return Work(
-        product_flops=product_flops(*_shard(model), batch * len(own_S), batch * wanted, routed),
-        attention_flops=_flops_per_key(config, division.heads[division.sharer]) * seen,
-        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize, routed),
-        cache_bytes=0,
-    )
-
-
-def generation_work(model: Decoder, batch: int, start: int, stop: int) -> Work:
-    """What the mean of the steps that feed `batch` sequences one token each, at positions `start`
-    to `stop` - 1 after a prompt, asks of this rank: the query heads of all ranks that divide a
-    cache with it meet the keys that it keeps.
-
-    Of context-parallel ranks one has the tokens of a step and the others wait, so each is counted
-    as if it were its turn.
-    """
-    config, division = model.config, model.division
-    own = [division.tokens(*part)[division.cp_rank] for part in ((0, start), (start, stop))]
-    kept_T = np.concatenate([positions[division.kept(positions)] for positions in own])
-    seen = batch * visible_keys(config, np.arange(start, stop), kept_T) // (stop - start)
-    routed = _routed(model, batch)
-    key_and_value = model.kv_heads * config.kept_width * model.dtype.itemsize
-    return Work(
-        product_flops=product_flops(*_shard(model), batch, batch, routed),
-        attention_flops=_flops_per_key(config, sum(division.heads)) * seen,
-        weight_bytes=read_bytes(*_shard(model), model.dtype.itemsize, routed),
-        cache_bytes=key_and_value * seen,
-    )
-
-
-def weight_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int) -> int:
-    """Bytes of all weights of a rank, which has set `index` of those that `cut` makes."""
-    held = weights_of(config, cut, index)
-    return itemsize * sum(math.prod(weight.shard_shape(config, cut, index)) for weight in held)
-
-
-def read_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int, tokens: int = 1) -> int:
-    """Bytes of the weights of a rank that a step reads: all but the embedding, of which it reads a
-    few rows, unless the embedding is also the head; of a mixture, the experts that `tokens` tokens
-    choose if all choices are equally likely."""
-    read = 0.0
-    for weight in weights_of(config, cut, index):
-        if weight.field != "embedding" or config.tied:
-            chosen = 1.0
-            if config.moe and weight.expert is not None:
-                share = tokens / _copies(cut, weight)
-                chosen -= (1 - config.moe.top_k / config.moe.experts) ** share
-            read += chosen * math.prod(weight.shard_shape(config, cut, index))
-    return int(itemsize * read)
-
-
-def product_flops(
-    config: ModelConfig, cut: Cut, index: int, tokens: int, wanted: int, routed: int = 0
-) -> int:
-    """Floating-point operations of a rank's products with weights in a step of `tokens` tokens,
-    `wanted` of which go through the head, and of experts that divide `routed` tokens evenly."""
-    head = "embedding" if config.tied else "head"
-    flops = 0.0
-    for weight in weights_of(config, cut, index):
-        shape = weight.shard_shape(config, cut, index)
-        if config.moe and weight.expert is not None:
-            share = config.moe.top_k / config.moe.experts / _copies(cut, weight)
-            flops += 2 * routed * share * math.prod(shape)
-        elif weight.layer is not None and len(shape) == 2:
-            flops += 2 * tokens * math.prod(shape)
-        elif weight.field == head:
-            flops += 2 * wanted * math.prod(shape)
-    return int(flops)
-
-
-def _copies(cut: Cut, weight: Weight) -> int:
-    """How many ranks share the tokens of an expert's weight."""
-    assert weight.layer is not None and weight.expert is not None
-    return cut.copies(weight.layer, weight.expert)
-
-
-def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray) -> int:
-    """The pairs of a query at one of the positions `queries_S` and a key at one of `keys_T`, both
-    ascending, in which the query sees the key: those of all layers together."""
-    earlier_S = np.searchsorted(keys_T, queries_S, side="right")
-    pairs = 0
-    for window in config.windows:
-        left = 0 if window is None else np.searchsorted(keys_T, queries_S - window, side="right")
-        pairs += int((earlier_S - left).sum())
-    return pairs
-
-
-def table(report: dict[str, Any]) -> str:
-    """A report of `measure` to read."""
-    parts = [_speed_lines, _balance_lines, _memory_lines, _collective_lines]
-    lines = [_heading(report), *_machine_lines(report)]
-    for part in parts:
-        lines += ["", *part(report)]
-    return "\n".join(lines)
 
 
 def _check(
@@ -371,7 +266,8 @@ def _run(
     watched = Watched(decoder)
     prompt, first_B1 = timed("prompt", watched, prompts_BS, 1, multiply)
     generation, _ = timed("generation", decoder, first_B1, max_tokens, walk)
-    return replace(prompt, attention_seconds=watched.attention_seconds), generation
+    of_watched = ("attention_seconds", "mixture_seconds", "expert_rows", "expert_flops")
+    return replace(prompt, **{name: getattr(watched, name) for name in of_watched}), generation
 
 
 def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.ndarray:
@@ -504,6 +400,32 @@ def _balance(model: Model, prompt: Run) -> dict[str, float]:
     }
 
 
+def _mixtures(model: Model, prompt: Run, rate: float) -> dict[str, Any]:
+    """What the mixtures of a prompt's step come to, nothing for a model without: the seconds of the
+    rank where they took most, routing and communication left out, and what the products of the rows
+    that a rank computed take at least at `rate`; the rows of the ranks with the fewest and the
+    most; and how many the rank with the most sent to others, there and back, beside how many it
+    would send if experts were chosen evenly."""
+    config, layout, world = model.config, model.mesh.layout, model.mesh.world
+    if config.moe is None:
+        return {}
+    row_bytes = config.hidden * model.decoder.dtype.itemsize
+    wires = [e.wire_bytes for what, _, e in prompt.entries if what == "all_to_all"]
+    sent = sum(wires) / row_bytes if layout.dispatch == "all-to-all" else 0.0
+    own = [prompt.mixture_seconds, prompt.expert_flops / rate, prompt.expert_rows, sent]
+    most = all_reduce(np.array(own), world, MAX)
+    fewest = all_reduce(np.array(prompt.expert_rows), world, MIN)
+    rows = prompt.tokens / layout.replica * config.moe.top_k * sum(config.moe.layers)
+    return {
+        "mixture_seconds": float(most[0]),
+        "mixture_limit_seconds": float(most[1]),
+        "fewest_expert_rows": int(fewest),
+        "most_expert_rows": int(most[2]),
+        "expert_rows_sent": int(most[3]),
+        "expert_rows_sent_if_even": 2 * rows * (layout.ep - 1) / layout.ep,
+    }
+
+
 def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> dict[str, int]:
     """Bytes of the rank that has most of each: the KV caches, the residual stream between two
     sub-layers, and all arrays that there are at once in a prompt's step beyond those before it.
@@ -525,21 +447,6 @@ def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> di
     return dict(zip(names, map(int, most), strict=True))
 
 
-def _shard(model: Decoder) -> tuple[ModelConfig, Cut, int]:
-    """What the counts of a rank's weights depend on."""
-    return model.config, model.mesh.cut, model.mesh.weights
-
-
-def _routed(model: Decoder, tokens: int) -> int:
-    """The tokens that the ranks which divide the experts have, where each replica has `tokens`."""
-    return model.mesh.layout.together * tokens
-
-
-def _flops_per_key(config: ModelConfig, heads: int) -> int:
-    """Of a query's product with a key and of the probability's with the value, in `heads` heads."""
-    return 2 * heads * (config.key_width + config.value_width)
-
-
 def _environment(model: Model) -> dict[str, Any]:
     numpy_built: Any = np.show_config(mode="dicts")
     blas = numpy_built["Build Dependencies"]["blas"]
@@ -556,121 +463,3 @@ def _environment(model: Model) -> dict[str, Any]:
         "blas_kernels": os.environ.get("OPENBLAS_CORETYPE"),
         "mpi": f"{library} {'.'.join(map(str, version))}",
     }
-
-
-def _heading(report: dict[str, Any]) -> str:
-    kernels = f", OPENBLAS_CORETYPE={report['blas_kernels']}" if report["blas_kernels"] else ""
-    return (
-        f"{report['model']}: {report['layout']}, ranks: {report['ranks']}, threads per rank: "
-        f"{report['threads']}, {report['dtype']}, NumPy {report['numpy']} ({report['blas']}"
-        f"{kernels}), {report['mpi']}"
-    )
-
-
-def _machine_lines(report: dict[str, Any]) -> list[str]:
-    return [
-        "limits of each rank, all at work: matrix-vector products read "
-        f"{report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, matrix products make "
-        f"{report['product_flops_per_second'] / 1e9:.1f} Gflop/s",
-        f"weights of each rank: {report['weight_bytes'] / 1e6:.1f} MB, of which a step reads "
-        f"{report['read_bytes'] / 1e6:.1f} MB",
-    ]
-
-
-def _title(row: dict[str, Any], report: dict[str, Any]) -> str:
-    length = row["prompt_tokens"]
-    return (
-        f"prompt {length}"
-        if row["phase"] == "prompt"
-        else f"generation {report['max_tokens']} after {length}"
-    )
-
-
-def _speed_lines(report: dict[str, Any]) -> list[str]:
-    rows = [
-        ("", "batch", "tokens/s", "limit", "share", "with attention", "share", "ms/step")
-        + ("communication",)
-    ]
-    for row in report["speeds"]:
-        rows.append(
-            (
-                _title(row, report),
-                f"{row['batch']}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['limit_tokens_per_second']:.1f}",
-                _percent(row["share_of_limit"]),
-                f"{row['limit_with_attention_tokens_per_second']:.1f}",
-                _percent(row["share_of_limit_with_attention"]),
-                f"{1e3 * row['seconds_per_step']:.2f}",
-                f"{100 * row['share_in_communication']:.1f} %",
-            )
-        )
-    return _aligned(rows)
-
-
-def _balance_lines(report: dict[str, Any]) -> list[str]:
-    rows = [
-        ("seconds of a step, all ranks", "batch", "arithmetic: least", "most", "apart")
-        + ("attention", "Gflop/s", "of products", "send_receive", "of step")
-    ]
-    for row in report["speeds"]:
-        if row["phase"] != "prompt":
-            continue
-        least, most = row["least_arithmetic_seconds"], row["most_arithmetic_seconds"]
-        rate = row["attention_flops"] / row["attention_seconds"]
-        rows.append(
-            (
-                _title(row, report),
-                f"{row['batch']}",
-                f"{least:.3f}",
-                f"{most:.3f}",
-                _percent(most / least - 1),
-                f"{row['attention_seconds']:.3f}",
-                f"{rate / 1e9:.1f}",
-                _percent(rate / row["product_flops_per_second"]),
-                f"{row['send_receive_seconds']:.3f}",
-                _percent(row["send_receive_seconds"] / row["seconds_per_step"]),
-            )
-        )
-    return _aligned(rows)
-
-
-def _memory_lines(report: dict[str, Any]) -> list[str]:
-    kinds = ("kv_cache", "residual_stream", "activations", "peak")
-    names = ["weights", *(kind.replace("_", " ") for kind in kinds)]
-    rows = [("memory of a rank, MB", "batch", *names)]
-    for row in report["memory"]:
-        figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
-        title = f"prompt {row['prompt_tokens']}, generation {report['max_tokens']}"
-        rows.append((title, f"{row['batch']}", *(f"{figure / 1e6:.1f}" for figure in figures)))
-    return _aligned(rows)
-
-
-def _collective_lines(report: dict[str, Any]) -> list[str]:
-    rows = [("per step, on rank 0", "batch", "group", "calls", "payload", "wire bytes", "ms")]
-    for row in report["speeds"]:
-        for entry in row["collectives"]:
-            rows.append(
-                (
-                    f"{_title(row, report)}: {entry['operation']}",
-                    f"{row['batch']}",
-                    entry["group"],
-                    f"{entry['calls']}",
-                    f"{entry['payload_bytes']}",
-                    f"{entry['wire_bytes']:.0f}",
-                    f"{1e3 * entry['seconds']:.3f}",
-                )
-            )
-    return _aligned(rows)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]

@@ -1,0 +1,150 @@
+"""What a step asks of a rank, counted: arithmetic alone.
+
+A step reads every weight of its rank once and multiplies it with every token, and so takes at least
+as long as the slower of the two needs. Attention comes on top: the products of queries with the
+keys that they see and of probabilities with values, and in generation the bytes of keys and values
+that the step reads. What context parallelism, a divided cache or tensor parallelism leave to other
+ranks is counted there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpishard.description.config import ModelConfig
+from mpishard.description.cut import Cut
+from mpishard.description.partition import Weight, weights_of
+from mpishard.model import Decoder
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step asks of a rank: flops of the products with weights and of attention's, bytes of
+    weights and of keys and values to be read."""
+
+    product_flops: int
+    attention_flops: int
+    weight_bytes: int
+    cache_bytes: int
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """What the step takes at least, attention left out."""
+        return max(self.weight_bytes / bandwidth, self.product_flops / rate)
+
+    def seconds_with_attention(self, bandwidth: float, rate: float) -> float:
+        """What the step takes at least."""
+        read = self.weight_bytes + self.cache_bytes
+        return max(read / bandwidth, (self.product_flops + self.attention_flops) / rate)
+
+
+def prompt_work(model: Decoder, batch: int, tokens: int) -> Work:
+    """What the step that feeds `batch` prompts of `tokens` tokens asks of this rank: its own tokens
+    meet its weights, and its query heads the keys of all ranks."""
+    config, division = model.config, model.division
+    own_S = division.tokens(0, tokens)[division.cp_rank]
+    wanted = int(np.count_nonzero(own_S == tokens - 1))
+    seen = batch * visible_keys(config, own_S, np.arange(tokens))
+    routed = routed_tokens(model, batch * tokens)
+    return Work(
+        product_flops=product_flops(*shard_of(model), batch * len(own_S), batch * wanted, routed),
+        attention_flops=_flops_per_key(config, division.heads[division.sharer]) * seen,
+        weight_bytes=read_bytes(*shard_of(model), model.dtype.itemsize, routed),
+        cache_bytes=0,
+    )
+
+
+def generation_work(model: Decoder, batch: int, start: int, stop: int) -> Work:
+    """What the mean of the steps that feed `batch` sequences one token each, at positions `start`
+    to `stop` - 1 after a prompt, asks of this rank: the query heads of all ranks that divide a
+    cache with it meet the keys that it keeps.
+
+    Of context-parallel ranks one has the tokens of a step and the others wait, so each is counted
+    as if it were its turn.
+    """
+    config, division = model.config, model.division
+    own = [division.tokens(*part)[division.cp_rank] for part in ((0, start), (start, stop))]
+    kept_T = np.concatenate([positions[division.kept(positions)] for positions in own])
+    seen = batch * visible_keys(config, np.arange(start, stop), kept_T) // (stop - start)
+    routed = routed_tokens(model, batch)
+    key_and_value = model.kv_heads * config.kept_width * model.dtype.itemsize
+    return Work(
+        product_flops=product_flops(*shard_of(model), batch, batch, routed),
+        attention_flops=_flops_per_key(config, sum(division.heads)) * seen,
+        weight_bytes=read_bytes(*shard_of(model), model.dtype.itemsize, routed),
+        cache_bytes=key_and_value * seen,
+    )
+
+
+def weight_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int) -> int:
+    """Bytes of all weights of a rank, which has set `index` of those that `cut` makes."""
+    held = weights_of(config, cut, index)
+    return itemsize * sum(math.prod(weight.shard_shape(config, cut, index)) for weight in held)
+
+
+def read_bytes(config: ModelConfig, cut: Cut, index: int, itemsize: int, tokens: int = 1) -> int:
+    """Bytes of the weights of a rank that a step reads: all but the embedding, of which it reads a
+    few rows, unless the embedding is also the head; of a mixture, the experts that `tokens` tokens
+    choose if all choices are equally likely."""
+    read = 0.0
+    for weight in weights_of(config, cut, index):
+        if weight.field != "embedding" or config.tied:
+            chosen = 1.0
+            if config.moe and weight.expert is not None:
+                share = tokens / _copies(cut, weight)
+                chosen -= (1 - config.moe.top_k / config.moe.experts) ** share
+            read += chosen * math.prod(weight.shard_shape(config, cut, index))
+    return int(itemsize * read)
+
+
+def product_flops(
+    config: ModelConfig, cut: Cut, index: int, tokens: int, wanted: int, routed: int = 0
+) -> int:
+    """Floating-point operations of a rank's products with weights in a step of `tokens` tokens,
+    `wanted` of which go through the head, and of experts that divide `routed` tokens evenly."""
+    head = "embedding" if config.tied else "head"
+    flops = 0.0
+    for weight in weights_of(config, cut, index):
+        shape = weight.shard_shape(config, cut, index)
+        if config.moe and weight.expert is not None:
+            share = config.moe.top_k / config.moe.experts / _copies(cut, weight)
+            flops += 2 * routed * share * math.prod(shape)
+        elif weight.layer is not None and len(shape) == 2:
+            flops += 2 * tokens * math.prod(shape)
+        elif weight.field == head:
+            flops += 2 * wanted * math.prod(shape)
+    return int(flops)
+
+
+def _copies(cut: Cut, weight: Weight) -> int:
+    """How many ranks share the tokens of an expert's weight."""
+    assert weight.layer is not None and weight.expert is not None
+    return cut.copies(weight.layer, weight.expert)
+
+
+def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray) -> int:
+    """The pairs of a query at one of the positions `queries_S` and a key at one of `keys_T`, both
+    ascending, in which the query sees the key: those of all layers together."""
+    earlier_S = np.searchsorted(keys_T, queries_S, side="right")
+    pairs = 0
+    for window in config.windows:
+        left = 0 if window is None else np.searchsorted(keys_T, queries_S - window, side="right")
+        pairs += int((earlier_S - left).sum())
+    return pairs
+
+
+def shard_of(model: Decoder) -> tuple[ModelConfig, Cut, int]:
+    """What the counts of a rank's weights depend on."""
+    return model.config, model.mesh.cut, model.mesh.weights
+
+
+def routed_tokens(model: Decoder, tokens: int) -> int:
+    """The tokens that the ranks which divide the experts have, where each replica has `tokens`."""
+    return model.mesh.layout.together * tokens
+
+
+def _flops_per_key(config: ModelConfig, heads: int) -> int:
+    """Of a query's product with a key and of the probability's with the value, in `heads` heads."""
+    return 2 * heads * (config.key_width + config.value_width)

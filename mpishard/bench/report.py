@@ -1,0 +1,160 @@
+"""A report of `mpishard.bench.rounds.measure`, to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report of `measure` to read."""
+    parts = [_speed_lines, _balance_lines, _memory_lines, _collective_lines]
+    if any("mixture_seconds" in row for row in report["speeds"]):
+        parts.insert(2, _mixture_lines)
+    lines = [_heading(report), *_machine_lines(report)]
+    for part in parts:
+        lines += ["", *part(report)]
+    return "\n".join(lines)
+
+
+def _heading(report: dict[str, Any]) -> str:
+    kernels = f", OPENBLAS_CORETYPE={report['blas_kernels']}" if report["blas_kernels"] else ""
+    return (
+        f"{report['model']}: {report['layout']}, ranks: {report['ranks']}, threads per rank: "
+        f"{report['threads']}, {report['dtype']}, NumPy {report['numpy']} ({report['blas']}"
+        f"{kernels}), {report['mpi']}"
+    )
+
+
+def _machine_lines(report: dict[str, Any]) -> list[str]:
+    return [
+        "limits of each rank, all at work: matrix-vector products read "
+        f"{report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, matrix products make "
+        f"{report['product_flops_per_second'] / 1e9:.1f} Gflop/s",
+        f"weights of each rank: {report['weight_bytes'] / 1e6:.1f} MB, of which a step reads "
+        f"{report['read_bytes'] / 1e6:.1f} MB",
+    ]
+
+
+def _title(row: dict[str, Any], report: dict[str, Any]) -> str:
+    length = row["prompt_tokens"]
+    return (
+        f"prompt {length}"
+        if row["phase"] == "prompt"
+        else f"generation {report['max_tokens']} after {length}"
+    )
+
+
+def _speed_lines(report: dict[str, Any]) -> list[str]:
+    rows = [
+        ("", "batch", "tokens/s", "limit", "share", "with attention", "share", "ms/step")
+        + ("communication",)
+    ]
+    for row in report["speeds"]:
+        rows.append(
+            (
+                _title(row, report),
+                f"{row['batch']}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['limit_tokens_per_second']:.1f}",
+                _percent(row["share_of_limit"]),
+                f"{row['limit_with_attention_tokens_per_second']:.1f}",
+                _percent(row["share_of_limit_with_attention"]),
+                f"{1e3 * row['seconds_per_step']:.2f}",
+                f"{100 * row['share_in_communication']:.1f} %",
+            )
+        )
+    return _aligned(rows)
+
+
+def _balance_lines(report: dict[str, Any]) -> list[str]:
+    rows = [
+        ("seconds of a step, all ranks", "batch", "arithmetic: least", "most", "apart")
+        + ("attention", "Gflop/s", "of products", "send_receive", "of step")
+    ]
+    for row in report["speeds"]:
+        if row["phase"] != "prompt":
+            continue
+        least, most = row["least_arithmetic_seconds"], row["most_arithmetic_seconds"]
+        rate = row["attention_flops"] / row["attention_seconds"]
+        rows.append(
+            (
+                _title(row, report),
+                f"{row['batch']}",
+                f"{least:.3f}",
+                f"{most:.3f}",
+                _percent(most / least - 1),
+                f"{row['attention_seconds']:.3f}",
+                f"{rate / 1e9:.1f}",
+                _percent(rate / row["product_flops_per_second"]),
+                f"{row['send_receive_seconds']:.3f}",
+                _percent(row["send_receive_seconds"] / row["seconds_per_step"]),
+            )
+        )
+    return _aligned(rows)
+
+
+def _mixture_lines(report: dict[str, Any]) -> list[str]:
+    rows = [
+        ("mixtures of a step, all ranks", "batch", "arithmetic, s", "products at least", "times")
+        + ("rows: fewest", "most", "sent, there and back", "if even")
+    ]
+    for row in report["speeds"]:
+        if row["phase"] != "prompt":
+            continue
+        least = row["mixture_limit_seconds"]
+        rows.append(
+            (
+                _title(row, report),
+                f"{row['batch']}",
+                f"{row['mixture_seconds']:.3f}",
+                f"{least:.3f}",
+                f"{row['mixture_seconds'] / least:.2f}",
+                f"{row['fewest_expert_rows']}",
+                f"{row['most_expert_rows']}",
+                f"{row['expert_rows_sent']}",
+                f"{row['expert_rows_sent_if_even']:.0f}",
+            )
+        )
+    return _aligned(rows)
+
+
+def _memory_lines(report: dict[str, Any]) -> list[str]:
+    kinds = ("kv_cache", "residual_stream", "activations", "peak")
+    names = ["weights", *(kind.replace("_", " ") for kind in kinds)]
+    rows = [("memory of a rank, MB", "batch", *names)]
+    for row in report["memory"]:
+        figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
+        title = f"prompt {row['prompt_tokens']}, generation {report['max_tokens']}"
+        rows.append((title, f"{row['batch']}", *(f"{figure / 1e6:.1f}" for figure in figures)))
+    return _aligned(rows)
+
+
+def _collective_lines(report: dict[str, Any]) -> list[str]:
+    rows = [("per step, on rank 0", "batch", "group", "calls", "payload", "wire bytes", "ms")]
+    for row in report["speeds"]:
+        for entry in row["collectives"]:
+            rows.append(
+                (
+                    f"{_title(row, report)}: {entry['operation']}",
+                    f"{row['batch']}",
+                    entry["group"],
+                    f"{entry['calls']}",
+                    f"{entry['payload_bytes']}",
+                    f"{entry['wire_bytes']:.0f}",
+                    f"{1e3 * entry['seconds']:.3f}",
+                )
+            )
+    return _aligned(rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
