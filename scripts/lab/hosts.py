@@ -42,9 +42,17 @@ mount -t sysfs sysfs /sys
 ip link set lo up
 """
 OWN_SHARED_MEMORY = "mount -t tmpfs tmpfs /dev/shm"
-LAB = Path("/dev/shm/lab")  # what the head has to know of the hosts, in its own shared memory
-# The address is the last thing a host is given, and the first thing it is asked for.
 CONNECT = 'ip addr add "$1/24" dev eth0 && ip link set eth0 up'
+# All that a lab needs, in a machine that is thrown away.
+TRIAL = f"""{SETTLE}
+{OWN_SHARED_MEMORY}
+ip link add bridge type bridge
+ip link add one-end type veth peer name other-end
+"""
+
+# What the head knows of the hosts, for itself and for agent.sh: in its own shared memory, so that
+# it is gone with the head.
+LAB = Path("/dev/shm/lab")
 
 
 class Host(NamedTuple):
@@ -78,13 +86,13 @@ def obstacle() -> str | None:
         if shutil.which(program) is None:
             return f"hosts need `{program}`, of util-linux or iproute2, which is not on the PATH"
     trial = subprocess.run(
-        unshared("sh", "-c", f"{SETTLE}\n{OWN_SHARED_MEMORY}", "sh") + ["trial", os.devnull],
+        unshared("sh", "-c", TRIAL, "sh", "trial", os.devnull),
         capture_output=True,
         text=True,
     )
     if trial.returncode != 0:
         refused = " ".join(trial.stderr.split()) or f"status {trial.returncode}"
-        return f"hosts need namespaces, which this system refuses ({refused}): root may make them"
+        return f"hosts need namespaces, which this system refuses ({refused}); outside of containers root may make them"
     return None
 
 
@@ -109,16 +117,14 @@ def on_head(args: argparse.Namespace) -> int:
     its namespace of processes: when it ends, so does everything on all hosts."""
     subprocess.run(OWN_SHARED_MEMORY.split(), check=True)
     LAB.mkdir()
-    names = ["head", *(f"host{place + 1}" for place in range(args.hosts))]
-    addresses = dict(zip(names, (f"10.77.0.{place + 1}" for place in range(MOST)), strict=False))
+    names = ["head", *(f"host{number}" for number in range(1, args.hosts + 1))]
+    addresses = [f"10.77.0.{number}" for number in range(1, len(names) + 1)]
     table = LAB / "hosts"
-    table.write_text(
-        "127.0.0.1 localhost\n"
-        + "".join(f"{address} {name}\n" for name, address in addresses.items())
-    )
+    lines = [f"{address} {name}\n" for name, address in zip(names, addresses, strict=True)]
+    table.write_text("".join(["127.0.0.1 localhost\n", *lines]))
     subprocess.run(["sh", "-c", SETTLE, "sh", "head", table], check=True)
-    hosts = [Host("head", addresses["head"], os.getpid())]
-    hosts += [Host(name, addresses[name], start_host(name, table)) for name in names[1:]]
+    processes = [os.getpid(), *(start_host(name, table) for name in names[1:])]
+    hosts = [Host(*facts) for facts in zip(names, addresses, processes, strict=True)]
     for host in hosts:
         (LAB / host.name).write_text(str(host.process))
     if args.delay or args.rate:

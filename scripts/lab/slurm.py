@@ -106,7 +106,9 @@ def cluster(directory: Path, nodes: int, cpus: int) -> Iterator[dict[str, str]]:
     configuration = directory / "slurm.conf"
     configuration.write_text(configure(directory, nodes, cpus))
     (directory / "cgroup.conf").write_text("")
-    settings = {**os.environ, "SLURM_CONF": str(configuration)}
+    # What another Slurm has set, of whose job this may be a part, is not for this one.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    settings = {**inherited, "SLURM_CONF": str(configuration)}
     with ExitStack() as running:
         running.callback(end_left, configuration)
         start_munge(directory, settings, running)

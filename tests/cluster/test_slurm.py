@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands.shell import answered, completions, mpishard
-from mpi_runner.launch import CHECKOUT, environment, mpirun
+from mpi_runner.launch import CHECKOUT, environment, mpirun, sweep_shared_memory
 
 LAB = CHECKOUT / "scripts" / "lab" / "slurm.py"
 SCRIPTS = CHECKOUT / "scripts" / "slurm"
@@ -194,7 +194,8 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.settings = {
-            **environment(4, {}),  # the nodes' cores are the same few: waiting ranks must sleep
+            # The nodes' cores are the same few, so that waiting ranks must sleep.
+            **environment(4, dict.fromkeys(name for name in os.environ if "SLURM" in name)),
             "SLURM_CONF": str(directory / "cluster" / "slurm.conf"),
             "MPISHARD": f"{sys.executable} -m mpishard",
         }
@@ -306,6 +307,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         lab.communicate(timeout=60)
         assert lab.returncode == 0
     assert list(cluster.processes()) == [], "the cluster has left something behind"
+    sweep_shared_memory()  # of ranks that were killed
 
 
 def test_a_cluster_ends_when_it_is_told_to(cluster, tmp_path):
