@@ -92,7 +92,7 @@ def obstacle() -> str | None:
     )
     if trial.returncode != 0:
         refused = " ".join(trial.stderr.split()) or f"status {trial.returncode}"
-        return f"hosts need namespaces, which this system refuses ({refused}); outside of containers root may make them"
+        return f"hosts need namespaces, which this system refuses here and now: {refused}"
     return None
 
 
