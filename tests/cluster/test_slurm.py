@@ -453,7 +453,8 @@ def start_chain(cluster: Cluster, requests: Path, out: Path) -> int:
     words = ["--ignore-eos", "--max-sequences", 2]
     job = cluster.submit("chain", options, *words, MODEL=MODEL, INPUT=requests, OUTPUT=out)
     journal = out.with_name(out.name + ".journal")
-    wait_until(lambda: journal.exists() and journal.stat().st_size > 0, "an answer")
+    # Not its first line, which is there before every rank listens to signals.
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, "answers")
     return job
 
 
