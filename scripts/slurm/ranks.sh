@@ -46,6 +46,9 @@ ranks() {
     export OPENBLAS_NUM_THREADS=$threads OMP_NUM_THREADS=$threads
     export SRUN_CPUS_PER_TASK=$threads # srun does not take this over from sbatch since Slurm 22.05
     export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2}
+    # MPICH's ranks tell each other their addresses through Slurm, whose pmi2 (22.05) has been seen
+    # to damage those of UCX ("value not properly terminated"), so that ranks fail or hang.
+    export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}
     echo "$SLURM_JOB_NAME: $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes" \
         "($SLURM_JOB_NODELIST), $threads threads each" >&2
     # Neighbouring ranks talk most, so a node is filled before the next. Ranks that wait for one

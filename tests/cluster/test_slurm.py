@@ -43,7 +43,8 @@ ALLOCATION = {
 ONE_NODE = {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "node1"}
 # Says what it was asked, and ends with the status that it was told.
 SRUN = """#!/bin/bash
-echo "$OPENBLAS_NUM_THREADS $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK $SLURM_MPI_TYPE"
+echo "$OPENBLAS_NUM_THREADS $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK" \\
+    "$SLURM_MPI_TYPE $MPIR_CVAR_CH4_NETMOD"
 printf '%s\\n' "$@"
 [[ -t 0 ]] || cat
 [[ -z ${GROWS:-} ]] || echo answer >>"$GROWS"
@@ -107,7 +108,7 @@ def test_every_script_is_tested_and_in_the_readme():
 def test_ranks_and_threads_are_those_of_the_allocation(files, name):
     nodes = ONE_NODE if name == "tensor" else {}
     threads, *words = asked_of_srun(name, {**files, **ALLOCATION, **nodes}, "--seed", "1")
-    assert threads == "3 3 3 pmi2"
+    assert threads == "3 3 3 pmi2 ofi"
     assert "--wait=10" in words and "--distribution=block" in words
     start = words.index("mpishard") + 1
     assert words[start:] == [word.format(**files) for word in COMMANDS[name]]
@@ -116,7 +117,7 @@ def test_ranks_and_threads_are_those_of_the_allocation(files, name):
 def test_what_is_not_said_is_what_mpich_and_one_thread_want(files):
     settings = {**files, **ALLOCATION, **ONE_NODE, "SLURM_MPI_TYPE": "pmix"}
     del settings["SLURM_CPUS_PER_TASK"]
-    assert asked_of_srun("tensor", settings)[0] == "1 1 1 pmix"
+    assert asked_of_srun("tensor", settings)[0] == "1 1 1 pmix ofi"
 
 
 def test_the_command_may_be_several_words(files):
@@ -452,7 +453,8 @@ def start_chain(cluster: Cluster, requests: Path, out: Path) -> int:
     words = ["--ignore-eos", "--max-sequences", 2]
     job = cluster.submit("chain", options, *words, MODEL=MODEL, INPUT=requests, OUTPUT=out)
     journal = out.with_name(out.name + ".journal")
-    wait_until(lambda: journal.exists() and journal.stat().st_size > 0, "an answer")
+    # Not its first line, which is there before every rank listens to signals.
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, "answers")
     return job
 
 
