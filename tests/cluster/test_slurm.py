@@ -227,9 +227,12 @@ class Cluster:
 
     def hurried(self, job: int) -> bool:
         """Whether a job that was put back runs again, without the pause that Slurm makes: it sets
-        the time of that pause only a while after the job has become pending."""
+        the time of that pause only a while after the job has become pending, and nodes that have
+        not done with a job fail to begin it anew."""
         if self.facts(job)["JobState"] != "PENDING":
             return True
+        if set(self.says("sinfo", "--noheader", "--Node", "--format=%t").split()) != {"idle"}:
+            return False
         command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
         subprocess.run(command, env=self.settings, capture_output=True)  # it may begin meanwhile
         return False

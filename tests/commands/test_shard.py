@@ -119,7 +119,7 @@ def test_a_conversion_that_fails_on_one_rank_ends_on_all(large, tmp_path):
     out = tmp_path / "out"
     finished = run_mpi(2, ["-c", DISK_FULL, "shard", large, out, "--tp", "2"], timeout=20)
     assert finished.returncode != 0
-    assert finished.stderr.count("mpishard: error: disk full") == 1
+    assert finished.stderr.count("mpishard: error: rank 1 of 2: disk full") == 1
     assert not out.exists()
 
 
@@ -204,7 +204,8 @@ def test_a_flipped_bit_is_found_by_verify(damaged):
     finished = mpishard(2, "inspect", damaged, "--verify")
     assert finished.returncode == 2 and "verified" not in finished.stdout
     (message,) = [line for line in finished.stderr.splitlines() if "mpishard:" in line]
-    assert message.startswith(f"mpishard: error: {file} is damaged: ") and "checksum" in message
+    assert message.startswith(f"mpishard: error: rank 0 of 2: {file} is damaged: ")
+    assert "checksum" in message
 
 
 def test_shards_are_refused_that_came_to_be_in_the_meantime(large, tmp_path):

@@ -15,7 +15,7 @@ from mpishard.arithmetic.packed import pack
 from mpishard.communication.mesh import Mesh
 from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import DISPATCHES, Layout
-from mpishard.parallel import expert
+from mpishard.parallel import expert, tensor
 from mpishard.parallel.expert_load import Load
 
 pytestmark = pytest.mark.ranks(2, 4)
@@ -89,7 +89,8 @@ def test_to_the_bit_where_products_are_row_by_row(comm: MPI.Intracomm, monkeypat
             y_O[:] = w_OI @ x_I
         return y_NO if bias_O is None else y_NO + bias_O
 
-    monkeypatch.setattr(expert, "linear", by_rows)
+    for module in (expert, tensor):
+        monkeypatch.setattr(module, "linear", by_rows)
     for layout in LAYOUTS[comm.size]:
         with mesh_of(comm, VARIANT, layout) as mesh:
             expected_SV = forward(mesh)
