@@ -6,9 +6,9 @@ memory that it reads (it copies the weight into its own packed order first). The
 walked in blocks of rows that stay in cache:
 
 - 2 and 3 rows: a matrix-vector product per row for each block; the block comes from memory once.
-- 4 to 32 rows: products so small that OpenBLAS (on AVX-512 machines) does not pack at all; of wide
-  weights they take some columns at a time. So do 52 to 64 rows, filled up to 64, which fit its
-  vectors so well that nothing else reaches the rate of large products as nearly.
+- 4 to 32 rows, standing in columns: products so small that OpenBLAS (on AVX-512 machines) does not
+  pack at all; of wide weights they take some inputs at a time. So do 52 to 64 rows, filled up to
+  64, which fit its vectors so well that nothing else comes as near the rate of large products.
 - others up to 256 rows: ``w @ x.T``, whose long axis is the weight's, is faster than ``x @ w.T``.
 
 ``numpy.matmul`` over a stack of blocks runs the loop over blocks in C.
@@ -24,6 +24,8 @@ import numpy as np
 SMALL_PRODUCT = 10**6
 # Such a product has at least so many rows of the weight, if need be of fewer columns.
 SMALL_HEIGHT = 24
+# As many columns as fit the vectors of such a product without a rest.
+FULL_COLUMNS = 64
 # Bytes of weight that stay in the second-level cache while several vectors use them.
 CACHED_BLOCK = 256 * 1024
 
@@ -31,16 +33,12 @@ CACHED_BLOCK = 256 * 1024
 def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None) -> np.ndarray:
     """``x @ w.T + bias``: (N, I) activations and an (O, I) weight give (N, O) in C order."""
     rows = len(x_NI)
+    if goes_by_columns(rows):
+        return as_rows(linear_columns(as_columns(x_NI), w_OI, bias_O), rows)
     if rows == 1:
         y_NO = (w_OI @ x_NI[0])[np.newaxis]
     elif 2 <= rows <= 3:
         y_NO = _by_vectors(x_NI, w_OI)
-    elif 4 <= rows <= 32:
-        y_NO = _by_small_products(x_NI, w_OI)
-    elif 52 <= rows <= 64:
-        x_64I = np.zeros((64, x_NI.shape[1]), x_NI.dtype)
-        x_64I[:rows] = x_NI
-        y_NO = _by_small_products(x_64I, w_OI)[:rows]
     elif 33 <= rows <= 256:
         y_NO = np.ascontiguousarray((w_OI @ x_NI.T).T)
     else:
@@ -50,6 +48,43 @@ def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None)
     return y_NO
 
 
+def goes_by_columns(rows: int) -> bool:
+    """Whether so many rows are best multiplied standing in columns. Where several products follow
+    each other on them, they had better stay so in between."""
+    return 4 <= rows <= 32 or 52 <= rows <= FULL_COLUMNS
+
+
+def as_columns(x_NI: np.ndarray) -> np.ndarray:
+    """Rows as columns, (I, C), filled up with zeros where that makes products faster."""
+    rows, inputs = x_NI.shape
+    x_IC = np.zeros((inputs, FULL_COLUMNS if rows > 32 else rows), x_NI.dtype)
+    x_IC[:, :rows] = x_NI.T
+    return x_IC
+
+
+def as_rows(y_OC: np.ndarray, rows: int) -> np.ndarray:
+    """The first `rows` columns as rows, (N, O)."""
+    return np.ascontiguousarray(y_OC[:, :rows].T)
+
+
+def linear_columns(
+    x_IC: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None
+) -> np.ndarray:
+    """``w @ x + bias`` of activations that stand in columns: (O, C)."""
+    inputs, columns = x_IC.shape
+    pieces = max(1, math.ceil(SMALL_HEIGHT * x_IC.size / SMALL_PRODUCT))
+    width = max(1, math.ceil(inputs / pieces))  # inputs that are summed at a time
+    height = max(8, min(96, SMALL_PRODUCT // max(1, columns * width) // 8 * 8))
+    y_OC = np.zeros((len(w_OI), columns), x_IC.dtype)
+    for start in range(0, inputs, width):
+        x_iC = x_IC[start : start + width]
+        for w_bhI, y_bhC in zip(_blocks(w_OI, height), _blocks(y_OC, height), strict=True):
+            y_bhC += w_bhI[:, :, start : start + width] @ x_iC
+    if bias_O is not None:
+        y_OC += bias_O[:, np.newaxis]
+    return y_OC
+
+
 def _by_vectors(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
     height = max(1, CACHED_BLOCK // max(1, w_OI.itemsize * w_OI.shape[1]))
     blocks = [
@@ -57,19 +92,6 @@ def _by_vectors(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
         for w_bhI in _blocks(w_OI, height)
     ]
     return np.concatenate([y_Nbh.reshape(len(x_NI), -1) for y_Nbh in blocks], axis=1)
-
-
-def _by_small_products(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
-    x_IN, (rows, inputs) = np.ascontiguousarray(x_NI.T), x_NI.shape
-    pieces = max(1, math.ceil(SMALL_HEIGHT * x_NI.size / SMALL_PRODUCT))
-    width = max(1, math.ceil(inputs / pieces))  # columns that are summed at a time
-    height = max(8, min(96, SMALL_PRODUCT // max(1, rows * width) // 8 * 8))
-    y_ON = np.zeros((len(w_OI), rows), x_NI.dtype)
-    for start in range(0, inputs, width):
-        x_iN = x_IN[start : start + width]
-        for w_bhI, y_bhN in zip(_blocks(w_OI, height), _blocks(y_ON, height), strict=True):
-            y_bhN += w_bhI[:, :, start : start + width] @ x_iN
-    return np.ascontiguousarray(y_ON.T)
 
 
 def _blocks(w_OI: np.ndarray, height: int) -> list[np.ndarray]:

@@ -82,6 +82,17 @@ class Run:
         return self.batch * (self.prompt_tokens if self.phase == "prompt" else 1)
 
 
+@dataclass(frozen=True)
+class Counted(FeedForward):
+    """An expert that says how many rows it computes."""
+
+    count: Callable[[int], None]
+
+    def partial(self, x_ND: np.ndarray) -> np.ndarray:
+        self.count(len(x_ND))
+        return super().partial(x_ND)
+
+
 class Watched(Decoder):
     """A model that adds up the seconds which attention and mixtures of experts take it, both
     without communication, and what its experts compute."""
@@ -119,12 +130,11 @@ class Watched(Decoder):
         return timed
 
     def _counted(self, w: FeedForward) -> FeedForward:
-        def gate_of(gate_Mf: np.ndarray, up_Mf: np.ndarray) -> np.ndarray:
-            self.expert_rows += len(gate_Mf)
-            self.expert_flops += 2 * len(gate_Mf) * (w.gate.size + w.up.size + w.down.size)
-            return w.gate_of(gate_Mf, up_Mf)
+        def count(rows: int) -> None:
+            self.expert_rows += rows
+            self.expert_flops += 2 * rows * (w.gate.size + w.up.size + w.down.size)
 
-        return replace(w, gate_of=gate_of)
+        return Counted(**vars(w), count=count)
 
 
 class Excerpt(Decoder):

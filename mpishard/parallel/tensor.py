@@ -27,7 +27,13 @@ import numpy as np
 from mpishard.arithmetic.choice import best_of_each_row
 from mpishard.arithmetic.ops import Gate
 from mpishard.arithmetic.packed import Step
-from mpishard.arithmetic.products import linear
+from mpishard.arithmetic.products import (
+    as_columns,
+    as_rows,
+    goes_by_columns,
+    linear,
+    linear_columns,
+)
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import block, block_sizes
@@ -48,6 +54,12 @@ class FeedForward:
 
     def partial(self, x_ND: np.ndarray) -> np.ndarray:
         """This rank's part of the network's output, the last bias left out: (N, D)."""
+        if goes_by_columns(len(x_ND)):
+            x_DC = as_columns(x_ND)
+            gate_fC = linear_columns(x_DC, self.gate, self.gate_bias)
+            up_fC = linear_columns(x_DC, self.up, self.up_bias)
+            partial_DC = linear_columns(self.gate_of(gate_fC, up_fC), self.down)
+            return as_rows(partial_DC, len(x_ND))
         gate_Nf = linear(x_ND, self.gate, self.gate_bias)  # column-parallel: D is whole
         up_Nf = linear(x_ND, self.up, self.up_bias)
         return linear(self.gate_of(gate_Nf, up_Nf), self.down)  # row-parallel: f is summed away

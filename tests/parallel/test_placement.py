@@ -91,6 +91,7 @@ def test_to_the_bit_where_products_are_row_by_row(comm: MPI.Intracomm, monkeypat
 
     for module in (expert, tensor):
         monkeypatch.setattr(module, "linear", by_rows)
+    monkeypatch.setattr(tensor, "goes_by_columns", lambda rows: False)
     for layout in LAYOUTS[comm.size]:
         with mesh_of(comm, VARIANT, layout) as mesh:
             expected_SV = forward(mesh)

@@ -253,6 +253,7 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
     decoder = load(variant, tmp_path).decoder
     for module in (heads, tensor):
         monkeypatch.setattr(module, "linear", counting)
+    monkeypatch.setattr(tensor, "goes_by_columns", lambda rows: False)
     ids_S = np.arange(PROMPT)
     decoder.forward(pack([(ids_S, decoder.new_cache(PROMPT)) for _ in range(2)]))
     assert counts.product_flops(decoder.config, Cut(1), 0, 2 * PROMPT, 2) == sum(flops)

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpishard.arithmetic.products import linear
+from mpishard.arithmetic.products import (
+    as_columns,
+    as_rows,
+    goes_by_columns,
+    linear,
+    linear_columns,
+)
 
 ROWS = (1, 2, 3, 4, 5, 8, 16, 31, 32, 33, 51, 52, 63, 64, 65, 256, 257, 300)
 SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (50, 9000), (0, 8), (8, 0))
@@ -43,3 +49,20 @@ def test_a_read_only_weight_and_a_strided_input():
     x_NI = random.standard_normal((40, 48))[::2, ::2]
     for rows in (1, 3, 9, 20):
         np.testing.assert_allclose(linear(x_NI[:rows], w_OI), x_NI[:rows] @ w_OI.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [4, 31, 32, 52, 60, 64])
+def test_products_that_stay_in_columns(rows: int):
+    """Two of them, one after the other, with what is filled up in between."""
+    random = np.random.RandomState(rows)
+    x_NI, w_OI = random.standard_normal((rows, 30)), random.standard_normal((70, 30))
+    w_PO, bias_O = random.standard_normal((11, 70)), random.standard_normal(70)
+    assert goes_by_columns(rows)
+    y_OC = linear_columns(as_columns(x_NI), w_OI, bias_O)
+    z_NP = as_rows(linear_columns(np.tanh(y_OC), w_PO), rows)
+    assert z_NP.shape == (rows, 11) and z_NP.flags.c_contiguous
+    np.testing.assert_allclose(z_NP, np.tanh(x_NI @ w_OI.T + bias_O) @ w_PO.T, atol=1e-12)
+
+
+def test_others_do_not_go_by_columns():
+    assert not any(goes_by_columns(rows) for rows in (0, 1, 3, 33, 51, 65, 512))
