@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpishard.description.config import ModelConfig
+from mpishard.description.config import ModelConfig, Moe
 from mpishard.description.cut import Cut
 from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.errors import UserError
@@ -190,6 +190,15 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         )
 
 
+def check_expert_parallel(moe: Moe, ep: int) -> None:
+    """Refuse an `ep` for which some rank would be left without an expert (UserError)."""
+    if not 1 <= ep <= moe.experts:
+        raise UserError(
+            f"--ep {ep} must be 1 to the model's {moe.experts} experts: "
+            "a rank without an expert would have nothing to do"
+        )
+
+
 def check_flash_decoding(config: ModelConfig) -> None:
     """Refuse flash decoding for a model in which no `tp` makes ranks share a key/value head
     (UserError)."""
@@ -284,11 +293,7 @@ def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> 
             flag = f"{SWITCHES[name][0]} {getattr(layout, name)}"
             raise UserError(f"{flag} has no effect on a model without experts: leave it out")
         return
-    if not 1 <= ep <= moe.experts:
-        raise UserError(
-            f"--ep {ep} must be 1 to the model's {moe.experts} experts: "
-            "a rank without an expert would have nothing to do"
-        )
+    check_expert_parallel(moe, ep)
     fits = [n for n in range(1, min(moe.experts, layout.world) + 1) if _divides(n, layout)]
     if not _divides(ep, layout):
         raise UserError(

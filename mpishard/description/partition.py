@@ -39,6 +39,7 @@ from mpishard.description.config import Mla, ModelConfig, Moe, Separate
 from mpishard.description.cut import Cut
 from mpishard.description.layout import (
     block,
+    check_expert_parallel,
     check_tensor_parallel,
     kv_heads_of,
     query_heads_of,
@@ -71,11 +72,8 @@ def check_cut(config: ModelConfig, cut: Cut) -> None:
             f"{cut} divides experts, but a {config.family} model with this config.json has none: "
             f"use --tp {cut.tp} alone"
         )
-    if config.moe is not None and cut.ep > config.moe.experts:
-        raise UserError(
-            f"--ep {cut.ep} is more than the model's {config.moe.experts} experts: "
-            f"a rank without an expert would have nothing to do; use --ep 1 to {config.moe.experts}"
-        )
+    if config.moe is not None:
+        check_expert_parallel(config.moe, cut.ep)
     if cut.ranks < 1 or cut.ranks % cut.tp or cut.ranks % cut.ep:
         raise UserError(
             f"weights cannot be cut into {cut.ranks} parts for --tp {cut.tp} --ep {cut.ep}: "

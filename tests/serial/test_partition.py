@@ -288,7 +288,7 @@ def test_the_proof_of_coverage_notices_a_gap_in_an_experts_width(monkeypatch):
 @pytest.mark.parametrize(
     ("variant", "cut", "fact"),
     [
-        ("mixtral-window", Cut(1, 6), "--ep 6 is more than the model's 5 experts.* --ep 1 to 5"),
+        ("mixtral-window", Cut(1, 6), "--ep 6 must be 1 to the model's 5 experts"),
         ("mixtral-window", Cut(7, 1), "--tp 7 .* 6 query heads"),
         ("mixtral-window", Cut(1, 0), "--ep 0 must be at least 1"),
         ("mixtral-window", Cut(0, 2), "--tp 0 must be at least 1"),
