@@ -84,8 +84,9 @@ def generated(
 
 
 def message(finished: Finished) -> str:
-    """The one message with which a job ends whose ranks do not stay together."""
-    assert finished.returncode == 1, finished.stderr
+    """The one message with which a job ends whose ranks do not stay together. Hydra now and then
+    gives the signal with which it ended the other ranks in place of the status."""
+    assert finished.returncode in (1, signal.SIGKILL), finished.stderr
     assert finished.stderr.count("mpishard: error:") == 1, finished.stderr
     assert "Traceback" not in finished.stderr
     return finished.stderr[finished.stderr.index("mpishard: error:") :]
@@ -194,7 +195,7 @@ def test_a_rank_that_is_killed_ends_the_job_without_the_watchdog(model):
 
 def test_a_rank_that_fails_ends_the_job_without_the_watchdog(model):
     finished = generated(script("raise ValueError('odd')"), model, timeout=1000)
-    assert finished.returncode == 1
+    assert finished.returncode in (1, signal.SIGKILL)
     assert finished.stderr.count("mpishard: error: a fault of the program on rank 1 of 2:") == 1
     assert finished.stderr.rstrip().endswith("ValueError: odd")
 
