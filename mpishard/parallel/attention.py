@@ -28,7 +28,7 @@ from mpishard.parallel.heads import Attend, Heads
 def whole(heads: Heads, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     """Each sequence's new tokens over its cache, new keys and values included: ``(out_NhV,
     lse_Nh)``."""
-    out_NhV, lse_Nh = heads.no_output()
+    out_NhV, lse_Nh = heads.room_for_output()
     for segment in step.segments:
         new, cache = segment.new, segment.cache
         cache.store(heads.layer, heads.k_NgK[new], heads.v_NgV[new])
@@ -47,7 +47,7 @@ def divided(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each sequence's new tokens over all its positions, of which this rank keeps only some:
     ``(out_NhV, lse_Nh)``."""
-    output = heads.no_output()
+    output = heads.room_for_output()
     for segment in step.segments:
         new, kept = segment.new, segment.kept
         segment.cache.store(heads.layer, heads.k_NgK[new][kept], heads.v_NgV[new][kept])

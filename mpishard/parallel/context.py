@@ -27,7 +27,7 @@ from mpishard.communication.collectives import all_gather, send_receive
 from mpishard.communication.mesh import Group, Mesh
 from mpishard.parallel.heads import Heads
 
-# (heads, step, mesh, out_NhV, lse_Nh): the last two, which hold no output yet, are filled in
+# (heads, step, mesh, out_NhV, lse_Nh), of which the last two are filled in
 Prefill = Callable[[Heads, Step, Mesh, np.ndarray, np.ndarray], None]
 
 
@@ -35,6 +35,8 @@ def ring(heads: Heads, step: Step, mesh: Mesh, out_NhV: np.ndarray, lse_Nh: np.n
     """Attention within the sequences that begin in this step, their keys and values going round."""
     cp, fresh, window = mesh.cp, step.fresh, heads.window
     here = _own(heads, fresh, cp.rank)
+    for segment in fresh:
+        out_NhV[segment.new], lse_Nh[segment.new] = 0, -np.inf  # attention over no keys
     for hop in range(cp.size):
         leaving = here.only(_needed(fresh, cp, (cp.rank - hop) % cp.size, hop + 1, window))
         coming = _needed(fresh, cp, (cp.rank - hop - 1) % cp.size, hop + 1, window)

@@ -42,12 +42,11 @@ class Heads:
     window: int | None
     latent: bool = False
 
-    def no_output(self) -> tuple[np.ndarray, np.ndarray]:
-        """Attention over no keys at all, to be merged with or overwritten: ``(out_NhV,
-        lse_Nh)``."""
+    def room_for_output(self) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays for attention's output, with anything in them: ``(out_NhV, lse_Nh)``."""
         N, h, _ = self.q_NhK.shape
-        out_NhV = np.zeros((N, h, self.v_NgV.shape[2]), self.q_NhK.dtype)
-        return out_NhV, np.full((N, h), -np.inf, self.q_NhK.dtype)
+        out_NhV = np.empty((N, h, self.v_NgV.shape[2]), self.q_NhK.dtype)
+        return out_NhV, np.empty((N, h), self.q_NhK.dtype)
 
 
 # (heads, step, mesh) -> the output of this rank's query heads and the log-sum-exp of their scores,
