@@ -310,9 +310,9 @@ class Model:
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
         """
-        comm, positions = self.mesh.world.comm, self.config.max_positions
-        dtype = self.decoder.dtype.name
-        with open_batch(comm, self.path, input, output, wishes, dtype, positions) as task:
+        world, settings = self.mesh.world, (self.decoder.dtype.name, self.config.max_positions)
+        files = self.path, input, output
+        with open_batch(world.comm, *files, wishes, *settings, world.calls) as task:
             return self.answer(task, limits, told_to_stop, on_progress)
 
     def answer(
@@ -478,13 +478,13 @@ def open_batch(
     wishes: Wishes,
     compute_dtype: str,
     max_positions: int | None,
-    watch: Watch | None = None,
+    calls: Calls | None = None,
 ) -> Iterator[Task | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
     ranks if on one, as `Task` and `open_source` do."""
     task = None
-    with together(comm, watch.calls if watch else None):
+    with together(comm, calls):
         if comm.rank == 0:
             facts = {
                 "model": fingerprint(path),

@@ -131,7 +131,7 @@ def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     )
     told_to_stop = _notices()
     files = Path(args.model), args.input, args.output, wishes, args.compute_dtype
-    with open_batch(world, *files, args.max_positions, args.watch) as task:
+    with open_batch(world, *files, args.max_positions, args.watch.calls) as task:
         if task and task.journal.damaged:
             _say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
         model = _load(args, world)
