@@ -49,15 +49,16 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
             continue
         if ranks > 2 and layout.dp > 1 and (number + place) % 4:
             continue  # replicas are copies of fewer ranks' layouts
-        switched = _switched(layout, config, 37 * number + 29 * place + 11 * ranks)
-        if ranks <= 2 or switched == layout:
-            found += [layout] if switched == layout else [layout, switched]
+        changed = switched(layout, config, 37 * number + 29 * place + 11 * ranks)
+        if ranks <= 2 or changed == layout:
+            found += [layout] if changed == layout else [layout, changed]
         else:
-            found.append(layout if (number + place) % 3 == 0 else switched)
+            found.append(layout if (number + place) % 3 == 0 else changed)
     return found
 
 
-def _switched(layout: Layout, config: ModelConfig, turn: int) -> Layout:
+def switched(layout: Layout, config: ModelConfig, turn: int) -> Layout:
+    """`layout` in the forms whose turn it is, as far as they have an effect."""
     sp, flash, prefill, order, merge, interleave = FORMS[turn % len(FORMS)]
     shares = config.heads > config.kv_heads
     layout = replace(layout, sequence_parallel=sp, flash_decoding=flash and shares)

@@ -12,12 +12,12 @@ import pytest
 from mpi4py import MPI
 from tiny_models import MOE_VARIANTS, tiny_config
 from toys import (
-    FORMS,
     Recorder,
     degrees,
     mesh_of,
     oracle,
     slices,
+    switched,
     tokens_of_ranks,
     toy,
     whole_logits,
@@ -45,15 +45,8 @@ def expert_layouts(ranks: int, variant: str) -> list[Layout]:
     config, number, found = tiny_config(variant), list(MOE_VARIANTS).index(variant), []
     for place, plain in enumerate(degrees(ranks)):
         for ep in range(1, ranks + 1):
-            turn = 37 * number + 29 * place + 7 * ep
-            sp, flash, prefill, order, merge, interleave = FORMS[turn % len(FORMS)]
-            layout = replace(plain, ep=ep, dispatch=DISPATCHES[(place + ep) % 2])
-            layout = replace(layout, sequence_parallel=sp)
-            layout = replace(layout, flash_decoding=flash and config.heads > config.kv_heads)
-            if plain.cp > 1:
-                layout = replace(layout, prefill=prefill, order=order)
-            if layout.divides_cache:
-                layout = replace(layout, merge=merge, interleave=interleave)
+            layout = switched(plain, config, 37 * number + 29 * place + 7 * ep)
+            layout = replace(layout, ep=ep, dispatch=DISPATCHES[(place + ep) % 2])
             if plain.tp <= config.heads and _fits(config, layout):
                 found.append(layout)
     return found if ranks <= 2 else found[number % 3 :: 3]
