@@ -1,17 +1,17 @@
 """The one place of matrix products: every weight meets its activations in `linear`.
 
-BLAS was tuned for large square matrices and for vectors. Between the two, for the 2 to 32 rows of
-a decode step that serves several sequences, a plain ``x @ w.T`` is several times slower than the
-memory that it reads (it copies the weight into its own packed order first). The weight is therefore
-walked in blocks of rows that stay in cache:
+BLAS was tuned for large square matrices and for vectors. Between the two, for the rows of a decode
+step that serves several sequences, of a short prompt or of one expert, a plain ``x @ w.T`` is up to
+several times slower than the memory that it reads: it copies the weight into its own packed order
+first. Where OpenBLAS has a path that does not pack, which its AVX-512 kernels have for products of
+few enough numbers, the weight is therefore walked in blocks of rows that stay in cache:
 
 - 2 and 3 rows: a matrix-vector product per row for each block; the block comes from memory once.
-- 4 to 32 rows, standing in columns: products so small that OpenBLAS (on AVX-512 machines) does not
-  pack at all; of wide weights they take some inputs at a time. So do 52 to 64 rows, filled up to
-  64, which fit its vectors so well that nothing else comes as near the rate of large products.
-- others up to 256 rows: ``w @ x.T``, whose long axis is the weight's, is faster than ``x @ w.T``.
+- 4 to 384 rows, standing in columns: products so small that they take the unpacked path; of wide
+  weights they take some inputs at a time.
 
-``numpy.matmul`` over a stack of blocks runs the loop over blocks in C.
+``numpy.matmul`` over a stack of blocks runs the loop over blocks in C. Other kernels and other BLAS
+have only the 2 and 3 rows of these, and ``x @ w.T``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,30 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
 # OpenBLAS takes its unpacked path up to M*N*K of 10**6.
 SMALL_PRODUCT = 10**6
 # Such a product has at least so many rows of the weight, if need be of fewer columns.
 SMALL_HEIGHT = 24
-# As many columns as fit the vectors of such a product without a rest.
+# As many columns as fit the vectors of such a product best.
 FULL_COLUMNS = 64
+# Rows up to which columns are as fast as ``x @ w.T`` even where only one product follows.
+MOST_ROWS = 384
+# Rows that are transposed at a time: of more, those a power of two bytes long would not find room
+# beside each other in the first-level cache.
+TILE = 16
 # Bytes of weight that stay in the second-level cache while several vectors use them.
 CACHED_BLOCK = 256 * 1024
+
+
+def _has_unpacked_path() -> bool:
+    """Whether NumPy's BLAS multiplies small matrices without packing them first."""
+    kernels = {library.get("architecture") for library in threadpool_info()}
+    return not kernels.isdisjoint({"SkylakeX", "Cooperlake", "SapphireRapids"})
+
+
+UNPACKED = _has_unpacked_path()
 
 
 def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None) -> np.ndarray:
@@ -39,8 +54,6 @@ def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None)
         y_NO = (w_OI @ x_NI[0])[np.newaxis]
     elif 2 <= rows <= 3:
         y_NO = _by_vectors(x_NI, w_OI)
-    elif 33 <= rows <= 256:
-        y_NO = np.ascontiguousarray((w_OI @ x_NI.T).T)
     else:
         y_NO = x_NI @ w_OI.T
     if bias_O is not None:
@@ -51,38 +64,75 @@ def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None)
 def goes_by_columns(rows: int) -> bool:
     """Whether so many rows are best multiplied standing in columns. Where several products follow
     each other on them, they had better stay so in between."""
-    return 4 <= rows <= 32 or 52 <= rows <= FULL_COLUMNS
+    return UNPACKED and 4 <= rows <= MOST_ROWS
 
 
-def as_columns(x_NI: np.ndarray) -> np.ndarray:
-    """Rows as columns, (I, C), filled up with zeros where that makes products faster."""
+def as_columns(x_NI: np.ndarray) -> list[np.ndarray]:
+    """Rows as columns: those that make full stacks, (s, I, C), and one stack of those that are
+    left, (1, I, c), if there are any; filled up with zeros where that makes products faster."""
     rows, inputs = x_NI.shape
-    x_IC = np.zeros((inputs, FULL_COLUMNS if rows > 32 else rows), x_NI.dtype)
-    x_IC[:, :rows] = x_NI.T
-    return x_IC
+    full, columns = _stacks(rows)
+    shapes = [(full, inputs, FULL_COLUMNS), (1, inputs, columns)]
+    x_sIC = [np.zeros(shape, x_NI.dtype) for shape in shapes if shape[0] * shape[2]]
+    first = 0
+    for x_IC in (x_IC for some_sIC in x_sIC for x_IC in some_sIC):
+        x_nI = x_NI[first : first + x_IC.shape[1]]
+        for tile in range(0, len(x_nI), TILE):
+            x_IC[:, tile : min(tile + TILE, len(x_nI))] = x_nI[tile : tile + TILE].T
+        first += len(x_nI)
+    return x_sIC
 
 
-def as_rows(y_OC: np.ndarray, rows: int) -> np.ndarray:
-    """The first `rows` columns as rows, (N, O)."""
-    return np.ascontiguousarray(y_OC[:, :rows].T)
+def _stacks(rows: int) -> tuple[int, int]:
+    """The number of full stacks for so many rows, and the columns that are left, as measured: a few
+    beyond full vectors cost less than filling them up, many cost more."""
+    full, left = divmod(rows, FULL_COLUMNS)
+    if left > 40:
+        return full + 1, 0
+    if full and 0 < left <= 32:
+        left += FULL_COLUMNS
+        return full - 1, left if left <= 80 else 96
+    return full, left
+
+
+def as_rows(y_sOC: list[np.ndarray], rows: int) -> np.ndarray:
+    """The first `rows` of all columns as rows, (N, O)."""
+    outputs = y_sOC[0].shape[1]
+    y_NO = np.empty((rows, outputs), y_sOC[0].dtype)
+    first = 0
+    for y_OC in (y_OC for some_sOC in y_sOC for y_OC in some_sOC):
+        y_nO = y_NO[first : first + y_OC.shape[1]]
+        for tile in range(0, outputs, 8 * TILE):
+            y_nO[:, tile : tile + 8 * TILE] = y_OC[tile : tile + 8 * TILE, : len(y_nO)].T
+        first += len(y_nO)
+    return y_NO
 
 
 def linear_columns(
-    x_IC: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None
-) -> np.ndarray:
-    """``w @ x + bias`` of activations that stand in columns: (O, C)."""
-    inputs, columns = x_IC.shape
-    pieces = max(1, math.ceil(SMALL_HEIGHT * x_IC.size / SMALL_PRODUCT))
+    x_sIC: list[np.ndarray], w_OI: np.ndarray, bias_O: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """``w @ x + bias`` of activations that stand in columns: (s, O, C) of each (s, I, C)."""
+    return [_multiply(some_sIC, w_OI, bias_O) for some_sIC in x_sIC]
+
+
+def _multiply(x_sIC: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None) -> np.ndarray:
+    stacks, inputs, columns = x_sIC.shape
+    pieces = max(1, math.ceil(SMALL_HEIGHT * inputs * columns / SMALL_PRODUCT))
     width = max(1, math.ceil(inputs / pieces))  # inputs that are summed at a time
-    height = max(8, min(96, SMALL_PRODUCT // max(1, columns * width) // 8 * 8))
-    y_OC = np.zeros((len(w_OI), columns), x_IC.dtype)
-    for start in range(0, inputs, width):
-        x_iC = x_IC[start : start + width]
-        for w_bhI, y_bhC in zip(_blocks(w_OI, height), _blocks(y_OC, height), strict=True):
-            y_bhC += w_bhI[:, :, start : start + width] @ x_iC
+    height = max(8, min(96, SMALL_PRODUCT // (columns * width) // 8 * 8))
+    y_sOC = np.empty((stacks, len(w_OI), columns), x_sIC.dtype)
+    blocks, rest = divmod(len(w_OI), height)
+    even = blocks * height
+    for count, size, rows in ((blocks, height, slice(even)), (1, rest, slice(even, None))):
+        # A block of the weight meets one stack after the other.
+        w_b1hI = w_OI[rows].reshape(count, 1, size, inputs)
+        y_bshC = y_sOC[:, rows].reshape(stacks, count, size, columns).swapaxes(0, 1)
+        np.matmul(w_b1hI[..., :width], x_sIC[:, :width], out=y_bshC)
+        for first in range(width, inputs, width):
+            y_bshC += w_b1hI[..., first : first + width] @ x_sIC[:, first : first + width]
     if bias_O is not None:
-        y_OC += bias_O[:, np.newaxis]
-    return y_OC
+        y_sOC += bias_O[:, np.newaxis]
+    return y_sOC
 
 
 def _by_vectors(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:

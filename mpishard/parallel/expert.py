@@ -137,8 +137,8 @@ class Mixture:
         (M, D). It is a partial sum, over this rank's part of each expert's width."""
         partial_MD = np.empty_like(rows_MD)
         for number, w in self.experts.items():
-            mine = np.flatnonzero(expert_M == number)
-            if len(mine):
+            mine = _places(expert_M, number)
+            if len(expert_M[mine]):
                 partial_MD[mine] = w.partial(rows_MD[mine])
         return partial_MD
 
@@ -196,7 +196,8 @@ def by_all_to_all(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> n
     w.add_bias(done_mD, counts.experts(mesh.etp.rank))
     back_mD = all_to_all(done_mD, mesh.ep, counts.came, counts.sent)
 
-    y_nAD = np.zeros((n, A, x_nD.shape[1]), x_nD.dtype)
+    dropped = len(pair_m) < slots_nA.size
+    y_nAD = (np.zeros if dropped else np.empty)((n, A, x_nD.shape[1]), x_nD.dtype)
     y_nAD.reshape(-1, x_nD.shape[1])[pair_m] = back_mD
     return _weighted(y_nAD, weights_nA)
 
@@ -262,6 +263,14 @@ class Counts:
             counts = counts[sharer : sharer + 1]
         numbers_z = self.slots.expert_Z[self.own]
         return np.repeat(np.broadcast_to(numbers_z, counts.shape).reshape(-1), counts.reshape(-1))
+
+
+def _places(expert_M: np.ndarray, number: int) -> np.ndarray | slice:
+    """Where the rows of an expert are: a slice, which copies nothing, if they follow each other."""
+    mine = np.flatnonzero(expert_M == number)
+    if len(mine) and mine[-1] - mine[0] == len(mine) - 1:
+        return slice(mine[0], mine[-1] + 1)
+    return mine
 
 
 def _weighted(y_nAD: np.ndarray, weights_nA: np.ndarray) -> np.ndarray:

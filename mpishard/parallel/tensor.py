@@ -55,11 +55,11 @@ class FeedForward:
     def partial(self, x_ND: np.ndarray) -> np.ndarray:
         """This rank's part of the network's output, the last bias left out: (N, D)."""
         if goes_by_columns(len(x_ND)):
-            x_DC = as_columns(x_ND)
-            gate_fC = linear_columns(x_DC, self.gate, self.gate_bias)
-            up_fC = linear_columns(x_DC, self.up, self.up_bias)
-            partial_DC = linear_columns(self.gate_of(gate_fC, up_fC), self.down)
-            return as_rows(partial_DC, len(x_ND))
+            x_sDC = as_columns(x_ND)
+            gate_sfC = linear_columns(x_sDC, self.gate, self.gate_bias)
+            up_sfC = linear_columns(x_sDC, self.up, self.up_bias)
+            hidden_sfC = [*map(self.gate_of, gate_sfC, up_sfC)]
+            return as_rows(linear_columns(hidden_sfC, self.down), len(x_ND))
         gate_Nf = linear(x_ND, self.gate, self.gate_bias)  # column-parallel: D is whole
         up_Nf = linear(x_ND, self.up, self.up_bias)
         return linear(self.gate_of(gate_Nf, up_Nf), self.down)  # row-parallel: f is summed away

@@ -31,7 +31,7 @@ SURFACE = (
 # The packages of others that a part knows. The surface may know all.
 KNOWS: dict[str, set[str]] = {
     "errors": set(),
-    "arithmetic": {"numpy"},
+    "arithmetic": {"numpy", "threadpoolctl"},
     "description": set(),
     "storage": {"numpy", "h5py", "safetensors", "ml_dtypes"},
     "communication": {"numpy", "mpi4py"},

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpishard.arithmetic import products
 from mpishard.arithmetic.products import (
     as_columns,
     as_rows,
@@ -15,10 +16,18 @@ from mpishard.arithmetic.products import (
     linear_columns,
 )
 
-ROWS = (1, 2, 3, 4, 5, 8, 16, 31, 32, 33, 51, 52, 63, 64, 65, 256, 257, 300)
+ROWS = (1, 2, 3, 4, 5, 8, 16, 31, 33, 41, 64, 65, 81, 97, 128, 129, 256, 257, 384, 385)
 SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (50, 9000), (0, 8), (8, 0))
 
 
+@pytest.fixture(params=[True, False], ids=["unpacked", "packed"])
+def unpacked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether BLAS is taken to have a path that does not pack."""
+    monkeypatch.setattr(products, "UNPACKED", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("outputs, inputs", SHAPES)
 def test_linear(dtype: Any, outputs: int, inputs: int):
@@ -41,6 +50,7 @@ def test_no_rows():
     assert linear(np.empty((0, 3)), np.ones((5, 3))).shape == (0, 5)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_a_read_only_weight_and_a_strided_input():
     """As memory-mapped shards and packed rows are."""
     random = np.random.RandomState(0)
@@ -51,18 +61,18 @@ def test_a_read_only_weight_and_a_strided_input():
         np.testing.assert_allclose(linear(x_NI[:rows], w_OI), x_NI[:rows] @ w_OI.T, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [4, 31, 32, 52, 60, 64])
+@pytest.mark.parametrize("rows", [4, 17, 40, 41, 64, 65, 80, 81, 96, 97, 104, 105, 128, 129, 200])
 def test_products_that_stay_in_columns(rows: int):
     """Two of them, one after the other, with what is filled up in between."""
     random = np.random.RandomState(rows)
-    x_NI, w_OI = random.standard_normal((rows, 30)), random.standard_normal((70, 30))
-    w_PO, bias_O = random.standard_normal((11, 70)), random.standard_normal(70)
-    assert goes_by_columns(rows)
-    y_OC = linear_columns(as_columns(x_NI), w_OI, bias_O)
-    z_NP = as_rows(linear_columns(np.tanh(y_OC), w_PO), rows)
+    x_NI, w_OI = random.standard_normal((rows, 30)), random.standard_normal((270, 30))
+    w_PO, bias_O = random.standard_normal((11, 270)), random.standard_normal(270)
+    y_sOC = linear_columns(as_columns(x_NI), w_OI, bias_O)
+    z_NP = as_rows(linear_columns([*map(np.tanh, y_sOC)], w_PO), rows)
     assert z_NP.shape == (rows, 11) and z_NP.flags.c_contiguous
     np.testing.assert_allclose(z_NP, np.tanh(x_NI @ w_OI.T + bias_O) @ w_PO.T, atol=1e-12)
 
 
-def test_others_do_not_go_by_columns():
-    assert not any(goes_by_columns(rows) for rows in (0, 1, 3, 33, 51, 65, 512))
+def test_what_goes_by_columns(unpacked: bool):
+    assert all(goes_by_columns(rows) is unpacked for rows in (4, 33, 128, 384))
+    assert not any(goes_by_columns(rows) for rows in (0, 1, 3, 385, 512))
