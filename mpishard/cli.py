@@ -48,7 +48,7 @@ def run_command(argv: Sequence[str], world: MPI.Intracomm, job: ExitStack) -> No
 
     if "timeout" in args:
         args.watch = job.enter_context(Watch(world, args.timeout, args.check_collectives))
-    args.retyped = lambda tp: retyped(argv, tp)
+    args.line = lambda ranks, tp: f"{launch.launcher()} -n {ranks} {retyped(argv, tp)}"
     getattr(commands, args.command)(args, world)
 
 

@@ -213,7 +213,7 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.tp,
         args.dp,
         args.compute_dtype,
-        args.retyped,
+        args.line,
         cp=args.cp,
         max_positions=args.max_positions,
         watch=args.watch,

@@ -349,6 +349,12 @@ def test_what_the_lab_cannot_do_is_refused(cluster):
         assert lab.returncode == 127
 
 
+def errors_of(err: str) -> list[str]:
+    """The sentences with which mpishard has refused."""
+    mark = "mpishard: error: "
+    return [line.partition(mark)[2] for line in err.splitlines() if mark in line]
+
+
 def answers(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
@@ -410,14 +416,26 @@ def test_a_layout_that_does_not_fit_ends_the_job_with_one_sentence(cluster):
     options = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
     job = cluster.submit("expert", options, MODEL=MIXTURE, PROMPT="a", EP=3)
     assert cluster.ended(job) == ("FAILED", "2:0")
-    assert len([line for line in cluster.output(job)[1].splitlines() if "mpishard: " in line]) == 1
+    assert len(errors_of(cluster.output(job)[1])) == 1
+
+
+def test_the_line_to_type_is_of_srun(cluster):
+    options = "--ntasks-per-node=2 --cpus-per-task=1"
+    job = cluster.submit("tensor", options, "--dp", 2, MODEL=MODEL, PROMPT="a")
+    assert cluster.ended(job) == ("FAILED", "2:0")
+    typed = f"srun -n 4 python -m mpishard generate {MODEL} --tp 2 --prompt a --dp 2"
+    assert errors_of(cluster.output(job)[1]) == [
+        f"--tp 2 --dp 2 needs 4 ranks but 2 were started: run `{typed}`"
+    ]
 
 
 def test_ranks_that_do_not_find_each_other_are_refused(cluster):
     options = "--ntasks-per-node=2 --cpus-per-task=1"
     job = cluster.submit("tensor", options, MODEL=MODEL, PROMPT="a", SLURM_MPI_TYPE="none")
     assert cluster.ended(job) == ("FAILED", "2:0")
-    assert "the launcher started 2 ranks, but MPI found 1" in cluster.output(job)[1]
+    (message,) = errors_of(cluster.output(job)[1])
+    assert message.startswith("the launcher started 2 ranks, but MPI found 1: srun does not speak")
+    assert "`srun --mpi=pmi2` for MPICH" in message
 
 
 def program(cluster: Cluster, text: str) -> str:
