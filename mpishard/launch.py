@@ -164,6 +164,28 @@ class Outcome(NamedTuple):
     is_complete: bool = True
 
 
+class StopRequest:
+    """Whether this process has been told to stop, from `listen` on: by SIGTERM, which batch systems
+    send some time before the end, or by SIGUSR1, which they can be asked to."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def listen(self) -> None:
+        """Take notice of these signals, also of one that was held back: blocked by who started this
+        process, until somebody listens."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._take)
+            # Libraries are not to find their system calls interrupted, while MPI starts above all.
+            signal.siginterrupt(number, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+
+    def _take(self, *_: object) -> None:
+        self.came = True
+
+
 def run(main: Callable[[MPI.Intracomm], None]) -> int:
     """`main`, called with the world; the exit status of the job.
 

@@ -47,7 +47,7 @@ echo "$OPENBLAS_NUM_THREADS $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK" \\
     "$SLURM_MPI_TYPE $MPIR_CVAR_CH4_NETMOD"
 printf '%s\\n' "$@"
 [[ -t 0 ]] || cat
-[[ -z ${GROWS:-} ]] || echo answer >>"$GROWS"
+[[ -z ${GROWS:-} ]] || printf '%s\n' ${ADDED:-header answer} >>"$GROWS"
 exit ${ENDS:-0}
 """
 SCONTROL = '#!/bin/bash\necho "scontrol $*"\n'
@@ -184,6 +184,25 @@ def test_a_chain_goes_on_while_it_gets_anywhere(files):
     assert stuck.returncode == 2
     assert "scontrol" not in stuck.stdout
     assert "no request was answered in this round" in stuck.stderr
+
+
+def test_a_journal_that_was_only_begun_leads_a_chain_nowhere(files):
+    settings = {"ENDS": "75", "GROWS": files["OUTPUT"] + ".journal", "ADDED": "header"}
+    stuck = hand_over("chain", {**files, **ALLOCATION, **settings})
+    assert stuck.returncode == 2 and "scontrol" not in stuck.stdout
+    assert "no request was answered in this round" in stuck.stderr
+
+
+def test_what_tells_a_chain_to_stop_is_held_back_until_it_listens(files, tmp_path):
+    asked = asked_of_srun("chain", {**files, **ALLOCATION})
+    held = ["env", "--block-signal=TERM,USR1", "mpishard", "batch"]
+    start = asked.index("mpishard") - 2
+    if subprocess.run([*held[:2], "true"], capture_output=True).returncode == 0:
+        assert asked[start : start + 4] == held
+    assert "env" not in asked_of_srun("data", {**files, **ALLOCATION})
+    (tmp_path / "env").write_text("#!/bin/false\n")  # as old as not to know the option
+    (tmp_path / "env").chmod(0o755)
+    assert "env" not in asked_of_srun("chain", {**files, **ALLOCATION})
 
 
 # A real Slurm
@@ -497,6 +516,28 @@ def test_a_chain_goes_on_where_it_was_told_to_stop(cluster, requests, tmp_path):
     _, err = cluster.completed(job)
     assert f"chain: job {job} goes on in another round" in err
     assert [line["id"] for line in answers(out.read_text())] == [f"r{n}" for n in range(40)]
+
+
+# Is told to stop before Python has come to mpishard.
+EARLY = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, "-m", "mpishard", *sys.argv[1:]])
+"""
+
+
+def test_a_chain_that_is_told_to_stop_as_it_starts_has_lost_nothing(cluster, requests, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
+    settings = {"MODEL": MODEL, "INPUT": requests, "OUTPUT": out}
+    early = program(cluster, EARLY)
+    job = cluster.submit("chain", options, MPISHARD=early, **settings)
+    assert cluster.ended(job) == ("FAILED", "2:0")
+    err = cluster.output(job)[1]
+    assert "told to stop: 0 of 40 lines are answered" in err
+    assert "chain: error: no request was answered in this round before it was told to stop" in err
+    journal = out.with_name(out.name + ".journal")
+    assert journal.read_bytes().count(b"\n") == 1 and not out.exists()
 
 
 def test_a_chain_that_is_cancelled_does_not_come_back(cluster, requests, tmp_path):
