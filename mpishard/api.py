@@ -63,6 +63,7 @@ from mpishard.description.layout import (
     MOST_POSITIONS,
     SWITCHES,
     Layout,
+    Line,
     block_sizes,
     check_degrees,
     check_experts,
@@ -78,6 +79,7 @@ from mpishard.job.desk import Progress
 from mpishard.job.lines import Wishes
 from mpishard.job.run import BatchReport, run
 from mpishard.job.task import Task
+from mpishard.launch import launcher
 from mpishard.model import Decoder
 from mpishard.parallel.data import collect, deal
 from mpishard.parallel.expert_load import Load
@@ -426,7 +428,7 @@ def load(
     tp: int | None = None,
     dp: int | None = None,
     compute_dtype: str = "float32",
-    command: Callable[[int], str] = lambda tp: "python …",
+    line: Line = lambda ranks, tp: f"{launcher()} -n {ranks} python …",
     *,
     cp: int = 1,
     max_positions: int | None = None,
@@ -444,8 +446,8 @@ def load(
     it frees from then on (`mpishard.allocator`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
-    not fit it. Its message then has the line to type: ``mpirun -n N`` and what `command` gives for
-    the right `tp`. Raises TypeError for a switch that does not exist or is of another type.
+    not fit it. Its message then has the line to type, which `line` gives for the right number of
+    ranks and `tp`. Raises TypeError for a switch that does not exist or is of another type.
     """
     _check_arguments(switches)
     if compute_dtype not in DTYPES:
@@ -456,7 +458,7 @@ def load(
     calls = watch.calls if watch else Calls()
     with together(comm, calls):
         source = open_source(path)
-        layout = _layout(source, comm.size, tp, dp, cp, command, switches)
+        layout = _layout(source, comm.size, tp, dp, cp, line, switches)
         config = source.config
         given = [name for name, value in switches.items() if value is not None]
         check_experts(config, layout, given)
@@ -560,7 +562,7 @@ def _layout(
     tp: int | None,
     dp: int | None,
     cp: int,
-    command: Callable[[int], str],
+    line: Line,
     switches: dict[str, bool | float | str | None],
 ) -> Layout:
     """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
@@ -571,24 +573,24 @@ def _layout(
         check_flash_decoding(source.config)
     if not isinstance(source, ShardDirectory):
         tp = 1 if tp is None else tp
-        return make_layout(ranks, tp, dp, cp, command(tp), **switches)
+        return make_layout(ranks, tp, dp, cp, line, **switches)
     right = source.cut.tp
     if switches.get("ep") is None and source.config.moe:
         switches = switches | {"ep": source.cut.ep}
     replica = cp * right
-    line = f"`mpirun -n {replica * (dp or max(1, ranks // replica))} {command(right)}`"
+    typed = line(replica * (dp or max(1, ranks // replica)), right)
     if tp not in (None, right):
         raise UserError(
-            f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run {line}, "
+            f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run `{typed}`, "
             f"or make others with `mpishard shard {shlex.quote(str(source.path))} OUT --tp {tp}`"
         )
     if dp is None and ranks % replica:
         cause = "so" if cp == 1 else f"so with --cp {cp}"
         raise UserError(
             f"{source.path} holds shards for --tp {right}, {cause} the number of ranks must be a "
-            f"multiple of {replica}, not {ranks}: run {line}"
+            f"multiple of {replica}, not {ranks}: run `{typed}`"
         )
-    return make_layout(ranks, right, dp, cp, command(right), **switches)
+    return make_layout(ranks, right, dp, cp, line, **switches)
 
 
 def _placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:

@@ -29,18 +29,27 @@ EP_FLAGS = ("--ep", "--expert-parallel-size")
 
 def main() -> int:
     """Run the command that was typed; the exit status."""
+    stop_request = launch.StopRequest()
+    if sys.argv[1:2] == ["batch"]:  # before all that takes time, so that nothing ends its start
+        stop_request.listen()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # As tokenizers write it, whatever the locale; file names may have stray bytes.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     with ExitStack() as job:
-        return launch.run(lambda world: run_command(sys.argv, world, job))
+        return launch.run(lambda world: run_command(sys.argv, world, job, stop_request))
 
 
-def run_command(argv: Sequence[str], world: MPI.Intracomm, job: ExitStack) -> None:
+def run_command(
+    argv: Sequence[str],
+    world: MPI.Intracomm,
+    job: ExitStack,
+    stop_request: launch.StopRequest | None = None,
+) -> None:
     """Run the command `argv`, program included, on the ranks of `world`, watched until the end of
-    the `job`: a rank that has finished still says so. Raises UserError for a wrong call or bad
-    input, and SystemExit after printing help."""
+    the `job`: a rank that has finished still says so. A batch stops at a `stop_request`, which may
+    have come already. Raises UserError for a wrong call or bad input, and SystemExit after printing
+    help."""
     args = make_parser().parse_args(argv[1:])
     # Only now: NumPy reads the number of threads when loaded.
     from mpishard import commands
@@ -48,7 +57,8 @@ def run_command(argv: Sequence[str], world: MPI.Intracomm, job: ExitStack) -> No
 
     if "timeout" in args:
         args.watch = job.enter_context(Watch(world, args.timeout, args.check_collectives))
-    args.retyped = lambda tp: retyped(argv, tp)
+    args.stop_request = stop_request or launch.StopRequest()
+    args.line = lambda ranks, tp: f"{launch.launcher()} -n {ranks} {retyped(argv, tp)}"
     getattr(commands, args.command)(args, world)
 
 

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import select
-import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -124,12 +123,13 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
 
 
 def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
-    """``mpishard batch``: exits with status 75 if it was told to stop before all was answered."""
+    """``mpishard batch``: exits with status 75 if it was told to stop before all was answered,
+    which may have been before this call."""
     wishes = Wishes(args.max_tokens, _sampling(args), tuple(args.stop), args.ignore_eos, args.chat)
     limits = batch_limits(
         args.max_batch_tokens, args.max_sequences, args.prefill_chunk, args.kv_memory
     )
-    told_to_stop = _notices()
+    args.stop_request.listen()  # MPI may have taken these signals for itself
     files = Path(args.model), args.input, args.output, wishes, args.compute_dtype
     with open_batch(world, *files, args.max_positions, args.watch.calls) as task:
         if task and task.journal.damaged:
@@ -137,7 +137,7 @@ def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         model = _load(args, world)
         load = _count_load(args, model, world)
         with _reporter(task) as report:
-            outcome = model.answer(task, limits, told_to_stop, report)
+            outcome = model.answer(task, limits, lambda: args.stop_request.came, report)
     count = world.rank == 0  # once for all replicas, whose prompts and answers mix in every step
     tokens = outcome.prompt_tokens * count, outcome.completion_tokens * count
     seconds = outcome.seconds
@@ -213,7 +213,7 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.tp,
         args.dp,
         args.compute_dtype,
-        args.retyped,
+        args.line,
         cp=args.cp,
         max_positions=args.max_positions,
         watch=args.watch,
@@ -321,15 +321,6 @@ def _read_stdin() -> bytes:
             "does not pass it on: give the text itself after --prompt"
         )
     return sys.stdin.buffer.read()
-
-
-def _notices() -> Callable[[], bool]:
-    """Whether this process has been told to stop, from now on: by SIGTERM, which batch systems
-    send some time before the end, or by SIGUSR1, which they can be asked to."""
-    told: list[int] = []
-    for notice in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(notice, lambda number, _: told.append(number))
-    return lambda: bool(told)
 
 
 @contextmanager

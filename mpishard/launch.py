@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +44,12 @@ NODE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_T
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "srun")
+# What starts ranks on their machine, as the system names it, in 15 letters at most: Slurm's
+# daemon of a step, and those of MPI's own launchers.
+STEP_DAEMON = "slurmstepd"
+DAEMONS = ("hydra_pmi_proxy", "hydra_bstrap_pr", "orted", "prted")
+
+PROCESSES = Path("/proc")
 
 
 def start() -> MPI.Intracomm:
@@ -92,14 +98,36 @@ def threads_per_rank() -> int:
 
 def check_launcher(size: int) -> None:
     """Refuse to run as one of several separate jobs of one rank, which is what a launcher of
-    another MPI than the one mpi4py has loaded starts (UserError)."""
+    another MPI than the one mpi4py has loaded starts, and srun where they do not find each other
+    (UserError)."""
     announced = _announced(WORLD_VARIABLES, size)
-    if announced != size:
-        raise UserError(
-            f"the launcher started {announced} ranks, but MPI found {size}: mpirun belongs to "
-            "another MPI than the library that mpi4py loaded; use the mpirun beside this Python "
-            f"({Path(sys.executable).with_name('mpirun')}) or install mpi4py for your MPI"
+    if announced == size:
+        return
+    cause = (
+        "mpirun belongs to another MPI than the library that mpi4py loaded; use the mpirun beside "
+        f"this Python ({Path(sys.executable).with_name('mpirun')}) or install mpi4py for your MPI"
+    )
+    if launcher() == "srun":
+        cause = (
+            "srun does not speak to the library that mpi4py loaded; give one of the types that "
+            "`srun --mpi=list` has, `srun --mpi=pmi2` for MPICH, `srun --mpi=pmix` for Open MPI, "
+            "or the same as SLURM_MPI_TYPE to the scripts of scripts/slurm"
         )
+    raise UserError(f"the launcher started {announced} ranks, but MPI found {size}: {cause}")
+
+
+def launcher() -> str:
+    """The word with which to start ranks as this one was: "srun" where Slurm started it, also
+    without ranks beside it, else "mpirun"."""
+    try:
+        for _, name in _ancestors():
+            if name in (STEP_DAEMON, "srun"):
+                return "srun"
+            if name in (*DAEMONS, *LAUNCHERS):
+                break
+    except OSError:  # no /proc
+        pass
+    return "mpirun"
 
 
 def reaches_terminal() -> bool:
@@ -108,23 +136,23 @@ def reaches_terminal() -> bool:
     if sys.stderr.isatty():
         return True
     try:
-        return os.readlink(f"/proc/{_launcher()}/fd/2").startswith(("/dev/pts/", "/dev/tty"))
-    except OSError:
+        launched = next(process for process, name in _ancestors() if name in LAUNCHERS)
+        where = os.readlink(PROCESSES / str(launched) / "fd" / "2")
+        return where.startswith(("/dev/pts/", "/dev/tty"))
+    except (OSError, StopIteration):
         return False
 
 
-def _launcher() -> int | None:
-    """The process id of the launcher that started this process, None if none did on this machine.
-    Raises OSError without Linux's /proc."""
+def _ancestors() -> Iterator[tuple[int, str]]:
+    """Process id and name of the process that started this one, of the one that started that, and
+    so on. Raises OSError without Linux's /proc."""
     process = os.getppid()
     while process > 1:
         # "PID (name) state parent …", where a name may hold anything.
-        facts = Path(f"/proc/{process}/stat").read_text()
+        facts = (PROCESSES / str(process) / "stat").read_text()
         before, _, after = facts.rpartition(")")
-        if before.partition("(")[2] in LAUNCHERS:
-            return process
+        yield process, before.partition("(")[2]
         process = int(after.split()[1])
-    return None
 
 
 class Outcome(NamedTuple):
@@ -134,6 +162,28 @@ class Outcome(NamedTuple):
     status: int
     message: str = ""
     is_complete: bool = True
+
+
+class StopRequest:
+    """Whether this process has been told to stop, from `listen` on: by SIGTERM, which batch systems
+    send some time before the end, or by SIGUSR1, which they can be asked to."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def listen(self) -> None:
+        """Take notice of these signals, also of one that was held back: blocked by who started this
+        process, until somebody listens."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._take)
+            # Libraries are not to find their system calls interrupted, while MPI starts above all.
+            signal.siginterrupt(number, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+
+    def _take(self, *_: object) -> None:
+        self.came = True
 
 
 def run(main: Callable[[MPI.Intracomm], None]) -> int:

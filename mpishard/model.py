@@ -16,11 +16,17 @@ import numpy as np
 
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.ops import Gate, clamped, gated, rms_norm
-from mpishard.arithmetic.packed import Division, KVCache, Step
+from mpishard.arithmetic.packed import Began, Division, KVCache, Step
 from mpishard.arithmetic.routing import Capacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.description.config import Mla, ModelConfig, Moe
-from mpishard.description.layout import block, kv_heads_of, query_heads_of, sharers_of
+from mpishard.description.layout import (
+    Layout,
+    block,
+    kv_heads_of,
+    query_heads_of,
+    sharers_of,
+)
 from mpishard.description.partition import experts_of_groups, weight_table
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import attention_of
@@ -60,10 +66,9 @@ class Decoder:
         self.layers = [
             _layer(config, number, w, attend, mesh, whole_norm) for number, w in enumerate(layers)
         ]
-        self.division = division_of(config, mesh)
+        self.division = division_of(config, mesh.layout, mesh.cp.rank, mesh.tp.rank)
         self.dtype = self.embedding_vD.dtype
-        held = kv_heads_of(config, mesh.tp.size, mesh.tp.rank)
-        self.kv_heads = held.stop - held.start
+        self.kv_heads = _kv_heads(config, mesh.layout, mesh.tp.rank)
         self.first_id = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
         self._angles_J, self._amplitude = frequencies(config)
 
@@ -78,24 +83,35 @@ class Decoder:
         ]
         return changed
 
-    def new_cache(self, capacity: int, first: int | None = None) -> KVCache:
+    def new_cache(
+        self, capacity: int, first: int | None = None, kept: int | None = None
+    ) -> KVCache:
         """An empty cache for one sequence of up to `capacity` positions, of which `first` (all
-        unless given) are fed in its first step."""
+        unless given) are fed in its first step; or, with `kept`, for one that `began` so by taking
+        over what another's cache holds: see `Began`."""
         config = self.config
         first = capacity if first is None else first
-        room = self.division.room(first, capacity)
+        began = Began(first, first if kept is None else kept)
+        room = self.division.room(began, capacity)
         if self.depends_on_length(capacity):  # any number of positions may be fed in a first step
             room = max(room, self.division.most_room(capacity))
         heads, width = self.kv_heads, config.key_width
         latent = config.mla.kv_rank if config.mla else 0
         return KVCache(config.layers, heads, capacity, width, self.dtype, room, latent)
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, began: Began | None = None) -> int:
         """At least as many bytes as the cache of a sequence of up to `capacity` positions takes on
-        this rank, however the sequence is fed."""
-        config = self.config
-        position = config.layers * self.kv_heads * config.kept_width * self.dtype.itemsize
-        return self.division.most_room(capacity) * position
+        any rank of the replica: of one that `began` so, or, unless that is given, of one that takes
+        over nothing, however it is fed."""
+        config, layout = self.config, self.mesh.layout
+        fullest = None if began is None else self.division.fullest(began, capacity)
+        number = config.layers * config.kept_width * self.dtype.itemsize
+        return max(
+            division_of(config, layout, self.mesh.cp.rank, rank).most_room(capacity, fullest)
+            * _kv_heads(config, layout, rank)
+            * number
+            for rank in range(layout.tp)
+        )
 
     def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
         """The logits of this rank's block of the vocabulary after each of its tokens that `step`
@@ -145,20 +161,25 @@ class Decoder:
         )
 
 
-def division_of(config: ModelConfig, mesh: Mesh) -> Division:
-    """How sequences and caches are divided over the ranks of a replica."""
-    layout, rank = mesh.layout, mesh.tp.rank
+def division_of(config: ModelConfig, layout: Layout, cp_rank: int, tp_rank: int) -> Division:
+    """How sequences and caches are divided over the ranks of a replica, as one of them sees it."""
     shared = layout.flash_decoding
-    ranks = sharers_of(config, layout.tp, rank)[1] if shared else range(rank, rank + 1)
+    ranks = sharers_of(config, layout.tp, tp_rank)[1] if shared else range(tp_rank, tp_rank + 1)
     held = [query_heads_of(config, layout.tp, sharer) for sharer in ranks]
     return Division(
         cp=layout.cp,
-        cp_rank=mesh.cp.rank,
+        cp_rank=cp_rank,
         order=layout.order,
         heads=tuple(heads.stop - heads.start for heads in held),
-        sharer=rank - ranks.start,
+        sharer=tp_rank - ranks.start,
         interleave=layout.interleave,
     )
+
+
+def _kv_heads(config: ModelConfig, layout: Layout, tp_rank: int) -> int:
+    """The number of key/value heads that a rank holds."""
+    held = kv_heads_of(config, layout.tp, tp_rank)
+    return held.stop - held.start
 
 
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -15,6 +15,18 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Began(NamedTuple):
+    """How the first positions of a sequence lie on the ranks of context parallelism: those below
+    `kept` as the ones of a first step of `first` tokens; all others go round."""
+
+    first: int
+    kept: int
+
+    def cut(self, length: int) -> Began:
+        """How a sequence began that takes over the first `length` positions of this one."""
+        return Began(self.first, min(self.kept, length))
+
+
 @dataclass(frozen=True)
 class Division:
     """Which tokens of a sequence this rank computes, and which positions its cache keeps.
@@ -58,18 +70,33 @@ class Division:
         turns = positions // self.interleave // self.cp
         return np.flatnonzero(turns % sharers == self.sharer)
 
-    def room(self, first: int, length: int) -> int:
-        """How many positions this rank keeps of a sequence of `length` of which `first` are fed in
-        the first step."""
-        parts = [self.tokens(0, first)[self.cp_rank], self.tokens(first, length)[self.cp_rank]]
-        return sum(len(part[self.kept(part)]) for part in parts)
+    def parts(self, began: Began, length: int) -> list[np.ndarray]:
+        """The positions that each cp rank has of a sequence of `length` that began so: ascending
+        arrays, disjoint, nothing left out."""
+        firsts, laters = self.tokens(0, began.first), self.tokens(began.kept, length)
+        return [
+            np.concatenate([first[first < began.kept], later])
+            for first, later in zip(firsts, laters, strict=True)
+        ]
 
-    def most_room(self, length: int) -> int:
-        """At least as many positions as this rank keeps of a sequence of up to `length`, however
-        many of them are fed in the first step."""
+    def room(self, began: Began, length: int) -> int:
+        """How many positions this rank keeps of a sequence of `length` that began so."""
+        part = self.parts(began, length)[self.cp_rank]
+        return len(part[self.kept(part)])
+
+    def fullest(self, began: Began, length: int) -> int:
+        """How many positions the cp rank that has the most has of a sequence of `length` that began
+        so."""
+        return max(map(len, self.parts(began, length)))
+
+    def most_room(self, length: int, fullest: int | None = None) -> int:
+        """At least as many positions as this rank keeps of a sequence of up to `length` of which no
+        cp rank has more than `fullest`; unless that is given, of one that takes over nothing,
+        however many of its tokens are fed in the first step."""
         sharers = len(self.heads)
         # A first step is divided to within a token or two, what follows to within a round.
-        mine = min(length, length // self.cp + self.interleave + 2)
+        even = length // self.cp + self.interleave + 2
+        mine = min(length, even if fullest is None else fullest)
         # Each of zigzag's two runs, and what follows, may begin and end in the middle of a round.
         return min(mine, mine // sharers + 3 * self.cp * self.interleave)
 
@@ -124,8 +151,8 @@ class KVCache:
 
     def take_over(self, other: KVCache, length: int) -> None:
         """Begin, from nothing, with what `other` holds of the first `length` positions of its
-        sequence, which are this one's as well. Only for sequences of one and the same rotary
-        frequencies."""
+        sequence, which are this one's as well: on every rank what it has of them. Only for
+        sequences of one and the same rotary frequencies."""
         self.length = length
         self.stored = self.held = int(np.searchsorted(other.positions[: other.held], length))
         kept = slice(self.held)

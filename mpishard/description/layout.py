@@ -17,7 +17,7 @@ Counting query heads alone would balance some odd layouts better (8 query heads 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpishard.description.config import ModelConfig, Moe
@@ -217,19 +217,23 @@ def check_degrees(tp: int | None, dp: int | None, cp: int) -> None:
             raise UserError(f"{flag} {value} must be at least 1")
 
 
+# What is to be typed for so many ranks and a `tp`.
+Line = Callable[[int, int], str]
+
+
 def make_layout(
     world: int,
     tp: int = 1,
     dp: int | None = None,
     cp: int = 1,
-    command: str = "…",
+    line: Line = lambda ranks, tp: f"mpirun -n {ranks} …",
     **switches: bool | float | str | None,
 ) -> Layout:
     """The layout of `world` ranks, `dp` being what `tp` and `cp` leave of the world unless given;
     `switches` are the other fields of `Layout`, None for their defaults.
 
     Raises UserError for a value out of range, for a switch that would have no effect, and, with the
-    `mpirun` line to type, when the product is not the world.
+    `line` to type, when the product is not the world.
     """
     check_degrees(tp, dp, cp)
     given = {name: value for name, value in switches.items() if value is not None}
@@ -245,7 +249,7 @@ def make_layout(
     else:
         replica = f"--tp {tp} --cp {cp} makes replicas of {layout.replica} ranks"
         problem = f"{replica}, which do not divide the {_ranks_were(world)} started"
-    raise UserError(f"{problem}: run `mpirun -n {layout.world} {command}`")
+    raise UserError(f"{problem}: run `{line(layout.world, tp)}`")
 
 
 def _check_switches(layout: Layout, given: dict[str, bool | float | str]) -> None:

@@ -7,7 +7,8 @@ when it enters, so that none is ever put out again for want of memory.
 
 A prompt that begins as another sequence's does takes over what that one's cache holds of it
 (prefix sharing, as in vLLM and SGLang: arXiv 2312.07104, by copying), and waits for it where that
-sequence is about to compute it.
+sequence is about to compute it. Over context-parallel ranks each copies what it has of the prefix,
+so that nothing is sent.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpishard.arithmetic.packed import Feed, KVCache
-from mpishard.communication.collectives import MAX, all_reduce
+from mpishard.arithmetic.packed import Began, Feed, KVCache
 from mpishard.engine.sampling import Sampling
 from mpishard.model import Decoder
 
@@ -28,6 +28,9 @@ AHEAD = 2
 
 # Tokens that two prompts must have in common for it to be worth a copy, or a step's wait.
 WORTH_SHARING = 32
+
+# How many times an even part of a sequence a context-parallel rank may have for a prefix's sake.
+UNEVEN = 2
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,13 @@ class Answer:
 
 @dataclass
 class Running:
-    """A sequence that has entered; its cache takes `bytes`."""
+    """A sequence that has entered; its cache takes `bytes`, and `began` so."""
 
     request: Request
     answer: Answer
     cache: KVCache
     bytes: int = 0
+    began: Began = Began(0, 0)
     fitted: int = 0  # the length whose rotary frequencies the cache has
 
     @property
@@ -113,6 +117,8 @@ class Running:
     def feed(self, tokens: int) -> Feed:
         """The next `tokens` of the tokens known."""
         ids, start = self.known, self.cache.length
+        if not start:
+            self.began = Began(tokens, tokens)
         new = np.array(ids[start : start + tokens], np.int64)
         index, prompt = self.request.index, len(self.request.ids)
         return Feed(new, self.cache, len(ids) - start - tokens, index, prompt)
@@ -124,9 +130,19 @@ class _Waiting:
     bytes: int
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """What a sequence takes over of `donor`'s cache: the first `tokens` positions, so that it
+    `began` as that one did and its own cache takes `bytes`."""
+
+    donor: Running
+    tokens: int
+    began: Began
+    bytes: int
+
+
 class Schedule:
-    """The sequences of one replica. Every rank of it keeps the same, and asks the others only how
-    much their caches take, where those are bounded."""
+    """The sequences of one replica. Every rank of it keeps the same, without asking the others."""
 
     def __init__(self, model: Decoder, limits: Limits) -> None:
         self.model, self.limits = model, limits
@@ -150,7 +166,8 @@ class Schedule:
         that say so."""
         refused = []
         limit = self.limits.kv_bytes
-        for request, size in zip(requests, self._bytes(requests), strict=True):
+        for request in requests:
+            size = self._bytes(request)
             if limit is None or size <= limit:
                 self._waiting.append(_Waiting(request, size))
                 continue
@@ -162,14 +179,17 @@ class Schedule:
             refused.append((request, Answer(request.index, refused=reason)))
         return refused
 
-    def _bytes(self, requests: Sequence[Request]) -> list[int]:
-        """What the cache of each request takes on the rank of the replica where it takes most."""
-        if self.limits.kv_bytes is None or not requests:
-            return [0] * len(requests)
-        mesh = self.model.mesh
-        mine = [self.model.cache_bytes(request.capacity(self.model)) for request in requests]
-        most = all_reduce(np.array(mine, np.int64), mesh.tp, MAX)
-        return all_reduce(most, mesh.cp, MAX).tolist()
+    def _bytes(self, request: Request, began: Began | None = None) -> int:
+        """What the cache of a request, which `began` so if it takes over a prefix, takes on the
+        rank of the replica where it takes most; 0 where that does not matter."""
+        if self.limits.kv_bytes is None:
+            return 0
+        return self.model.cache_bytes(request.capacity(self.model), began)
+
+    def _fits(self, size: int) -> bool:
+        """Whether there is room for a cache of `size` bytes beside those of what runs."""
+        limit = self.limits.kv_bytes
+        return limit is None or sum(one.bytes for one in self.running) + size <= limit
 
     def next(self) -> list[tuple[Running, Feed]]:
         """What the next step feeds of each of the sequences that take part in it: those that only
@@ -205,46 +225,68 @@ class Schedule:
         has `left` tokens left; None if it has to go on waiting."""
         waiting = self._waiting[0]
         request = waiting.request
-        taken = sum(one.bytes for one in self.running)
-        if self.limits.kv_bytes is not None and taken + waiting.bytes > self.limits.kv_bytes:
+        if not self._fits(waiting.bytes) or not self.limits.piece(1, left, first):
             return None
-        if not self.limits.piece(1, left, first):
-            return None
-        donor, shared, coming = self._prefix(request)
+        prefix, coming = self._prefix(request)
+        shared = prefix.tokens if prefix else 0
         if coming - shared >= WORTH_SHARING:
             return None
         tokens = self.limits.piece(len(request.ids) - shared, left, first)
         if not tokens:
             return None
         self._waiting.popleft()
-        cache = self.model.new_cache(request.capacity(self.model), shared + tokens)
-        if donor:
-            cache.take_over(donor.cache, shared)
-        sequence = Running(request, Answer(request.index), cache, waiting.bytes)
+        began = prefix.began if prefix else Began(tokens, tokens)
+        cache = self.model.new_cache(request.capacity(self.model), *began)
+        if prefix:
+            cache.take_over(prefix.donor.cache, shared)
+        size = prefix.bytes if prefix else waiting.bytes
+        sequence = Running(request, Answer(request.index), cache, size, began)
         return sequence, sequence.feed(tokens)
 
-    def _prefix(self, request: Request) -> tuple[Running | None, int, int]:
-        """The sequence whose cache holds the most of the request's prompt, how many tokens those
-        are, 0 if it is not worth it, and how many some sequence will hold before long.
+    def _prefix(self, request: Request) -> tuple[_Prefix | None, int]:
+        """The most of the request's prompt that it can take over of a sequence's cache, None if
+        that is nothing, and how many tokens it could before long.
 
-        Not with context parallelism, where the division of a prompt goes by its length: a part of
-        it would lie on few of the ranks. Nor where rotary frequencies go by the length.
+        Nothing where rotary frequencies go by the length.
         """
         model = self.model
         most = len(request.ids) - 1  # the last one is fed, for its logits
-        if model.division.cp > 1 or model.depends_on_length(request.capacity(model)):
-            return None, 0, 0
-        donor, shared, coming = None, 0, 0
+        best, coming = None, 0
+        if model.depends_on_length(request.capacity(model)):
+            return best, coming
         for other in [*self.running, *self._ended]:
             if model.depends_on_length(other.request.capacity(model)):
                 continue
             common = _common(request.ids[:most], other.known)
             held = min(common, other.cache.length)
-            if held > max(shared, WORTH_SHARING - 1):
-                donor, shared = other, held
-            if not other.answer.finish_reason:
-                coming = max(coming, common)
-        return donor, shared, coming
+            if held > (best.tokens if best else 0):
+                best = self._shared(request, other, held) or best
+            goes_on = not other.answer.finish_reason
+            if goes_on and common > coming and self._shared(request, other, common):
+                coming = common
+        return best, coming
+
+    def _shared(self, request: Request, donor: Running, tokens: int) -> _Prefix | None:
+        """The first `tokens` positions of the donor's cache, as the beginning of the request's;
+        None where they are not worth it or have no room.
+
+        Context-parallel ranks have the parts of a prefix that fell to them, which may be uneven,
+        and attend to the rest of the prompt by flash decoding, for which each needs the queries of
+        all. So the prefix has to be at least as long as what a step feeds of that rest, and no rank
+        may come to have much more than the others.
+        """
+        division, limits = self.model.division, self.limits
+        if tokens < WORTH_SHARING:
+            return None
+        began, capacity = donor.began.cut(tokens), request.capacity(self.model)
+        rest = len(request.ids) - tokens
+        piece = rest if limits.chunk is None else min(rest, limits.chunk)
+        if division.cp > 1 and piece > tokens:
+            return None
+        if division.fullest(began, capacity) > UNEVEN * -(-capacity // division.cp):
+            return None
+        size = self._bytes(request, began)
+        return _Prefix(donor, tokens, began, size) if self._fits(size) else None
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

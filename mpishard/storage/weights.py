@@ -25,8 +25,8 @@ def check_fits(source: Source, cut: Cut) -> None:
     if isinstance(source, ShardDirectory) and source.cut != cut:
         raise UserError(
             f"{source.path} holds shards for {source.cut}, not for {cut}: "
-            f"run `mpirun -n {source.cut.ranks} mpishard …` with {source.cut}, "
-            f"or `mpishard shard {source.path} OUT {cut}`"
+            f"start {source.cut.ranks} ranks with {source.cut}, "
+            f"or make others with `mpishard shard {source.path} OUT {cut}`"
         )
 
 

@@ -43,6 +43,11 @@ ranks() {
     read -ra command <<<"${MPISHARD:-mpishard}"
     command -v "${command[0]}" >/dev/null ||
         die "${command[0]} is not on the PATH of $(hostname): MPISHARD=/path/to/mpishard sbatch …"
+    # A batch is told to stop by these signals: before it listens they would kill it, and are held
+    # back, where env can (GNU coreutils 8.31).
+    if [[ $1 == batch ]] && env --block-signal=TERM,USR1 true 2>/dev/null; then
+        command=(env --block-signal=TERM,USR1 "${command[@]}")
+    fi
     export OPENBLAS_NUM_THREADS=$threads OMP_NUM_THREADS=$threads
     export SRUN_CPUS_PER_TASK=$threads # srun does not take this over from sbatch since Slurm 22.05
     export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2}

@@ -47,7 +47,7 @@ echo "$OPENBLAS_NUM_THREADS $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK" \\
     "$SLURM_MPI_TYPE $MPIR_CVAR_CH4_NETMOD"
 printf '%s\\n' "$@"
 [[ -t 0 ]] || cat
-[[ -z ${GROWS:-} ]] || echo answer >>"$GROWS"
+[[ -z ${GROWS:-} ]] || printf '%s\n' ${ADDED:-header answer} >>"$GROWS"
 exit ${ENDS:-0}
 """
 SCONTROL = '#!/bin/bash\necho "scontrol $*"\n'
@@ -184,6 +184,25 @@ def test_a_chain_goes_on_while_it_gets_anywhere(files):
     assert stuck.returncode == 2
     assert "scontrol" not in stuck.stdout
     assert "no request was answered in this round" in stuck.stderr
+
+
+def test_a_journal_that_was_only_begun_leads_a_chain_nowhere(files):
+    settings = {"ENDS": "75", "GROWS": files["OUTPUT"] + ".journal", "ADDED": "header"}
+    stuck = hand_over("chain", {**files, **ALLOCATION, **settings})
+    assert stuck.returncode == 2 and "scontrol" not in stuck.stdout
+    assert "no request was answered in this round" in stuck.stderr
+
+
+def test_what_tells_a_chain_to_stop_is_held_back_until_it_listens(files, tmp_path):
+    asked = asked_of_srun("chain", {**files, **ALLOCATION})
+    held = ["env", "--block-signal=TERM,USR1", "mpishard", "batch"]
+    start = asked.index("mpishard") - 2
+    if subprocess.run([*held[:2], "true"], capture_output=True).returncode == 0:
+        assert asked[start : start + 4] == held
+    assert "env" not in asked_of_srun("data", {**files, **ALLOCATION})
+    (tmp_path / "env").write_text("#!/bin/false\n")  # as old as not to know the option
+    (tmp_path / "env").chmod(0o755)
+    assert "env" not in asked_of_srun("chain", {**files, **ALLOCATION})
 
 
 # A real Slurm
@@ -353,6 +372,12 @@ def test_what_the_lab_cannot_do_is_refused(cluster):
         assert lab.returncode == 127
 
 
+def errors_of(err: str) -> list[str]:
+    """The sentences with which mpishard has refused."""
+    mark = "mpishard: error: "
+    return [line.partition(mark)[2] for line in err.splitlines() if mark in line]
+
+
 def answers(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
@@ -414,14 +439,26 @@ def test_a_layout_that_does_not_fit_ends_the_job_with_one_sentence(cluster):
     options = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
     job = cluster.submit("expert", options, MODEL=MIXTURE, PROMPT="a", EP=3)
     assert cluster.ended(job) == ("FAILED", "2:0")
-    assert len([line for line in cluster.output(job)[1].splitlines() if "mpishard: " in line]) == 1
+    assert len(errors_of(cluster.output(job)[1])) == 1
+
+
+def test_the_line_to_type_is_of_srun(cluster):
+    options = "--ntasks-per-node=2 --cpus-per-task=1"
+    job = cluster.submit("tensor", options, "--dp", 2, MODEL=MODEL, PROMPT="a")
+    assert cluster.ended(job) == ("FAILED", "2:0")
+    typed = f"srun -n 4 python -m mpishard generate {MODEL} --tp 2 --prompt a --dp 2"
+    assert errors_of(cluster.output(job)[1]) == [
+        f"--tp 2 --dp 2 needs 4 ranks but 2 were started: run `{typed}`"
+    ]
 
 
 def test_ranks_that_do_not_find_each_other_are_refused(cluster):
     options = "--ntasks-per-node=2 --cpus-per-task=1"
     job = cluster.submit("tensor", options, MODEL=MODEL, PROMPT="a", SLURM_MPI_TYPE="none")
     assert cluster.ended(job) == ("FAILED", "2:0")
-    assert "the launcher started 2 ranks, but MPI found 1" in cluster.output(job)[1]
+    (message,) = errors_of(cluster.output(job)[1])
+    assert message.startswith("the launcher started 2 ranks, but MPI found 1: srun does not speak")
+    assert "`srun --mpi=pmi2` for MPICH" in message
 
 
 def program(cluster: Cluster, text: str) -> str:
@@ -483,6 +520,28 @@ def test_a_chain_goes_on_where_it_was_told_to_stop(cluster, requests, tmp_path):
     _, err = cluster.completed(job)
     assert f"chain: job {job} goes on in another round" in err
     assert [line["id"] for line in answers(out.read_text())] == [f"r{n}" for n in range(40)]
+
+
+# Is told to stop before Python has come to mpishard.
+EARLY = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, "-m", "mpishard", *sys.argv[1:]])
+"""
+
+
+def test_a_chain_that_is_told_to_stop_as_it_starts_has_lost_nothing(cluster, requests, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
+    settings = {"MODEL": MODEL, "INPUT": requests, "OUTPUT": out}
+    early = program(cluster, EARLY)
+    job = cluster.submit("chain", options, MPISHARD=early, **settings)
+    assert cluster.ended(job) == ("FAILED", "2:0")
+    err = cluster.output(job)[1]
+    assert "told to stop: 0 of 40 lines are answered" in err
+    assert "chain: error: no request was answered in this round before it was told to stop" in err
+    journal = out.with_name(out.name + ".journal")
+    assert journal.read_bytes().count(b"\n") == 1 and not out.exists()
 
 
 def test_a_chain_that_is_cancelled_does_not_come_back(cluster, requests, tmp_path):

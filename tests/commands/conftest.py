@@ -9,6 +9,14 @@ import pytest
 from tiny_text import write_speaker
 
 from commands.shell import VARIANT, answered
+from mpishard import launch
+
+
+@pytest.fixture(autouse=True)
+def _launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process take themselves for mpirun's, also where the tests are a
+    job of Slurm's."""
+    monkeypatch.setattr(launch, "launcher", lambda: "mpirun")
 
 
 @pytest.fixture(scope="session")

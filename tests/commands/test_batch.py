@@ -390,6 +390,60 @@ def test_a_job_that_is_told_to_stop_stops_after_a_step(job, undisturbed, notice,
     assert work.run(2, *WORDS, "--dp", 2) == undisturbed
 
 
+# Told to stop as it imports a module, on some ranks.
+TOLD = """
+import os, signal, sys
+from mpishard import cli, launch
+
+class Importing:
+    def find_spec(self, name, *_):
+        if name == "{module}" and launch._announced(launch.RANK_VARIABLES) in {ranks}:
+            os.kill(os.getpid(), signal.{notice})
+
+sys.meta_path.insert(0, Importing())
+sys.exit(cli.main())
+"""
+# The same while Python itself starts, held back by who starts it.
+HELD = """
+import os, signal, sys
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.{notice}])
+os.kill(os.getpid(), signal.{notice})
+os.execv(sys.executable, [sys.executable, "-m", "mpishard", *sys.argv[1:]])
+"""
+EARLY = {
+    "mpi4py": TOLD.format(module="mpi4py.MPI", ranks=[0, 1], notice="SIGTERM"),
+    "numpy": TOLD.format(module="numpy", ranks=[0, 1], notice="SIGUSR1"),
+    "commands": TOLD.format(module="mpishard.commands", ranks=[0, 1], notice="SIGTERM"),
+    "one rank": TOLD.format(module="numpy", ranks=[1], notice="SIGTERM"),
+    "python": HELD.format(notice="SIGTERM"),
+    "python by SIGUSR1": HELD.format(notice="SIGUSR1"),
+}
+
+
+@pytest.mark.parametrize("when", EARLY)
+def test_a_job_that_is_told_to_stop_while_it_starts_stops_before_its_first_step(
+    job, undisturbed, when
+):
+    """Told is one rank, and the other replica may begin before it hears of that; or both."""
+    work = job(*LINES)
+    words = [str(word) for word in (*WORDS, "--dp", "2", *work.files)]
+    finished = run_mpi(2, ["-c", EARLY[when], "batch", *words])
+    assert finished.returncode == 75, finished.stderr
+    done = len(work.finished())
+    assert done == 0 or when == "one rank"
+    assert not work.target.exists()
+    said = f"told to stop: {done} of {COUNT} lines are answered, in {work.journal}; the same"
+    assert said in finished.stderr and "error" not in finished.stderr
+    assert work.run(2, *WORDS, "--dp", 2) == undisturbed
+
+
+def test_what_is_no_batch_is_ended_by_sigterm(model):
+    script = TOLD.format(module="numpy", ranks=[0], notice="SIGTERM")
+    finished = run_mpi(None, ["-c", script, "generate", str(model), "--prompt", "a"])
+    assert finished.returncode == -signal.SIGTERM
+
+
 def test_replicas_that_share_experts_stop_together(job, tmp_path_factory):
     mixture = write_speaker("mixtral-full", tmp_path_factory.mktemp("mixture"))
     words = [

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import write_checkpoint
 
 from commands.shell import answered, mpishard, refusal, refusal_here
+from mpishard import launch
 
 RUN = "python -m mpishard"
 
@@ -28,9 +29,19 @@ def test_ranks_that_tp_does_not_divide(model):
     assert message == f"--tp 2 does not divide the 3 ranks that were started: run {line}"
 
 
+def test_under_slurm_the_line_to_type_is_of_srun(model, shards, monkeypatch):
+    monkeypatch.setattr(launch, "launcher", lambda: "srun")
+    message = refusal_here("generate", model, "--prompt", "a b", "--tp", 3)
+    line = f"srun -n 3 mpishard generate {model} --prompt 'a b' --tp 3"
+    assert message == f"--tp 3 does not divide the 1 rank that was started: run `{line}`"
+    message = refusal_here("generate", shards(4), "--prompt", "a", "--tp", 2, "--dp", 2)
+    line = f"srun -n 8 mpishard generate {shards(4)} --prompt a --tp 4 --dp 2"
+    assert f"run `{line}`, or make others with `mpishard shard" in message
+
+
 def test_the_line_to_type_is_right(model):
     """It is typed."""
-    message = refusal(None, "generate", model, "--prompt", "a b", "--tp", 3, "--max-tokens", 2)
+    message = refusal(1, "generate", model, "--prompt", "a b", "--tp", 3, "--max-tokens", 2)
     before, line, after = message.split("`")
     assert before == "--tp 3 does not divide the 1 rank that was started: run " and after == ""
     mpirun, n, ranks, *program = shlex.split(line)

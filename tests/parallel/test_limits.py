@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from mpi4py import MPI
-from toys import Recorder, meshes, oracle, toy
+from tiny_models import tiny_config
+from toys import FORMS, Recorder, mesh_of, meshes, oracle, switched, toy
 
-from mpishard.arithmetic.packed import Step
+from mpishard.arithmetic.packed import Began, Step
 from mpishard.communication.mesh import Mesh
+from mpishard.description.layout import Layout
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling import Sampling
 from mpishard.engine.schedule import WORTH_SHARING, Limits, Request
@@ -48,6 +50,17 @@ def greedy(variant: str, requests: list[Request]) -> list[list[int]]:
 def fed(model: Recorder) -> list[int]:
     """The tokens of all ranks in each step."""
     return [sum(map(len, step.places)) for step in model.steps]
+
+
+def alone(requests: list[Request]) -> int:
+    """The tokens that are fed where nothing is shared."""
+    return sum(len(request.ids) + request.max_tokens - 1 for request in requests)
+
+
+def begun(model: Recorder) -> list[bool]:
+    """Of each sequence whether it began with nothing, rather than with what another one had."""
+    first = {id(s.cache): s.fresh for step in model.steps[::-1] for s in step.segments}
+    return list(first.values())
 
 
 def recorded(comm: MPI.Intracomm, variant: str) -> Iterator[tuple[Mesh, Recorder]]:
@@ -133,7 +146,8 @@ def test_what_prompts_begin_with_is_computed_once(
     comm: MPI.Intracomm, variant: str, monkeypatch: pytest.MonkeyPatch
 ):
     """By the first of them, for which the others wait a step; windows and divided caches included.
-    Not over context-parallel ranks, nor where the frequencies go by the length."""
+    Not where the frequencies go by the length, nor, over context-parallel ranks, the 7 of the
+    shortest, after which there are more to feed."""
     monkeypatch.setattr("mpishard.engine.schedule.WORTH_SHARING", 5)
     config = oracle(variant).config
     random = np.random.RandomState(3)
@@ -149,11 +163,9 @@ def test_what_prompts_begin_with_is_computed_once(
             model.steps.clear()
             answers = generate(model, requests, limits=limits)
             assert [answer.ids for answer in answers] == right, mesh.layout
-            shares = mesh.layout.cp == 1 and not dynamic
-            first = {id(s.cache): s.fresh for step in model.steps[::-1] for s in step.segments}
-            assert list(first.values()).count(False) == 5 * shares
-            alone = sum(len(request.ids) + request.max_tokens - 1 for request in requests)
-            assert dynamic or sum(fed(model)) == alone - shares * (7 + 4 * length)
+            shares = [] if dynamic else [length] * 4 + [7] * (mesh.layout.cp == 1)
+            assert len(begun(model)) - sum(begun(model)) == len(shares)
+            assert dynamic or sum(fed(model)) == alone(requests) - sum(shares)
 
 
 def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.Intracomm):
@@ -164,8 +176,100 @@ def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.In
     for mesh, model in recorded(comm, "llama-gqa"):
         answers = generate(model, requests, limits=Limits(sequences=1, chunk=100))
         assert [answer.ids for answer in answers] == right
-        if mesh.layout.cp == 1:
-            assert fed(model) == [33, 1] + 5 * [1, 1]
+        assert fed(model) == [33, 1] + 5 * [1, 1], mesh.layout
+
+
+# What context-parallel ranks share: each copies what it has.
+
+# Grouped heads, windows, sinks with windows in some layers, latents, many heads for few.
+CONTEXT = "llama-gqa mistral-window gpt_oss-plain deepseek_v2-lite llama-mqa".split()
+
+
+def over_context(comm: MPI.Intracomm, variant: str) -> Iterator[tuple[Mesh, Recorder]]:
+    """`variant` over every number of context-parallel ranks, in forms that go round with it."""
+    for cp in (cp for cp in range(2, comm.size + 1) if comm.size % cp == 0):
+        config, first = tiny_config(variant), CONTEXT.index(variant) + cp
+        for turn in range(first, first + len(FORMS), 7):
+            layout = switched(Layout(tp=comm.size // cp, cp=cp), config, turn)
+            with mesh_of(comm, variant, layout) as mesh:
+                yield mesh, Recorder(toy(variant, mesh))
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("variant", CONTEXT)
+def test_a_document_is_computed_once_for_all_questions(
+    comm: MPI.Intracomm, variant: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whole or in pieces, it is divided and goes round once, and the caches of those that take it
+    over have room for what is to come, and for nothing else."""
+    monkeypatch.setattr("mpishard.engine.schedule.WORTH_SHARING", 11)
+    random = np.random.RandomState(5)
+    document = random.randint(0, oracle(variant).config.vocab, 41).tolist()
+    requests = [Request(n, document + [n] * (1 + 3 * n % 7), 3 + n % 3) for n in range(5)]
+    right = greedy(variant, requests)
+    pieces = (Limits(), Limits(step_tokens=17, chunk=15, sequences=3))
+    for place, (mesh, model) in enumerate(over_context(comm, variant)):
+        answers = generate(model, requests, limits=pieces[place % 2])
+        assert [answer.ids for answer in answers] == right, mesh.layout
+        assert sum(begun(model)) == 1
+        assert sum(fed(model)) == alone(requests) - 4 * len(document)
+        for cache in {id(s.cache): s.cache for step in model.steps for s in step.segments}.values():
+            assert cache.held == len(cache.positions), mesh.layout
+
+
+@pytest.mark.ranks(3, 4)
+@pytest.mark.parametrize("order, shares", [("contiguous", False), ("zigzag", True)])
+def test_what_lies_on_few_ranks_is_computed_anew(
+    comm: MPI.Intracomm, order: str, shares: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A third of a prompt in contiguous order is the first rank's, or the first two ranks'."""
+    monkeypatch.setattr("mpishard.engine.schedule.WORTH_SHARING", 5)
+    long = np.random.RandomState(6).randint(0, 67, 60).tolist()
+    requests = [Request(0, long, 3), Request(1, [*long[:20], 1], 3)]
+    right = greedy("llama-gqa", requests)
+    with mesh_of(comm, "llama-gqa", Layout(cp=comm.size, order=order)) as mesh:
+        model = Recorder(toy("llama-gqa", mesh))
+        assert [answer.ids for answer in generate(model, requests)] == right
+        assert sum(fed(model)) == alone(requests) - 20 * shares
+        assert len(model.steps) == 3 + shares, "what is not shared is not waited for"
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("chunk, shares", [(None, False), (7, False), (6, True)])
+def test_a_prefix_is_as_long_as_what_a_step_feeds_after_it(
+    comm: MPI.Intracomm, chunk: int | None, shares: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mpishard.engine.schedule.WORTH_SHARING", 5)
+    long = np.random.RandomState(7).randint(0, 67, 30).tolist()
+    requests = [Request(0, long, 3), Request(1, [*long[:6], *range(20)], 3)]
+    right = greedy("llama-gqa", requests)
+    with mesh_of(comm, "llama-gqa", Layout(cp=comm.size)) as mesh:
+        model = Recorder(toy("llama-gqa", mesh))
+        answers = generate(model, requests, limits=Limits(chunk=chunk))
+        assert [answer.ids for answer in answers] == right
+        assert sum(fed(model)) == alone(requests) - 6 * shares
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_prefix_is_taken_over_where_its_ranks_have_the_memory(
+    comm: MPI.Intracomm, shares: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """In contiguous order the first of two ranks has all of it, which is more than an even part."""
+    monkeypatch.setattr("mpishard.engine.schedule.WORTH_SHARING", 5)
+    long = np.random.RandomState(8).randint(0, 67, 40).tolist()
+    requests = [Request(0, long, 4), Request(1, [*long[:20], 1], 3)]
+    right = greedy("llama-gqa", requests)
+    layout = Layout(cp=2, tp=comm.size // 2, order="contiguous")
+    with mesh_of(comm, "llama-gqa", layout) as mesh:
+        model = Recorder(toy("llama-gqa", mesh))
+        even, uneven = model.cache_bytes(23), model.cache_bytes(23, Began(40, 20))
+        assert uneven > even
+        room = model.cache_bytes(43) + (uneven if shares else uneven - 1)
+        answers = generate(model, requests, limits=Limits(kv_bytes=room))
+        assert [answer.ids for answer in answers] == right
+        assert sum(fed(model)) == alone(requests) - 20 * shares
+        assert all(sum(cache_bytes(step)) <= room for step in model.steps)
 
 
 def test_what_is_hardly_the_same_is_not_waited_for(comm: MPI.Intracomm):

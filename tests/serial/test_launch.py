@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from mpi_runner import Launch, run_mpi
@@ -110,10 +111,62 @@ def test_the_launcher_and_the_library_must_agree(monkeypatch):
     for name in launch.WORLD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     launch.check_launcher(1)
+    monkeypatch.setattr(launch, "launcher", lambda: "mpirun")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     launch.check_launcher(4)
-    with pytest.raises(UserError, match="the launcher started 4 ranks, but MPI found 1"):
+    with pytest.raises(UserError, match="started 4 ranks, but MPI found 1: mpirun belongs to"):
         launch.check_launcher(1)
+
+
+def fake_ancestors(monkeypatch: pytest.MonkeyPatch, processes: Path, *names: str) -> None:
+    """Let this process have been started by these, the nearest first."""
+    monkeypatch.setattr(launch, "PROCESSES", processes)
+    monkeypatch.setattr(os, "getppid", lambda: 100)
+    for process, name in enumerate(names, 100):
+        (processes / str(process)).mkdir()
+        parent = process + 1 if process + 1 < 100 + len(names) else 1
+        (processes / str(process) / "stat").write_text(f"{process} ({name}) S {parent} 1 1\n")
+
+
+@pytest.mark.parametrize(
+    "ancestors, word",
+    [
+        ("python bash", "mpirun"),
+        ("hydra_pmi_proxy mpiexec.hydra bash", "mpirun"),
+        ("slurmstepd slurmd", "srun"),
+        ("bash python slurmstepd slurmd", "srun"),
+        ("hydra_pmi_proxy slurmstepd slurmd", "mpirun"),
+        ("prted slurmstepd slurmd", "mpirun"),
+        ("mpirun bash slurmstepd slurmd", "mpirun"),
+        ("slurm)(stepd bash", "mpirun"),
+    ],
+)
+def test_the_nearest_of_those_that_start_ranks_is_the_launcher(
+    monkeypatch, tmp_path, ancestors, word
+):
+    fake_ancestors(monkeypatch, tmp_path, *ancestors.split())
+    assert launch.launcher() == word
+
+
+def test_without_processes_to_look_at_the_launcher_is_mpirun(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "PROCESSES", tmp_path / "absent")
+    assert launch.launcher() == "mpirun"
+    assert not launch.reaches_terminal()
+
+
+def test_under_srun_the_type_of_mpi_is_the_cause(monkeypatch, tmp_path):
+    for name in launch.WORLD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    fake_ancestors(monkeypatch, tmp_path, "slurmstepd")
+    with pytest.raises(UserError) as refusal:
+        launch.check_launcher(1)
+    assert str(refusal.value) == (
+        "the launcher started 4 ranks, but MPI found 1: srun does not speak to the library that "
+        "mpi4py loaded; give one of the types that `srun --mpi=list` has, `srun --mpi=pmi2` for "
+        "MPICH, `srun --mpi=pmix` for Open MPI, or the same as SLURM_MPI_TYPE to the scripts of "
+        "scripts/slurm"
+    )
 
 
 @pytest.mark.parametrize("rank, lines", [(0, 1), (2, 0)])

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mpishard.arithmetic.packed import Division, Feed, KVCache, pack
+from mpishard.arithmetic.packed import Began, Division, Feed, KVCache, pack
 
 ORDERS = ("zigzag", "contiguous")
 
@@ -55,11 +55,41 @@ def test_each_position_is_kept_by_one_rank(cp, sharers, interleave, order):
             mine = division.tokens(start, stop)[division.cp_rank]
             kept += mine[division.kept(mine)].tolist()
         assert kept == sorted(kept)
-        assert len(kept) == division.room(first, length)
+        assert len(kept) == division.room(Began(first, first), length)
         held.append(kept)
     assert sorted(sum(held, [])) == list(range(length))
     lengths = [len(kept) for kept in held]
     assert max(lengths) - min(lengths) <= 4 + 2 * interleave
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("cp, sharers, interleave", list(product([1, 2, 3], [1, 2], [1, 3])))
+@pytest.mark.parametrize("prefixes", [(29,), (8,), (31, 20), (10, 40), (30, 20, 5)])
+def test_prefixes_of_prefixes(cp, sharers, interleave, order, prefixes):
+    """Each sequence takes over so much of the one before: together the ranks have all of it, and
+    each exactly as much as it has room for."""
+    found = []
+    for division in divisions(cp, sharers, order, interleave):
+        began, length = Began(13, 13), 45
+        cache = cache_of(division, began, length)
+        for new in (13, 20, 12):
+            pack([(np.zeros(new, int), cache)], division)
+        for prefix in prefixes:
+            donor, began, length = cache, began.cut(prefix), length + 7
+            cache = cache_of(division, began, length)
+            cache.take_over(donor, prefix)
+            for new in (1, length - prefix - 1):
+                pack([(np.zeros(new, int), cache)], division)
+        assert cache.held == len(cache.positions)
+        assert cache.held <= division.most_room(length, division.fullest(began, length))
+        assert (np.diff(cache.positions) > 0).all()
+        found += cache.positions.tolist()
+    assert sorted(found) == list(range(length))
+
+
+def cache_of(division: Division, began: Began, length: int) -> KVCache:
+    """A cache with the room of a sequence that began so."""
+    return KVCache(1, 1, length, 2, np.dtype(float), division.room(began, length))
 
 
 def test_the_cache_keeps_what_it_took():

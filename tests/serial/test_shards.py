@@ -208,8 +208,8 @@ def test_another_layout_is_refused_with_both_ways_out(directory):
     for use in (lambda: check_fits(source, Cut(2)), lambda: load_weights(source, Cut(2), 0)):
         message = refusal(use)
         assert "--tp 3" in message and "--tp 2" in message
-        assert "mpirun -n 3 mpishard" in message
-        assert f"mpishard shard {directory} OUT --tp 2" in message
+        assert "start 3 ranks with --tp 3, or make others with" in message
+        assert f"`mpishard shard {directory} OUT --tp 2" in message
     assert "12 query heads" in refusal(lambda: check_fits(source, Cut(13)))
 
 
@@ -601,7 +601,7 @@ def test_another_cut_of_experts_is_refused_with_both_ways_out(mixture):
         for use in (partial(check_fits, source, cut), partial(load_weights, source, cut, 0)):
             message = refusal(use)
             assert f"holds shards for --tp 4 --ep 2, not for {cut}: " in message
-            assert "`mpirun -n 4 mpishard …` with --tp 4 --ep 2" in message
+            assert "start 4 ranks with --tp 4 --ep 2, or make others with" in message
             assert f"`mpishard shard {mixture} OUT {cut}`" in message
     assert "5 experts" in refusal(lambda: check_fits(source, Cut(1, 6)))
 
