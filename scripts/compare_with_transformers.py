@@ -43,6 +43,7 @@ import transformers  # noqa: E402
 
 import mpishard  # noqa: E402
 from mpishard.arithmetic.packed import pack  # noqa: E402
+from mpishard.arithmetic.products import KERNELS  # noqa: E402
 from mpishard.engine.sampling import Draw, Sampling, choose  # noqa: E402
 
 # Seconds in which the threads of the one that had its turn go to sleep.
@@ -63,7 +64,7 @@ def main() -> None:
     print(
         f"{ARGS.model}: float32, {ARGS.threads} threads each, best of {ARGS.repeat} rounds "
         f"(median in brackets); NumPy {np.__version__}, "
-        f"OPENBLAS_CORETYPE={os.environ.get('OPENBLAS_CORETYPE', '')}, "
+        f"OpenBLAS for {KERNELS}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     print(f"{'tokens/s':14}{'batch':>6}{'mpishard':>16}{'transformers':>16}{'':7}{'ratio':>14}")

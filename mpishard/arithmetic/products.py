@@ -36,13 +36,15 @@ TILE = 16
 CACHED_BLOCK = 256 * 1024
 
 
-def _has_unpacked_path() -> bool:
-    """Whether NumPy's BLAS multiplies small matrices without packing them first."""
-    kernels = {library.get("architecture") for library in threadpool_info()}
-    return not kernels.isdisjoint({"SkylakeX", "Cooperlake", "SapphireRapids"})
+def _kernels() -> str:
+    """The processor for which NumPy's OpenBLAS has chosen its kernels; of another BLAS nothing."""
+    names = [one["architecture"] for one in threadpool_info() if one["internal_api"] == "openblas"]
+    return (names[0] or "") if names else ""
 
 
-UNPACKED = _has_unpacked_path()
+KERNELS = _kernels()
+# Whether small matrices are multiplied without being packed first.
+UNPACKED = KERNELS in ("SkylakeX", "Cooperlake", "SapphireRapids")
 
 
 def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _heading(report: dict[str, Any]) -> str:
-    kernels = f", OPENBLAS_CORETYPE={report['blas_kernels']}" if report["blas_kernels"] else ""
+    kernels = f", {report['blas_kernels']} kernels" if report["blas_kernels"] else ""
     return (
         f"{report['model']}: {report['layout']}, ranks: {report['ranks']}, threads per rank: "
         f"{report['threads']}, {report['dtype']}, NumPy {report['numpy']} ({report['blas']}"

@@ -23,6 +23,7 @@ from mpi4py import MPI
 
 from mpishard.api import Model
 from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
+from mpishard.arithmetic.products import KERNELS
 from mpishard.bench.counts import (
     Work,
     generation_work,
@@ -470,6 +471,6 @@ def _environment(model: Model) -> dict[str, Any]:
         "dtype": str(model.decoder.dtype),
         "numpy": np.__version__,
         "blas": f"{blas['name']} {blas['version']}",
-        "blas_kernels": os.environ.get("OPENBLAS_CORETYPE"),
+        "blas_kernels": KERNELS,
         "mpi": f"{library} {'.'.join(map(str, version))}",
     }
