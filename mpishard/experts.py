@@ -83,8 +83,8 @@ def read_loads(path: Path) -> dict[int, list[int]]:
     content = read_json(path)
     if content.get("format") != LOAD_FORMAT:
         raise UserError(
-            f'{path} has the "format" {content.get("format")!r}, not {LOAD_FORMAT!r}: give the '
-            "file that --expert-stats wrote"
+            f'{path} has the "format" {brief(repr(content.get("format")))}, not {LOAD_FORMAT!r}: '
+            "give the file that --expert-stats wrote"
         )
     loads: dict[int, list[int]] = {}
     try:

@@ -64,10 +64,12 @@ def read_routing(path: Path, config: ModelConfig, where: str) -> Decisions:
     for field, right in _about(config).items():
         if about.get(field) != right:
             of = "it should be" if field == "format" else "but the model's is"
-            raise UserError(f'{where} has the "{field}" {about.get(field)!r}, {of} {right!r}')
+            found = brief(repr(about.get(field)))
+            raise UserError(f'{where} has the "{field}" {found}, {of} {right!r}')
     names = about.get("requests")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{where} must have a list of texts as "requests", not {names!r}')
+        found = brief(repr(names))
+        raise UserError(f'{where} must have a list of texts as "requests", not {found}')
     _check_arrays(arrays, config, len(names), where)
     ascending = np.argsort(arrays["experts"], axis=2, kind="stable")
     decisions = Decisions(

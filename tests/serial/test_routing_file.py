@@ -122,6 +122,12 @@ def nothing(about: dict[str, Any]) -> None:
         (lambda a: a.update(layers=[0, 1]), {}, 'has the "layers" [0, 1], but the model\'s is [1]'),
         (lambda a: a.pop("model_type"), {}, "\"model_type\" None, but the model's is 'qwen2_moe'"),
         (lambda a: a.update(requests=[1]), {}, 'must have a list of texts as "requests", not [1]'),
+        (lambda a: a.update(requests=900 * "x"), {}, f'as "requests", not \'{99 * "x"}…'),
+        (
+            lambda a: a.update(top_k=900 * "x"),
+            {},
+            f"has the \"top_k\" '{99 * 'x'}…, but the model's",
+        ),
         (
             nothing,
             {"token": np.zeros(4)},
