@@ -57,10 +57,9 @@ from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.group import Call, Calls, Group
 from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig
+from mpishard.description.config import MOST_POSITIONS, ModelConfig
 from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.description.layout import (
-    MOST_POSITIONS,
     SWITCHES,
     Layout,
     Line,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import re
 import shlex
 import sys
@@ -73,7 +74,27 @@ def retyped(argv: Sequence[str], tp: int) -> str:
         elif equals and flag in TP_FLAGS:
             word = f"{flag}={tp}"
         words.append(word)
-    return shlex.join(words)
+    return " ".join(map(quoted, words))
+
+
+def quoted(word: str) -> str:
+    """`word` as a shell takes it; what does not print, as bash's $'…' has it, so that a command is
+    one line.
+
+    >>> print(quoted("a b"), quoted("a\\n'b'"))
+    'a b' $'a\\x0a\\'b\\''
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(map(_escaped, word))}'"
+
+
+def _escaped(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 class Parser(argparse.ArgumentParser):

@@ -27,7 +27,7 @@ from mpishard.communication.collectives import MAX, all_reduce, barrier
 from mpishard.description.layout import SWITCHES
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.experts import (
     load_report,
     load_table,
@@ -47,6 +47,7 @@ from mpishard.storage.inspection import describe, stored_bytes, verify
 from mpishard.storage.source import open_source
 
 FIELDS = ("id", "input_ids", "prompt")  # of a line of sequences to score
+LONGEST_NAME = 60_000  # bytes, with some that are added: the zip format has two for the length
 
 STDIN_PATIENCE = 5.0  # seconds
 
@@ -398,7 +399,7 @@ def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str
             where = f"{path} line {number}"
             line = _parse_line(text, where)
             if line["id"] in ids:
-                raise UserError(f"{where} has the id {line['id']!r} of an earlier line")
+                raise UserError(f"{where} has the id {brief(repr(line['id']))} of an earlier line")
             ids.add(line["id"])
             lines.append((where, line))
     if not lines:
@@ -407,7 +408,8 @@ def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str
         before, hidden, _ = line["id"].rpartition(".hidden.")
         if hidden_states and hidden and before in ids:
             raise UserError(
-                f"{where}: the id {line['id']!r} is also the name of a hidden state of {before!r}"
+                f"{where}: the id {brief(repr(line['id']))} is also the name of a hidden state of "
+                f"{brief(repr(before))}"
             )
     return lines
 
@@ -416,11 +418,24 @@ def _parse_line(text: str, where: str) -> dict[str, Any]:
     """One line's fields, its id as a string."""
     line = read_object(text, where)
     name = str(name_of(line, "id", where))
-    if "\0" in name:
-        raise UserError(f'{where}: the "id" {name!r} cannot name an array: it has a NUL')
+    _check_array_name(name, where)
     check_fields(line, FIELDS, where)
     prompt_of(line, where)
     return line | {"id": name}
+
+
+def _check_array_name(name: str, where: str) -> None:
+    """Refuse a name that a .npz archive cannot have (UserError)."""
+    problem = ""
+    try:
+        if len(name.encode()) > LONGEST_NAME:
+            problem = f"it has more than {LONGEST_NAME} bytes"
+    except UnicodeEncodeError:
+        problem = "it is not Unicode"
+    if "\0" in name:
+        problem = "it has a NUL"
+    if problem:
+        raise UserError(f'{where}: the "id" {brief(repr(name))} cannot name an array: {problem}')
 
 
 def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:

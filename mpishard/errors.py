@@ -6,8 +6,23 @@ class UserError(Exception):
     has and what would be right.
 
     The command line prints it after ``mpishard: error:`` and ends with status 2, without a
-    traceback.
+    traceback. Names and values come from files and may hold anything: what does not print, line
+    ends among it, is escaped.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(map(_legible, sentence)))
+
+
+def brief(text: str, most: int = 100) -> str:
+    """A name from a file as a part of a sentence, cut off after so many characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _legible(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class Mismatch(Exception):

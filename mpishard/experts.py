@@ -23,11 +23,13 @@ from mpishard.api import Model
 from mpishard.arithmetic.balancing import loads_of_ranks, place_experts
 from mpishard.description.expert_placement import ExpertPlacement, slots_of_each
 from mpishard.description.layout import block
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.parallel.expert_load import Load, imbalance
 from mpishard.storage.directory import read_json
 
 LOAD_FORMAT = "mpishard expert load 1"
+
+MOST_ROWS = 2**62  # of an expert: their sums are shared and compared as float64
 
 
 def load_report(model: Model, load: Load) -> dict[str, Any]:
@@ -81,23 +83,32 @@ def read_loads(path: Path) -> dict[int, list[int]]:
     content = read_json(path)
     if content.get("format") != LOAD_FORMAT:
         raise UserError(
-            f'{path} has the "format" {content.get("format")!r}, not {LOAD_FORMAT!r}: give the '
-            "file that --expert-stats wrote"
+            f'{path} has the "format" {brief(repr(content.get("format")))}, not {LOAD_FORMAT!r}: '
+            "give the file that --expert-stats wrote"
         )
     loads: dict[int, list[int]] = {}
     try:
         for one in content["loads"]:
-            rows_E = [int(rows) for rows in one["rows_of_experts"]]
-            if len(rows_E) != content["experts"] or min(rows_E) < 0:
-                raise ValueError(rows_E)
-            before_E = loads.get(int(one["layer"]), [0] * len(rows_E))
-            loads[int(one["layer"])] = [a + b for a, b in zip(before_E, rows_E, strict=True)]
+            layer, rows_E = one["layer"], one["rows_of_experts"]
+            _check_rows(layer, rows_E, content["experts"])
+            before_E = loads.get(layer, [0] * len(rows_E))
+            loads[layer] = [a + b for a, b in zip(before_E, rows_E, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = brief(f"{type(error).__name__}: {error}")
         raise UserError(f"{path} is not a load as --expert-stats writes it: {problem}") from None
     if not any(map(any, loads.values())):
         raise UserError(f"{path} has no rows: there is nothing to go by")
     return loads
+
+
+def _check_rows(layer: Any, rows_E: Any, experts: Any) -> None:
+    """Refuse, with a ValueError, what cannot be the number of a layer and the rows of each of so
+    many experts."""
+    counts = [layer, *rows_E]
+    if not all(type(count) is int and 0 <= count <= MOST_ROWS for count in counts):
+        raise ValueError(f"layer and rows must be whole numbers from 0 to {MOST_ROWS}")
+    if not rows_E or len(rows_E) != experts:
+        raise ValueError(f"there are rows of {len(rows_E)} experts, not of {experts!r}")
 
 
 def place_by_load(loads: dict[int, list[int]], ep: int, copies: int) -> ExpertPlacement:

@@ -13,7 +13,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.storage.directory import read_json
 
 TOKENIZER = "tokenizer.json"
@@ -251,4 +251,4 @@ def _raise(message: str) -> None:
 
 def _line(error: Exception) -> str:
     """An error of a library, as a part of a sentence."""
-    return " ".join(str(error).split()).rstrip(".")
+    return brief(" ".join(str(error).split()), 300).rstrip(".")

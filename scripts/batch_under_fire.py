@@ -67,14 +67,8 @@ class Batch:
         return status
 
     def members(self) -> Iterator[tuple[int, int | None]]:
-        """The processes of the run, which bear its mark, each with its rank if it has one."""
-        for directory in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended meanwhile
-                facts = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
-                if self.mark in facts:
-                    settings = dict(fact.split("=", 1) for fact in facts if "=" in fact)
-                    ranks = [settings[name] for name in RANK_VARIABLES if name in settings]
-                    yield int(directory.name), int(ranks[0]) if ranks else None
+        """The processes of the run, each with its rank if it has one."""
+        return processes_marked(self.mark)
 
     def kill(self, victim: str) -> None:
         """SIGKILL "rank 0" or another, the "launcher", or "all"."""
@@ -93,6 +87,18 @@ class Batch:
             return []
         lines = self.journal.read_text(errors="replace").split("\n")[1:-1]
         return [(int(place), answer) for _, place, answer in (s.split(" ", 2) for s in lines)]
+
+
+def processes_marked(mark: str) -> Iterator[tuple[int, int | None]]:
+    """The processes that have the setting `mark` in their environment, each with its rank if it has
+    one."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            facts = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
+            if mark in facts:
+                settings = dict(fact.split("=", 1) for fact in facts if "=" in fact)
+                ranks = [settings[name] for name in RANK_VARIABLES if name in settings]
+                yield int(directory.name), int(ranks[0]) if ranks else None
 
 
 def main() -> int:

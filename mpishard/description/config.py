@@ -14,7 +14,17 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
+
+# More positions than any sequence has; their products with sizes stay within 64 bits.
+MOST_POSITIONS = 2**31 - 1
+
+# Far more than any model has of anything that is counted or measured, of layers, and of experts in
+# all layers together. What is listed layer by layer and expert by expert, before there is any
+# weight to compare it with, must not fill the memory because of a damaged number.
+MOST = 2**31 - 1
+MOST_LAYERS = 10_000
+MOST_EXPERTS = 200_000
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,8 @@ class ModelConfig:
         family = _family(fields)
         hidden = fields.integer("hidden_size")
         layers = fields.integer("num_hidden_layers")
+        if layers > MOST_LAYERS:
+            fields.refuse("num_hidden_layers", f"must be at most {MOST_LAYERS}")
         heads = fields.integer("num_attention_heads")
         rope_dim = _rope_dim(fields, family, hidden, heads)
         rope, max_positions = _rope(fields, family, rope_dim)
@@ -641,13 +653,15 @@ class _Fields:
     def refuse(self, name: str, problem: str) -> NoReturn:
         """Raise UserError: the field `name` has the `problem`."""
         value = f" = {_shown(self.values[name])}" if name in self.values else ""
-        raise UserError(f"{self.source}: {self.within}{name}{value} {problem}")
+        raise UserError(f"{self.source}: {self.within}{brief(name)}{value} {problem}")
 
     def optional_integer(self, name: str, absent: int | None = None) -> int | None:
         """A positive whole number, None for null, `absent` if there is no such field."""
         value = self.get(name, absent)
         if value is not None and (type(value) is not int or value < 1):
             self.refuse(name, "must be a positive whole number")
+        if value is not None and value > MOST:
+            self.refuse(name, f"must be at most {MOST}")
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -664,7 +678,7 @@ class _Fields:
         value = self.get(name)
         if value is None:
             value = default
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= MOST:
             self.refuse(name, "must be a whole number that is not negative")
         return value
 
@@ -742,7 +756,7 @@ class _Fields:
 def _shown(value: object) -> str:
     """`value` as JSON, shortened to what fits into a sentence."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return brief(text, 60)
 
 
 def _family(fields: _Fields) -> _Family:
@@ -822,6 +836,9 @@ def _mla(fields: _Fields, family: _Family) -> Mla:
 
 def _moe(fields: _Fields, mixture: _Mixture, layers: int) -> Moe:
     experts = fields.agreed(*_EXPERTS)
+    if experts * layers > MOST_EXPERTS:
+        name = next(name for name in _EXPERTS if fields.values.get(name) is not None)
+        fields.refuse(name, f"must be at most {MOST_EXPERTS} in all {layers} layers together")
     top_k = fields.agreed(*_TOP_K)
     ffn = fields.integer(mixture.ffn)
     normalized = mixture.normalized
@@ -986,11 +1003,17 @@ def _rope(fields: _Fields, family: _Family, head_dim: int) -> tuple[Rope, int]:
         raise UserError(f"{fields.source}: rope_theta = {rope.theta:g} must be above 1")
     if rope.kind == "dynamic" and head_dim == 2:
         fields.refuse("head_dim", "must be at least 4 for dynamic rope, not 2")
+    stretched = float(positions)
     if rope.kind in ("linear", "dynamic"):
-        positions = int(positions * rope.factor)
+        stretched = positions * rope.factor
     if rope.kind == "yarn":
-        positions = max(positions, int(rope.original_positions * rope.factor))
-    return rope, positions
+        stretched = max(stretched, rope.original_positions * rope.factor)
+    if stretched > MOST_POSITIONS:
+        raise UserError(
+            f"{fields.source}: factor = {rope.factor:g} of the rope makes {stretched:g} positions, "
+            f"of which there can be at most {MOST_POSITIONS}"
+        )
+    return rope, int(stretched)
 
 
 def _read_rope(

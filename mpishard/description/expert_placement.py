@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpishard.description.config import Moe
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 
 FORMAT = "mpishard expert placement 1"
 
@@ -49,8 +49,8 @@ class ExpertPlacement:
         mixture and `ep` ranks."""
         if content.get("format") != FORMAT:
             raise UserError(
-                f'{where} has the "format" {content.get("format")!r}, not {FORMAT!r}: make it with '
-                "`mpishard place`"
+                f'{where} has the "format" {brief(repr(content.get("format")))}, not {FORMAT!r}: '
+                "make it with `mpishard place`"
             )
         for field, right, of in (
             ("experts", moe.experts, f"the model has {moe.experts}"),
@@ -58,13 +58,13 @@ class ExpertPlacement:
         ):
             if content.get(field) != right:
                 raise UserError(
-                    f'{where} has "{field}" {content.get(field)!r}, but {of}: make another with '
-                    "`mpishard place`"
+                    f'{where} has "{field}" {brief(repr(content.get(field)))}, but {of}: make '
+                    "another with `mpishard place`"
                 )
         layers = content.get("layers")
         numbers = [str(layer) for layer, is_mixture in enumerate(moe.layers) if is_mixture]
         if not isinstance(layers, dict) or sorted(layers) != sorted(numbers):
-            found = ", ".join(layers) if isinstance(layers, dict) else layers
+            found = brief(", ".join(layers) if isinstance(layers, dict) else str(layers))
             raise UserError(
                 f"{where} has the layers {found}, but those with experts are {', '.join(numbers)}"
             )
@@ -78,11 +78,13 @@ def _check_layer(held: Any, experts: int, ep: int, where: str) -> None:
         raise UserError(f"{where} must be a list of {ep} lists, of the experts of each rank")
     for rank, numbers in enumerate(held):
         if not _is_list_of(int, numbers) or not numbers:
-            raise UserError(f"{where}, rank {rank} must be a list of experts, not {numbers!r}")
+            found = brief(repr(numbers))
+            raise UserError(f"{where}, rank {rank} must be a list of experts, not {found}")
         for number in numbers:
             if not 0 <= number < experts:
+                found = brief(str(number))
                 raise UserError(
-                    f"{where}, rank {rank} has expert {number}, but they are 0 to {experts - 1}"
+                    f"{where}, rank {rank} has expert {found}, but they are 0 to {experts - 1}"
                 )
             if numbers.count(number) > 1:
                 raise UserError(f"{where}, rank {rank} has expert {number} twice")

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mpishard.description.config import ModelConfig, Moe
+from mpishard.description.config import MOST_POSITIONS, ModelConfig, Moe
 from mpishard.description.cut import Cut
 from mpishard.description.expert_placement import ExpertPlacement
 from mpishard.errors import UserError
@@ -53,9 +53,6 @@ ORDERS = ("zigzag", "contiguous")
 MERGES = ("reduce-scatter", "all-to-all", "all-reduce")
 DISPATCHES = ("all-to-all", "gather")
 DROPS = ("probability", "position")
-
-# More positions than any sequence has; their products with sizes stay within 64 bits.
-MOST_POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from time import time
 from typing import Any
 
 from mpishard.engine.sampling import Sampling
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
+from mpishard.storage.parsing import parse_json
 
 PLAIN, COMPLETION, CHAT = "plain", "/v1/completions", "/v1/chat/completions"
 
@@ -149,12 +150,12 @@ def read_object(content: bytes | str, where: str) -> dict[str, Any]:
     """The JSON object of one line (UserError)."""
     try:
         text = content.decode() if isinstance(content, bytes) else content
-        fields = json.loads(text)
+        fields = parse_json(text)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f'{where} must be an object with an "id", not {text.strip()[:60]}')
@@ -165,7 +166,7 @@ def check_fields(fields: dict[str, Any], known: tuple[str, ...], where: str) -> 
     """Refuse fields that would be ignored (UserError)."""
     if unknown := sorted(fields.keys() - set(known)):
         names = ", ".join(f'"{name}"' for name in known)
-        raise UserError(f'{where} has the unknown field "{unknown[0]}"; known are {names}')
+        raise UserError(f'{where} has the unknown field "{brief(unknown[0])}"; known are {names}')
 
 
 def name_of(fields: dict[str, Any], key: str, where: str) -> str | int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.job.lines import Line, Wishes, read_line
 from mpishard.storage.journal import Journal, write_whole
 
@@ -90,7 +90,7 @@ class Task:
                 line.number,
                 line.form,
                 line.name,
-                error=f"{where} has the id {line.name!r} of line {first}",
+                error=f"{where} has the id {brief(repr(line.name))} of line {first}",
             )
         return line
 

@@ -8,6 +8,8 @@ Weights bear the partition table's names, also where the experts of a layer are 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from mpishard.description.config import ModelConfig
 from mpishard.description.partition import weight_table
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.storage.arrays import DTYPES, StoredArray
 from mpishard.storage.directory import read_config, read_json
 from mpishard.storage.mxfp4 import SCALE, widen
@@ -113,13 +115,23 @@ def _read_headers(directory: Path) -> dict[str, Header]:
     files: dict[str, dict[str, Header]] = {}
     for name, file in weight_map.items():
         if file not in files:
-            if not (directory / file).exists():
-                raise UserError(f"{directory / file} is missing: {INDEX} places {name} in it")
+            _check_file(directory, file, name)
             files[file] = _read_header(directory / file)
         if name not in files[file]:
-            raise UserError(f"{directory / file} lacks {name}, which {INDEX} places in it")
+            raise UserError(f"{directory / file} lacks {brief(name)}, which {INDEX} places in it")
     unlisted = {name: header for headers in files.values() for name, header in headers.items()}
     return unlisted | {name: files[file][name] for name, file in weight_map.items()}
+
+
+def _check_file(directory: Path, file: str, name: str) -> None:
+    """Refuse a file of the index that is not there, or not below the directory (UserError)."""
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise UserError(
+            f"{directory / INDEX} places {brief(name)} in {brief(file)}, outside of the directory: "
+            "copy that file into it and name it there"
+        )
+    if not os.path.isfile(directory / file):
+        raise UserError(f"{directory / brief(file)} is missing: {INDEX} places {brief(name)} in it")
 
 
 def _read_header(path: Path) -> dict[str, Header]:
@@ -128,9 +140,8 @@ def _read_header(path: Path) -> dict[str, Header]:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
     except SafetensorError as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}"
-        ) from None
+        size, problem = path.stat().st_size, brief(str(error), 300)
+        raise UserError(f"{path} ({size} bytes) is truncated or damaged: {problem}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     entries.pop("__metadata__", None)
@@ -172,7 +183,7 @@ def _stored(
     dtype = dtypes.get(entry["dtype"])
     if dtype is None:
         raise UserError(
-            f"{path}: {name} has dtype {entry['dtype']}; {', '.join(dtypes)} can be read"
+            f"{path}: {brief(name)} has dtype {entry['dtype']}; {', '.join(dtypes)} can be read"
         )
     return StoredArray(path, data_start + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
@@ -192,14 +203,15 @@ def _harmless(config: ModelConfig, name: str) -> bool:
         return True
     # What predicts several tokens at once is stored as layers after the last, and not used.
     more = config.raw.get("num_nextn_predict_layers")
-    return isinstance(more, int) and any(
-        name.startswith(f"model.layers.{layer}.")
-        for layer in range(config.layers, config.layers + more)
+    layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    return (
+        isinstance(more, int) and layer is not None and int(layer[1]) - config.layers in range(more)
     )
 
 
 def _listed(names: Iterable[str]) -> str:
     first, *others = sorted(names)
+    first = brief(first)
     return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
 
 

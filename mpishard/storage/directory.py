@@ -9,6 +9,7 @@ from typing import Any
 
 from mpishard.description.config import ModelConfig
 from mpishard.errors import UserError
+from mpishard.storage.parsing import parse_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -31,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError that names the file and, for malformed JSON, the
     line and column."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -40,6 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object {{…}}")
     return content

@@ -3,11 +3,12 @@
 A job that is killed goes on where its journal ends. The first line says what the job is; each
 further one is a finished piece of work::
 
-    {"journal": "mpishard 1", "input": "sha256 …", …}
+    {"journal": "mpishard 2", "input": "sha256 …", …}
     3f2b11d0 17 {"id": "a", …}
 
-a CRC-32 of the rest, a place in the input, and what was made of it. Lines are appended whole and
-never changed. What a kill leaves of the last one is cut off; where a host crashed there may be
+a CRC-32 of the first line and the rest of this one, a place in the input, and what was made of it.
+So a line of another job's journal is as good as a damaged one. Lines are appended whole and never
+changed. What a kill leaves of the last one is cut off; where a host crashed there may be
 more, which the checksums tell.
 
 Appended lines survive the end of the process; of the host, once they are synced, which `append`
@@ -27,8 +28,9 @@ from typing import Any
 from zlib import crc32
 
 from mpishard.errors import UserError
+from mpishard.storage.parsing import parse_json
 
-FORMAT = "mpishard 1"
+FORMAT = "mpishard 2"
 
 # Seconds between two syncs, at least, and as a multiple of what one takes.
 SYNC_SECONDS = 1.0
@@ -44,6 +46,7 @@ class Journal:
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path = path
+        self._header = json.dumps({"journal": FORMAT, **facts}).encode() + b"\n"
         self.damaged = 0  # lines whose checksum is wrong
         self._places: dict[int, tuple[int, int]] = {}  # offset and length of what was made
         self._synced, self._sync_seconds = perf_counter(), 0.0
@@ -53,7 +56,7 @@ class Journal:
             raise UserError(f"{path} cannot be opened: {error.strerror}") from None
         try:
             self._lock()
-            self._end = self._read({"journal": FORMAT, **facts})
+            self._end = self._read()
         except BaseException:
             os.close(self._file)
             raise
@@ -78,7 +81,7 @@ class Journal:
             if place in self._places:
                 continue
             rest = b"%d %s" % (place, content)
-            line = b"%08x %s\n" % (crc32(rest), rest)
+            line = b"%s %s\n" % (self._checksum(rest), rest)
             self._places[place] = (end + len(line) - len(content) - 1, len(content))
             lines.append(line)
             end += len(line)
@@ -108,9 +111,13 @@ class Journal:
         except OSError:
             pass  # a file system without locks
 
-    def _read(self, header: dict[str, Any]) -> int:
+    def _checksum(self, rest: bytes) -> bytes:
+        """The beginning of a line that goes on with `rest`."""
+        return b"%08x" % crc32(rest, crc32(self._header))
+
+    def _read(self) -> int:
         """Take in what is there; the offset at which to go on."""
-        own = json.dumps(header).encode() + b"\n"
+        own = self._header
         with os.fdopen(os.dup(self._file), "rb") as file:
             first = file.readline()
             if own.startswith(first) and first != own:  # empty, or torn when it was begun
@@ -118,7 +125,7 @@ class Journal:
                 self._write(own)
                 sync_directory(self.path.parent)
                 return len(own)
-            self._check(first, header)
+            self._check(first)
             end = len(first)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -130,17 +137,18 @@ class Journal:
 
     def _take(self, line: bytes, start: int) -> None:
         checksum, _, rest = line[:-1].partition(b" ")
-        if checksum != b"%08x" % crc32(rest):
+        if checksum != self._checksum(rest):
             self.damaged += 1
             return
         place, _, content = rest.partition(b" ")
         offset = start + len(line) - len(content) - 1
         self._places.setdefault(int(place), (offset, len(content)))
 
-    def _check(self, first: bytes, header: dict[str, Any]) -> None:
+    def _check(self, first: bytes) -> None:
         """Refuse another job's journal, and what is none."""
+        header = json.loads(self._header)
         try:
-            there = json.loads(first)
+            there = parse_json(first)
         except ValueError:
             there = None
         if not isinstance(there, dict) or "journal" not in there:

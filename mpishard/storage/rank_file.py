@@ -29,7 +29,7 @@ import numpy as np
 from mpishard.description.config import ModelConfig
 from mpishard.description.cut import Cut
 from mpishard.description.partition import Weight, weights_of
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.storage.arrays import DTYPES, StoredArray, checksum
 from mpishard.storage.directory import read_json
 
@@ -81,8 +81,10 @@ class Manifest:
             mapping = raw["mapping"]
         except KeyError as error:
             raise UserError(f"{path} is not a manifest of shards: it lacks {error}") from None
-        if dtype not in DTYPES:
-            raise UserError(f"{path}: dtype is {dtype!r}, not one of {', '.join(DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise UserError(
+                f"{path}: dtype is {brief(repr(dtype))}, not one of {', '.join(DTYPES)}"
+            )
         return cls(conversion, source, dtype, _read_mapping(path, mapping))
 
     def write(self, path: Path) -> None:
@@ -100,13 +102,12 @@ class Manifest:
 def _read_mapping(path: Path, mapping: Any) -> Cut:
     numbers = mapping if isinstance(mapping, dict) else {}
     sound = numbers.keys() == {"tp", "ep", "ranks"} and all(
-        type(number) is int and number > 0 and numbers["ranks"] % number == 0
-        for number in numbers.values()
+        type(number) is int and number > 0 for number in numbers.values()
     )
-    if not sound:
+    if not sound or numbers["ranks"] % numbers["tp"] or numbers["ranks"] % numbers["ep"]:
         raise UserError(
-            f"{path}: mapping is {mapping}, but must have tp and ep, whole numbers from 1, "
-            "and ranks, a multiple of both"
+            f"{path}: mapping is {brief(str(mapping))}, but must have tp and ep, whole numbers "
+            "from 1, and ranks, a multiple of both"
         )
     return Cut(**numbers)
 
@@ -119,7 +120,7 @@ def dtype_of(weight: Weight, dtype: str) -> np.dtype:
 def _check_version(path: Path, version: Any) -> None:
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, but this program reads version "
+            f"{path} has format version {brief(str(version))}, but this program reads version "
             f"{FORMAT_VERSION}: convert the model again with `mpishard shard`"
         )
 
@@ -219,14 +220,15 @@ def check_header(path: Path, manifest: Manifest, rank: int, config: dict[str, An
     """Refuse a file that is not the one of `rank` in the conversion that `manifest` describes, or
     is of another model (UserError with both values)."""
     with _opened(path) as file:
-        attributes = dict(file.attrs)
+        attributes = _attributes(file)
     if attributes.get("format_version") == UNSEALED:
         raise UserError(f"{path} is unfinished: convert the model again with `mpishard shard`")
     _check_version(path, attributes.get("format_version"))
     for name, value in _identity(manifest, rank).items():
         if attributes.get(name) != value:
             raise UserError(
-                f"{path} says {name} {attributes.get(name)}, but {value} belongs here: "
+                f"{path} says {name} {brief(str(attributes.get(name)))}, but "
+                f"{brief(str(value))} belongs here: "
                 f"the file is {_stranger(name)}"
             )
     if attributes.get("config") != _as_text(config):
@@ -259,21 +261,55 @@ def _stranger(attribute: str) -> str:
 def read_parts(path: Path) -> dict[str, Part]:
     """What a rank file holds, by the weights' names; of the weights themselves nothing is read."""
     with _opened(path) as file:
-        return {name: _read_part(path, name, file[name]) for name in file}
+        return {name: _read_part(path, name, file) for name in file}
 
 
-def _read_part(path: Path, name: str, dataset: h5py.Dataset) -> Part:
-    attributes = dataset.attrs
+def _attributes(holder: h5py.File | h5py.Dataset) -> dict[str, Any]:
+    """The attributes of a file or a dataset as Python's own values and lists of them."""
+    return {
+        name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+        for name, value in holder.attrs.items()
+    }
+
+
+def _read_part(path: Path, name: str, file: h5py.File) -> Part:
+    dataset, where = file[name], f"{path}: {brief(name)}"
+    linked = not isinstance(file.get(name, getlink=True), h5py.HardLink)
+    if linked or not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+        raise UserError(f"{where} is not stored here as numbers")
+    attributes = _attributes(dataset)
+    _check_attributes(attributes, where)
     dtype = DTYPES[attributes["dtype"]]
-    held = tuple(map(slice, attributes["start"].tolist(), attributes["stop"].tolist()))
+    held = tuple(map(slice, attributes["start"], attributes["stop"]))
     offset = dataset.id.get_offset()  # none of an empty dataset, and of one that is not contiguous
     if dataset.dtype != _stored_dtype(dtype) or (offset is None and dataset.size > 0):
         raise UserError(
-            f"{path}: {name} is not stored contiguously as {dtype.name}, so it cannot be mapped"
+            f"{where} is not stored contiguously as {dtype.name}, so it cannot be mapped"
         )
     array = StoredArray(path, offset or 0, dtype, dataset.shape)
-    names, whole_shape = list(attributes["names"]), tuple(attributes["shape"].tolist())
-    return Part(name, names, whole_shape, held, array, int(attributes["crc32"]))
+    if array.offset + array.nbytes > path.stat().st_size:
+        raise UserError(f"{where} reaches beyond the end of the file, which is truncated")
+    whole_shape = tuple(attributes["shape"])
+    return Part(name, attributes["names"], whole_shape, held, array, attributes["crc32"])
+
+
+def _check_attributes(attributes: dict[str, Any], where: str) -> None:
+    """Refuse a dataset whose attributes are not of the types that they are written in (UserError,
+    that begins with `where`)."""
+    right = {
+        **dict.fromkeys(("shape", "start", "stop"), (int, "a list of whole numbers")),
+        "names": (str, "a list of names"),
+    }
+    for name, (kind, what) in right.items():
+        value = attributes.get(name)
+        if not isinstance(value, list) or not all(type(one) is kind for one in value):
+            raise UserError(f"{where} has {name} {brief(repr(value))}, which must be {what}")
+    if attributes.get("dtype") not in list(DTYPES):
+        dtype = brief(repr(attributes.get("dtype")))
+        raise UserError(f"{where} has dtype {dtype}, not one of {', '.join(DTYPES)}")
+    if type(attributes.get("crc32")) is not int:
+        crc32 = brief(repr(attributes.get("crc32")))
+        raise UserError(f"{where} has crc32 {crc32}, which must be a whole number")
 
 
 @contextmanager
@@ -282,5 +318,6 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is truncated, damaged or not a shard file: {error}") from None
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path} is truncated, damaged or not a shard file: {problem}") from None

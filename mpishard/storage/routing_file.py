@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ import numpy as np
 
 from mpishard.arithmetic.decisions import POSITIONS, Decisions
 from mpishard.description.config import ModelConfig
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
+from mpishard.storage.parsing import parse_json
 
 FORMAT = "mpishard routing 1"
 ARRAYS = ("request", "position", "token", "experts", "weights")
@@ -64,10 +64,12 @@ def read_routing(path: Path, config: ModelConfig, where: str) -> Decisions:
     for field, right in _about(config).items():
         if about.get(field) != right:
             of = "it should be" if field == "format" else "but the model's is"
-            raise UserError(f'{where} has the "{field}" {about.get(field)!r}, {of} {right!r}')
+            found = brief(repr(about.get(field)))
+            raise UserError(f'{where} has the "{field}" {found}, {of} {right!r}')
     names = about.get("requests")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{where} must have a list of texts as "requests", not {names!r}')
+        found = brief(repr(names))
+        raise UserError(f'{where} must have a list of texts as "requests", not {found}')
     _check_arrays(arrays, config, len(names), where)
     ascending = np.argsort(arrays["experts"], axis=2, kind="stable")
     decisions = Decisions(
@@ -128,9 +130,10 @@ def _about(config: ModelConfig) -> dict[str, Any]:
 def _read(path: Path, where: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            about = json.loads(str(archive["about"][()]))
+            about = parse_json(str(archive["about"][()]))
             return dict(about), {name: archive[name] for name in ARRAYS}
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{where} is not a recorded routing: {error}") from None
+    except Exception as error:  # of a damaged archive NumPy and zipfile make anything
+        problem = brief(f"{type(error).__name__}: {error}")
+        raise UserError(f"{where} is not a recorded routing: {problem}") from None

@@ -18,7 +18,7 @@ from mpishard.description.partition import (
     weight_table,
     weights_of,
 )
-from mpishard.errors import UserError
+from mpishard.errors import UserError, brief
 from mpishard.storage.directory import read_config
 from mpishard.storage.rank_file import (
     Manifest,
@@ -56,8 +56,10 @@ class ShardDirectory:
 
     def check_files(self) -> None:
         """Refuse missing, surplus, truncated or foreign rank files (UserError)."""
-        expected = [rank_file_name(rank, self.cut.ranks) for rank in range(self.cut.ranks)]
         present = {file.name for file in self.path.glob("rank-*.h5")}
+        # The manifest may say any number: of more than there are, one is missing among the first.
+        ranks = range(min(self.cut.ranks, len(present) + 1))
+        expected = [rank_file_name(rank, self.cut.ranks) for rank in ranks]
         missing = [name for name in expected if name not in present]
         surplus = sorted(present.difference(expected))
         if missing or surplus:
@@ -94,7 +96,7 @@ class ShardDirectory:
     def _refuse_strangers(self, rank: int, strangers: list[str]) -> None:
         for name in strangers:
             reason = "belongs to other ranks" if name in self.weights else "the model does not have"
-            raise UserError(f"{self.file(rank)} holds {name}, which {reason}")
+            raise UserError(f"{self.file(rank)} holds {brief(name)}, which {reason}")
 
     def _check_part(self, rank: int, weight: Weight, part: Part) -> None:
         held = weight.slices(self.config, self.cut, rank)

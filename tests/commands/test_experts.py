@@ -137,6 +137,14 @@ def test_placements_that_do_not_fit(mixture, model, tmp_path):
     spoiled["loads"][0]["rows_of_experts"].pop()
     bad.write_text(json.dumps(spoiled))
     assert f"{bad} is not a load as" in refusal_here("place", bad, "--ep", 2, "-o", places)
+    for odd in (float("inf"), 10**400, "5", 1.0, True, -1):
+        spoiled = json.loads(load.read_text())
+        spoiled["loads"][0]["rows_of_experts"][0] = odd
+        bad.write_text(json.dumps(spoiled))
+        message = refusal_here("place", bad, "--ep", 2, "-o", places)
+        assert message.endswith(
+            "layer and rows must be whole numbers from 0 to 4611686018427387904"
+        )
     bad.write_text(json.dumps(spoiled | {"loads": []}))
     assert f"{bad} has no rows" in refusal_here("place", bad, "--ep", 2, "-o", places)
     assert "is what is read: give another name" in refusal_here(

@@ -131,6 +131,11 @@ def test_positions_can_be_added(model, tmp_path):
         ('{"input_ids": [1]}', 'line 1 must be an object with an "id"'),
         ('{"id": true, "input_ids": [1]}', 'must be an object with an "id"'),
         ('{"id": "a\\u0000", "input_ids": [1]}', "cannot name an array: it has a NUL"),
+        ('{"id": "\\ud800", "input_ids": [1]}', "cannot name an array: it is not Unicode"),
+        (
+            f'{{"id": "{70_000 * "x"}", "input_ids": [1]}}',
+            "x… cannot name an array: it has more than 60000 bytes",
+        ),
         ('{"id": "a"}', 'must have either "input_ids" or "prompt"'),
         ('{"id": "a", "input_ids": [1], "prompt": "b"}', 'either "input_ids" or "prompt"'),
         ('{"id": "a", "input_ids": "b"}', '"input_ids" must be a list of integers, not "b"'),

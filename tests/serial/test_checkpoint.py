@@ -136,6 +136,20 @@ def test_malformed_json_is_placed(directory, name):
     assert f"{name} is not valid JSON" in message and "line 3, column 17" in message
 
 
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("[" * 99999, "it is nested more than 64 levels deep"),
+        ('{"a": ' * 65 + "{}" + "}" * 65, "it is nested more than 64 levels deep"),
+        ('{"hidden_size": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits) for integer"),
+    ],
+)
+def test_json_that_python_cannot_work_with(directory, content, problem):
+    (directory / "config.json").write_text(content)
+    path = directory / "config.json"
+    assert refusal(directory).startswith(f"{path} cannot be read as JSON: {problem}")
+
+
 def test_json_of_another_kind(directory):
     (directory / "config.json").write_text("[1, 2]")
     assert "config.json holds a JSON list" in refusal(directory)
@@ -189,6 +203,43 @@ def test_an_index_that_names_a_missing_file(tmp_path):
     (directory / "model-00002-of-00003.safetensors").unlink()
     message = refusal(directory)
     assert "model-00002-of-00003.safetensors is missing" in message
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_an_index_that_leads_out_of_the_directory(tmp_path, absolute):
+    directory = write_checkpoint(VARIANT, tmp_path / "model", shards=2)
+    first = "model-00001-of-00002.safetensors"
+    (directory / first).rename(tmp_path / first)
+    where = str(tmp_path / first) if absolute else f"../{first}"
+
+    def lead_out(content: dict[str, Any]) -> None:
+        places = content["weight_map"]
+        places |= {name: where for name, file in places.items() if file == first}
+
+    index = directory / "model.safetensors.index.json"
+    rewrite(index, lead_out)
+    message = refusal(directory)
+    assert message.startswith(f"{index} places ")
+    assert "outside of the directory: copy that file into it and name it there" in message
+
+
+@pytest.mark.parametrize("file", ["x" * 300, "", ".", "a\0b", "\ud800", "config.json/x"])
+def test_an_index_that_names_what_cannot_be_a_file(tmp_path, file):
+    directory = write_checkpoint(VARIANT, tmp_path, shards=2)
+    index = directory / "model.safetensors.index.json"
+    rewrite(index, lambda content: content["weight_map"].update({Q_PROJ: file}))
+    message = refusal(directory)
+    assert f"is missing: model.safetensors.index.json places {Q_PROJ} in it" in message
+    assert message.isprintable() and len(message) < 500
+
+
+def test_names_of_any_kind_make_one_short_sentence(directory):
+    path = directory / "model.safetensors"
+    odd = {"\n\x1b[1m": np.ones(1, np.float32)}
+    rewrite(path, lambda tensors: tensors.update(odd))
+    assert refusal(directory).startswith(f"{path} holds the tensor \\n\\x1b[1m, which a ")
+    path.write_bytes((3000).to_bytes(8, "little") + b'"' + b"x" * 2998 + b'"')
+    assert "truncated or damaged" in refusal(directory) and len(refusal(directory)) < 800
 
 
 def test_an_index_that_names_the_wrong_file(tmp_path):
@@ -378,9 +429,18 @@ def test_layers_that_predict_several_tokens_are_let_pass(tmp_path):
     more = {"model.layers.3.eh_proj.weight": np.ones((3, 3), np.float32)}
     rewrite(path, lambda tensors: tensors.update(more))
     assert load_weights(open_source(tmp_path), Cut(), 0).keys() == tiny_weights(variant).keys()
-    more = {"model.layers.4.eh_proj.weight": np.ones((3, 3), np.float32)}
+    rewrite(
+        tmp_path / "config.json", lambda content: content.update(num_nextn_predict_layers=2**60)
+    )
+    more = {"model.layers.9.eh_proj.weight": np.ones((3, 3), np.float32)}
     rewrite(path, lambda tensors: tensors.update(more))
-    assert "model.layers.4.eh_proj.weight" in refusal(tmp_path)
+    assert load_weights(open_source(tmp_path), Cut(), 0).keys() == tiny_weights(variant).keys()
+    more = {"model.layers.x.eh_proj.weight": np.ones((3, 3), np.float32)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    assert "model.layers.x.eh_proj.weight" in refusal(tmp_path)  # soon: nothing counts to 2**60
+    rewrite(tmp_path / "config.json", lambda content: content.update(num_nextn_predict_layers=1))
+    rewrite(path, lambda tensors: tensors.pop("model.layers.x.eh_proj.weight"))
+    assert "model.layers.9.eh_proj.weight" in refusal(tmp_path)
 
 
 # Experts quantized to four bits.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 from itertools import product
 
 import pytest
@@ -226,6 +228,14 @@ def test_the_line_can_be_pasted_into_a_shell():
     assert retyped(["mpishard", "generate", "my model", "--prompt", "it's"], 1) == (
         "mpishard generate 'my model' --prompt 'it'\"'\"'s'"
     )
+
+
+@pytest.mark.parametrize("word", ["a\nb", "\\\t'\"$x`", "\x1b[0m é \u2028", "caf\udce9"])
+def test_the_line_is_one_whatever_was_typed(word):
+    line = retyped(["mpishard", "generate", "M", "--prompt", word], 1)
+    assert line.isprintable()
+    echo = line.replace("mpishard generate M --prompt", "printf %s")
+    assert subprocess.check_output(["bash", "-c", echo]) == os.fsencode(word)
 
 
 @pytest.mark.parametrize(

@@ -1171,6 +1171,32 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace = -1 must be a whole"),
     ("deepseek_v3", {"rope_interleave": "no"}, 'rope_interleave = "no" must be true or false'),
     ("deepseek_v3", {"mlp_bias": True}, "mlp_bias = true contradicts the family"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 must be at most 10000"),
+    ("llama", {"hidden_size": 2**31}, "hidden_size = 2147483648 must be at most 2147483647"),
+    ("qwen2", {"max_window_layers": 10**30}, "must be a whole number that is not negative"),
+    (
+        "mixtral",
+        {"num_local_experts": 10**6},
+        "num_local_experts = 1000000 must be at most 200000 in all 3 layers together",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 1e308}},
+        "factor = 1e+308 of the rope makes",
+    ),
+    (
+        "llama",
+        {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 1e300,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "positions, of which there can be at most 2147483647",
+    ),
+    ("llama", {"a\nb": 1}, "a\\nb = 1 is not a field that is known for llama"),
+    ("llama", {500 * "x": 1}, f"{100 * 'x'}… = 1 is not a field"),
     ("qwen2", {"mtp": [1]}, f"mtp = [1] is not a field that is known for qwen2: {REMOVE}"),
 ]
 

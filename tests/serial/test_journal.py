@@ -83,6 +83,20 @@ def test_a_damaged_line_is_left_out_and_done_again(path):
         assert read(path) == dict(MADE)
 
 
+def test_lines_of_another_jobs_journal_are_left_out(path):
+    """As a disk may mix them up, or somebody who means well."""
+    own = write(path, MADE[:1])
+    other = Journal(path.with_name("foreign"), {**FACTS, "seed": 4})
+    other.append([(1, b"foreign"), (30, b"beyond"), (4, b"foreign")])
+    other.close()
+    foreign = path.with_name("foreign").read_bytes().splitlines(keepends=True)
+    header, line = own.splitlines(keepends=True)
+    path.write_bytes(b"".join([header, *foreign[1:], line, b"00000000 x y\n"]))
+    journal = Journal(path, FACTS)
+    assert (len(journal), journal.damaged, journal[4]) == (1, 4, MADE[0][1])
+    journal.close()
+
+
 def test_zeros_that_a_crash_leaves_are_left_out(path):
     whole = write(path)
     path.write_bytes(whole[:-9] + bytes(500))
@@ -103,7 +117,9 @@ def test_another_jobs_is_refused(path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["my thesis", "{}", "[1]\n", '{"journal', "\n", "\x80"])
+@pytest.mark.parametrize(
+    "content", ["my thesis", "{}", "[1]\n", '{"journal', "\n", "\x80", "[" * 99999]
+)
 def test_what_is_no_journal_is_left_alone(path, content):
     path.write_text(content, encoding="latin-1")
     with pytest.raises(UserError) as refused:

@@ -68,6 +68,11 @@ def test_openais_form():
         (b'{"id": "a", "prompt": "b"} {}', "is not valid JSON: Extra data"),
         (b"[" * 99999, "is not valid JSON"),
         (b'{"id": 1' + 5000 * b"0" + b"}", "is not valid JSON"),
+        (
+            b'{"id": ' + 950 * b"[" + 950 * b"]" + b"}",
+            "is not valid JSON: it is nested more than 64 levels deep",
+        ),
+        ({"id": "a", "prompt": "b", 500 * "x": 3}, f'has the unknown field "{100 * "x"}…"; known'),
         (b'{"id": "\xff"}', "is not UTF-8 text: invalid start byte at byte 8"),
         (b"\0\0\0", "is not valid JSON"),
         ([1], 'must be an object with an "id", not [1]'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ def nothing(about: dict[str, Any]) -> None:
         (lambda a: a.update(layers=[0, 1]), {}, 'has the "layers" [0, 1], but the model\'s is [1]'),
         (lambda a: a.pop("model_type"), {}, "\"model_type\" None, but the model's is 'qwen2_moe'"),
         (lambda a: a.update(requests=[1]), {}, 'must have a list of texts as "requests", not [1]'),
+        (lambda a: a.update(requests=900 * "x"), {}, f'as "requests", not \'{99 * "x"}…'),
+        (
+            lambda a: a.update(top_k=900 * "x"),
+            {},
+            f"has the \"top_k\" '{99 * 'x'}…, but the model's",
+        ),
         (
             nothing,
             {"token": np.zeros(4)},
@@ -168,9 +175,24 @@ def test_what_is_no_file_of_routing(path):
         with pytest.raises(UserError, match="^FILE (is not a recorded routing|cannot be read): "):
             read_routing(path, CONFIG, "FILE")
     with path.open("wb") as file:
+        np.savez(file, about=np.array("[" * 99999))
+    with pytest.raises(UserError, match="nested more than 64 levels deep"):
+        read_routing(path, CONFIG, "FILE")
+    with path.open("wb") as file:
         np.savez(file, about=np.array("[]"))
     with pytest.raises(UserError, match="^FILE is not a recorded routing: "):
         read_routing(path, CONFIG, "FILE")
+
+
+def test_however_an_archive_is_damaged_it_is_one_sentence(path):
+    """A byte at a time, wherever zip files and NumPy's headers have theirs."""
+    with np.load(path) as archive:
+        np.savez_compressed(path, **archive)
+    sound = path.read_bytes()
+    for place in range(len(sound)):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 0x41]) + sound[place + 1 :])
+        with suppress(UserError):
+            read_routing(path, CONFIG, "FILE")
 
 
 def test_a_token_that_is_there_twice_is_noticed():

@@ -285,6 +285,7 @@ def test_a_file_of_another_rank_count(directory, attribute):
         {"tp": 3, "ep": 1, "ranks": 3, "pp": 2},
         {"tp": "3", "ep": 1, "ranks": "3"},
         {"tp": 0, "ep": 1, "ranks": 0},
+        {"tp": 3, "ep": 1, "ranks": [3]},
         [3, 1, 3],
     ],
 )
@@ -298,6 +299,9 @@ def test_a_manifest_for_other_files(directory):
     edit_manifest(directory, mapping={"tp": 2, "ep": 1, "ranks": 2})
     message = refusal(lambda: open_source(directory))
     assert "should hold 2 rank files" in message and "3 are there" in message
+    edit_manifest(directory, mapping={"tp": 10**12, "ep": 1, "ranks": 10**12})  # not counted up to
+    message = refusal(lambda: open_source(directory))
+    assert "should hold 1000000000000 rank files" in message and "3 are there" in message
 
 
 @pytest.mark.parametrize("field", ["conversion", "source", "dtype", "mapping"])
@@ -314,6 +318,8 @@ def test_a_manifest_with_an_unknown_dtype(directory):
     edit_manifest(directory, dtype="int8")
     message = refusal(lambda: open_source(directory))
     assert "dtype is 'int8'" in message and "bfloat16" in message
+    edit_manifest(directory, dtype=["float32"])
+    assert "dtype is ['float32'], not one of" in refusal(lambda: open_source(directory))
 
 
 def test_malformed_json(directory):
@@ -423,6 +429,75 @@ def test_a_dataset_without_a_checksum(directory):
         del file[NORM].attrs["crc32"]
     message = refusal(lambda: load_weights(open_source(directory), CUT, 0))
     assert "rank-00000-of-00003.h5" in message and "crc32" in message
+
+
+@pytest.mark.parametrize(
+    "attribute, value, sentence",
+    [
+        ("start", 3, f"{NORM} has start 3, which must be a list of whole numbers"),
+        ("stop", "x", f"{NORM} has stop 'x', which must be a list of whole numbers"),
+        ("shape", [24.0], f"{NORM} has shape [24.0], which must be a list of whole numbers"),
+        ("shape", h5py.Empty("f4"), f"{NORM} has shape Empty("),
+        ("names", 1, f"{NORM} has names 1, which must be a list of names"),
+        ("names", True, f"{NORM} has names True, which must be a list of names"),
+        ("dtype", [1, 2], f"{NORM} has dtype [1, 2], not one of float32, float16, bfloat16"),
+        ("crc32", [1, 2], f"{NORM} has crc32 [1, 2], which must be a whole number"),
+        ("crc32", 0.5, f"{NORM} has crc32 0.5, which must be a whole number"),
+    ],
+)
+def test_attributes_of_other_types(directory, attribute, value, sentence):
+    edit_dataset(rank_file(directory, 0), NORM, **{attribute: value})
+    message = refusal(lambda: load_weights(open_source(directory), CUT, 0))
+    assert sentence in message
+
+
+@pytest.mark.parametrize("attribute", ["format_version", "conversion", "rank", "config"])
+@pytest.mark.parametrize("value", [[1, 2], "x" * 5000, h5py.Empty("f4")])
+def test_attributes_of_a_file_of_other_types(directory, attribute, value):
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        del file.attrs[attribute]
+        file.attrs[attribute] = value
+    message = refusal(lambda: open_source(directory))
+    assert str(rank_file(directory, 0)) in message and len(message) < 700
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        h5py.SoftLink("/model.layers.0.input_layernorm.weight"),
+        h5py.ExternalLink("rank-00001-of-00003.h5", NORM),
+        np.dtype("f4"),
+        h5py.Empty("f4"),
+        None,
+    ],
+)
+def test_what_is_no_dataset(directory, instead):
+    """A link's offsets would be those of another file."""
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        attributes = dict(file[NORM].attrs)
+        del file[NORM]
+        if instead is None:
+            file.create_group(NORM)
+        else:
+            file[NORM] = instead
+        if not isinstance(instead, h5py.SoftLink | h5py.ExternalLink):
+            file[NORM].attrs.update(attributes)
+    message = refusal(lambda: load_weights(open_source(directory), CUT, 0))
+    assert message == f"{rank_file(directory, 0)}: {NORM} is not stored here as numbers"
+
+
+def test_names_of_any_kind_make_one_short_sentence(directory):
+    with h5py.File(rank_file(directory, 0), "r+") as file:
+        file.move(NORM, "a\n" + "x" * 3000)
+    message = refusal(lambda: load_weights(open_source(directory), CUT, 0))
+    assert message.isprintable() and len(message) < 500
+
+
+def test_a_directory_in_place_of_a_file(directory):
+    rank_file(directory, 0).unlink()
+    rank_file(directory, 0).mkdir()
+    message = refusal(lambda: open_source(directory))
+    assert message.startswith(f"{rank_file(directory, 0)} is truncated") and message.isprintable()
 
 
 def test_a_dataset_that_was_compressed(directory):

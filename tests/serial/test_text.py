@@ -61,12 +61,15 @@ def test_a_model_without_a_tokenizer(tmp_path):
         Text(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"model": 3}', "\n\n[1,\n 2"])
+LONG = f'{{"model": {{"type": "{5000 * "x"}"}}}}'
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"model": 3}', "\n\n[1,\n 2", LONG, LONG[10:-1]])
 def test_a_damaged_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer.json is not a tokenizer") as refusal:
         Text(tmp_path)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
 
 
 def test_what_is_not_unicode_is_no_prompt(text):

@@ -1,0 +1,30 @@
+"""JSON from outside: whatever is wrong with it is a ValueError."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# Levels of lists and objects within each other. Python reads nearly a thousand, but then fails
+# where such a value is compared, written or shown: nothing that is read here needs a tenth of it.
+DEEPEST = 64
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError (UnicodeDecodeError, json.JSONDecodeError) where
+    it is none, and where it is nested more than `DEEPEST` levels deep."""
+    try:
+        value = json.loads(content)
+        too_deep = _is_deeper(value, DEEPEST)
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)

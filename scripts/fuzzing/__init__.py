@@ -1,0 +1,1 @@
+"""What `fuzz_inputs.py` damages, how it runs commands, and how it judges what they say."""
