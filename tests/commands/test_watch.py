@@ -51,9 +51,9 @@ def patch(world):
 
     setattr({holder}, "{name}", function)
 
-def run_command(argv, world, job, right=cli.run_command):
+def run_command(argv, world, *more, right=cli.run_command):
     patch(world)
-    right(argv, world, job)
+    right(argv, world, *more)
 
 cli.run_command = run_command
 sys.exit(cli.main())
