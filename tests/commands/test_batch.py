@@ -375,6 +375,8 @@ def test_a_torn_journal_is_repaired(job, undisturbed):
 )
 def test_a_job_that_is_told_to_stop_stops_after_a_step(job, undisturbed, notice, rank, n, layout):
     """All ranks, if one alone is told; or all by way of the launcher."""
+    if rank is None and notice == signal.SIGTERM and MPI.get_vendor()[0] == "Open MPI":
+        pytest.skip("the mpirun of Open MPI kills its ranks at SIGTERM")
     work = job(*LINES)
     with begin(work, n, [*WORDS, *layout.split()]) as running:
         wait_for(work, 6, running)
@@ -383,9 +385,8 @@ def test_a_job_that_is_told_to_stop_stops_after_a_step(job, undisturbed, notice,
     assert running.process.returncode == 75, err
     done = len(work.finished())
     assert 5 <= done < COUNT
-    assert err.splitlines()[-1].startswith("told to stop:"), err
     said = f"told to stop: {done} of {COUNT} lines are answered, in {work.journal}"
-    assert f"{said}; the same command goes on from there" in err
+    assert f"{said}; the same command goes on from there\n" in err  # then the launcher may speak
     assert "error" not in err
     assert work.run(2, *WORDS, "--dp", 2) == undisturbed
 
