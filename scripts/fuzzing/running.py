@@ -34,6 +34,7 @@ mpi4py.rc.initialize = mpi4py.rc.finalize = False
 
 from batch_under_fire import processes_marked  # noqa: E402
 from mpi4py import MPI  # noqa: E402
+from mpi_runner.launch import LAUNCHERS_WORDS  # noqa: E402
 
 import mpishard.commands  # noqa: E402, F401  (so that a fork need not import it)
 from mpishard import cli  # noqa: E402
@@ -142,7 +143,8 @@ def run_on_ranks(ranks: int, words: list[str], limit: float) -> Ending:
         for pid, _ in processes_marked(f"{mark}=1"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return Ending(process.wait(), _content(out), _content(err) + late)
+        said = LAUNCHERS_WORDS.sub("", _content(err))
+        return Ending(process.wait(), _content(out), said + late)
 
 
 def _left_behind(mark: str) -> str:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from mpi_runner import run_mpi
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+TESTS = Path(__file__).parents[1]
+SCRIPTS = TESTS.parent / "scripts"
 
 # What a command must not do, as the body of its main function, in a room whose one file is `kept`
 # and where it makes `made`, and the words by which that is found.
 FAULTS = {
     "a traceback": ("1 // 0", "ZeroDivisionError"),
     "a crash": ("os.abort()", "status -6"),
-    "a hang": ("time.sleep(99)", "Timeout (0:00:01)!"),
+    "a hang": ("time.sleep(99)", "Timeout (0:00:04)!"),
     "another status": ("return 1", "status 1"),
     "a refusal without a sentence": ("return 2", "0 errors"),
     "a sentence without a refusal": ("say('mpishard: error: no')", "1 errors"),
@@ -35,7 +36,7 @@ FAULTS = {
 SCRIPT = f"""
 import json, os, sys, time
 from pathlib import Path
-sys.path.insert(0, {str(SCRIPTS)!r})
+sys.path[:0] = [{str(SCRIPTS)!r}, {str(TESTS)!r}]
 from fuzzing import running
 
 say = lambda words: sys.stderr.write(words + "\\n")
@@ -47,7 +48,7 @@ for name, (body, _) in json.loads(sys.argv[1]).items():
     exec("def main():\\n " + body + "\\n return 0")
     running.cli.main = main
     try:
-        running.Room(room, 1, 1).run(makes=("made",))
+        running.Room(room, 1, 4).run(makes=("made",))
         found[name] = "nothing"
     except running.Finding as finding:
         found[name] = str(finding)
@@ -76,7 +77,7 @@ def test_faults_would_be_found(tmp_path):
 WRONG = f"""
 import sys
 import numpy as np
-sys.path.insert(0, {str(SCRIPTS)!r})
+sys.path[:0] = [{str(SCRIPTS)!r}, {str(TESTS)!r}]
 import fuzz_inputs
 from fuzzing.judge import check_answer, compare_logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -44,6 +45,12 @@ CROWDED_SETTINGS = {
     "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
+
+# What Open MPI's launcher adds to what ranks say that end with a status of their own.
+LAUNCHERS_WORDS = re.compile(
+    r"^-{70,}\n(?:prterun|mpirun) detected .*?^-{70,}\n|^\[\S+:\d+\] PMIX ERROR: .*?\n",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def announced_size() -> int | None:
@@ -176,7 +183,8 @@ def run_mpi(
     cwd: str | os.PathLike[str] | None = None,
     input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What ``mpirun -n N python *args`` answers: returncode, stdout and stderr, whatever they are.
+    """What ``mpirun -n N python *args`` answers: returncode, stdout and stderr, whatever they are;
+    what the launcher has to say of a status is left out.
 
     `n` None runs it without mpirun. The test fails, with the output so far, if the command still
     runs after `timeout` seconds.
@@ -192,7 +200,8 @@ def run_mpi(
             out, err = process.communicate()
             command = shlex.join(map(str, process.args))  # type: ignore[arg-type]
             pytest.fail(f"still running after {timeout:g} s: {command}\n{out}\n{err}", False)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    words = LAUNCHERS_WORDS.sub("", err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, words)
 
 
 def sweep_shared_memory() -> None:
