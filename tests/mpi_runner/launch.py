@@ -48,7 +48,7 @@ CROWDED_SETTINGS = {
 
 # What Open MPI's launcher adds to what ranks say that end with a status of their own.
 LAUNCHERS_WORDS = re.compile(
-    r"^-{70,}\n(?:prterun|mpirun) detected .*?^-{70,}\n|^\[\S+:\d+\] PMIX ERROR: .*?\n",
+    r"^-{70,}\n(?:prterun|mpirun) .*?^-{70,}\n|^\[\S+:\d+\] PMIX ERROR: .*?\n",
     re.DOTALL | re.MULTILINE,
 )
 
