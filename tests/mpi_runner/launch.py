@@ -46,9 +46,9 @@ CROWDED_SETTINGS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
-# What Open MPI's launcher adds to what ranks say that end with a status of their own.
+# What Open MPI and its launcher add to what ranks say that end with a status of their own.
 LAUNCHERS_WORDS = re.compile(
-    r"^-{70,}\n(?:prterun|mpirun) .*?^-{70,}\n|^\[\S+:\d+\] PMIX ERROR: .*?\n",
+    r"^-{70,}\n(?:prterun|mpirun|MPI_ABORT) .*?^-{70,}\n\0?|^\[\S+:\d+\] PMIX ERROR: .*?\n",
     re.DOTALL | re.MULTILINE,
 )
 
