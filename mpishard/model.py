@@ -66,9 +66,14 @@ class Decoder:
         self.layers = [
             _layer(config, number, w, attend, mesh, whole_norm) for number, w in enumerate(layers)
         ]
-        self.division = division_of(config, mesh.layout, mesh.cp.rank, mesh.tp.rank)
+        # Of this rank and of those beside it, by which all know the fullest cache.
+        self._divisions = [
+            division_of(config, mesh.layout, mesh.cp.rank, rank) for rank in range(mesh.tp.size)
+        ]
+        self._kv_heads = [_kv_heads(config, mesh.layout, rank) for rank in range(mesh.tp.size)]
+        self.division = self._divisions[mesh.tp.rank]
         self.dtype = self.embedding_vD.dtype
-        self.kv_heads = _kv_heads(config, mesh.layout, mesh.tp.rank)
+        self.kv_heads = self._kv_heads[mesh.tp.rank]
         self.first_id = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
         self._angles_J, self._amplitude = frequencies(config)
 
@@ -103,14 +108,12 @@ class Decoder:
         """At least as many bytes as the cache of a sequence of up to `capacity` positions takes on
         any rank of the replica: of one that `began` so, or, unless that is given, of one that takes
         over nothing, however it is fed."""
-        config, layout = self.config, self.mesh.layout
+        config = self.config
         fullest = None if began is None else self.division.fullest(began, capacity)
         number = config.layers * config.kept_width * self.dtype.itemsize
         return max(
-            division_of(config, layout, self.mesh.cp.rank, rank).most_room(capacity, fullest)
-            * _kv_heads(config, layout, rank)
-            * number
-            for rank in range(layout.tp)
+            division.most_room(capacity, fullest) * kv_heads * number
+            for division, kv_heads in zip(self._divisions, self._kv_heads, strict=True)
         )
 
     def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:

@@ -17,6 +17,8 @@ have only the 2 and 3 rows of these, and ``x @ w.T``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 from threadpoolctl import threadpool_info
@@ -76,12 +78,9 @@ def as_columns(x_NI: np.ndarray) -> list[np.ndarray]:
     full, columns = _stacks(rows)
     shapes = [(full, inputs, FULL_COLUMNS), (1, inputs, columns)]
     x_sIC = [np.zeros(shape, x_NI.dtype) for shape in shapes if shape[0] * shape[2]]
-    first = 0
-    for x_IC in (x_IC for some_sIC in x_sIC for x_IC in some_sIC):
-        x_nI = x_NI[first : first + x_IC.shape[1]]
+    for x_IC, x_nI in _beside(x_sIC, x_NI):
         for tile in range(0, len(x_nI), TILE):
             x_IC[:, tile : min(tile + TILE, len(x_nI))] = x_nI[tile : tile + TILE].T
-        first += len(x_nI)
     return x_sIC
 
 
@@ -101,13 +100,19 @@ def as_rows(y_sOC: list[np.ndarray], rows: int) -> np.ndarray:
     """The first `rows` of all columns as rows, (N, O)."""
     outputs = y_sOC[0].shape[1]
     y_NO = np.empty((rows, outputs), y_sOC[0].dtype)
-    first = 0
-    for y_OC in (y_OC for some_sOC in y_sOC for y_OC in some_sOC):
-        y_nO = y_NO[first : first + y_OC.shape[1]]
+    for y_OC, y_nO in _beside(y_sOC, y_NO):
         for tile in range(0, outputs, 8 * TILE):
             y_nO[:, tile : tile + 8 * TILE] = y_OC[tile : tile + 8 * TILE, : len(y_nO)].T
-        first += len(y_nO)
     return y_NO
+
+
+def _beside(x_sIC: list[np.ndarray], x_NI: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each stack, (I, C), with those of the rows, (n, I), that stand in its columns."""
+    first = 0
+    for x_IC in chain.from_iterable(x_sIC):
+        x_nI = x_NI[first : first + x_IC.shape[1]]
+        yield x_IC, x_nI
+        first += len(x_nI)
 
 
 def linear_columns(

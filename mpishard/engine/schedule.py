@@ -262,7 +262,7 @@ class Schedule:
             if held > (best.tokens if best else 0):
                 best = self._shared(request, other, held) or best
             goes_on = not other.answer.finish_reason
-            if goes_on and common > coming and self._shared(request, other, common):
+            if goes_on and common > max(held, coming) and self._shared(request, other, common):
                 coming = common
         return best, coming
 
@@ -281,10 +281,10 @@ class Schedule:
         began, capacity = donor.began.cut(tokens), request.capacity(self.model)
         rest = len(request.ids) - tokens
         piece = rest if limits.chunk is None else min(rest, limits.chunk)
-        if division.cp > 1 and piece > tokens:
-            return None
-        if division.fullest(began, capacity) > UNEVEN * -(-capacity // division.cp):
-            return None
+        if division.cp > 1:
+            even = -(-capacity // division.cp)
+            if piece > tokens or division.fullest(began, capacity) > UNEVEN * even:
+                return None
         size = self._bytes(request, began)
         return _Prefix(donor, tokens, began, size) if self._fits(size) else None
 
