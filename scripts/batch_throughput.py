@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import subprocess
@@ -22,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[1]
-MPIRUN = str(Path(sys.executable).parent / "mpirun")
+from batch_under_fire import MPIRUN, environment
+
 SUMMARY = re.compile(r"prompt: (\d+) tokens, ([\d.]+) tokens/s; generation: (\d+) tokens")
 NOTHING_BUT_MPI = "from mpi4py import MPI"
 
@@ -74,10 +73,9 @@ def make_requests(args: argparse.Namespace) -> list[dict[str, object]]:
 
 def start(ranks: int, *words: object) -> str:
     """What ``python WORDS`` on so many ranks says on standard error."""
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     job = subprocess.run(
         [MPIRUN, "-n", str(ranks), sys.executable, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+        env=environment({"OPENBLAS_NUM_THREADS": "1"}),
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -27,8 +27,15 @@ from typing import Any
 
 CHECKOUT = Path(__file__).parents[1]
 MODEL = CHECKOUT / "data" / "cpython-4m"
+MPIRUN = str(Path(sys.executable).parent / "mpirun")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 BEGINNINGS = ("class Queue", "def read(self", "import", "The module", "    return", "for item in")
+
+
+def environment(more: dict[str, str]) -> dict[str, str]:
+    """That of a process that is to import this checkout, with some variables `more`."""
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 class Batch:
@@ -42,17 +49,16 @@ class Batch:
         files = ["--input", str(self.source), "--output", str(self.target)]
         how = ["--temperature", "0.8", "--seed", "1", "--dp", str(ranks)]
         program = [sys.executable, "-m", "mpishard", "batch", str(MODEL), *files, *how]
-        self.command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), *program]
+        self.command = [MPIRUN, "-n", str(ranks), *program]
 
     def start(self) -> None:
         """Give the command, the same each time."""
         self.mark = f"BATCH_UNDER_FIRE_{uuid.uuid4().hex}=1"
-        path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
         name, _, value = self.mark.partition("=")
         self.log = self.target.with_name("log").open("a+")
         self.process = subprocess.Popen(
             self.command,
-            env={**os.environ, "PYTHONPATH": path, name: value},
+            env=environment({name: value}),
             stdout=self.log,
             stderr=self.log,
             start_new_session=True,

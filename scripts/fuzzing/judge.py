@@ -74,12 +74,12 @@ def read_logits(path: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def tokens(model: Path, prompt: str) -> list[int]:
+def tokens(model: Path, text: str, add_special_tokens: bool = True) -> list[int]:
     """The token ids of a text."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer.encode(prompt).ids
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 def chat_tokens(model: Path, messages: list[dict[str, Any]]) -> list[int]:
@@ -99,10 +99,7 @@ def chat_tokens(model: Path, messages: list[dict[str, Any]]) -> list[int]:
     text = environment.from_string(template).render(
         messages=messages, add_generation_prompt=True, **named
     )
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokens(model, text, add_special_tokens=False)
 
 
 def right_answer(

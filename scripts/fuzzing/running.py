@@ -32,7 +32,7 @@ import mpi4py  # noqa: E402
 
 mpi4py.rc.initialize = mpi4py.rc.finalize = False
 
-from batch_under_fire import processes_marked  # noqa: E402
+from batch_under_fire import MPIRUN, environment, processes_marked  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 from mpi_runner.launch import LAUNCHERS_WORDS  # noqa: E402
 
@@ -122,12 +122,10 @@ def _content(file) -> str:
 def run_on_ranks(ranks: int, words: list[str], limit: float) -> Ending:
     """Run a command under mpirun, for at most `limit` seconds, and see all its ranks end."""
     mark = f"FUZZ_INPUTS_{uuid.uuid4().hex}"
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks)]
         process = subprocess.Popen(
-            [*launcher, sys.executable, "-m", "mpishard", *words],
-            env={**os.environ, "PYTHONPATH": path, mark: "1"},
+            [MPIRUN, "-n", str(ranks), sys.executable, "-m", "mpishard", *words],
+            env=environment({mark: "1"}),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
