@@ -29,6 +29,7 @@ PROMPTS, TOKENS, BATCHES = [7, 20], 3, [1, 4]
 PROMPT = PROMPTS[0]
 UNTIED, TIED, WINDOWED, SHARED = "llama-mha", "llama-gqa", "qwen3-mixed", "llama-mqa"
 FLOAT32, FLOAT64 = 4, 8
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(autouse=True)
@@ -520,3 +521,24 @@ def test_layouts_divide_the_residual_stream_and_the_cache(
         if row["phase"] == "prompt":
             assert row["most_arithmetic_seconds"] >= row["least_arithmetic_seconds"] > 0
             assert bool(row["send_receive_seconds"]) == (options == ["--cp", 2])
+
+
+def test_layouts_are_compared_in_turn(tmp_path):
+    """The script that makes one rank and layouts of all take turns: a line for each in each round,
+    ratios to one rank, and what the layout is refused for."""
+    words = [str(SCRIPTS / "compare_layouts.py"), str(write_checkpoint(TIED, tmp_path / TIED))]
+    lengths = ["--rounds", "2", "--prompt-tokens", "9", "--max-tokens", "3"]
+    compared = run_mpi(2, [*words, "tp=2,sequence_parallel", "dp=2", *lengths])
+    assert compared.returncode == 0, compared.stderr
+    rows = [line.split() for line in compared.stdout.splitlines()[2:]]
+    names = [["one", "rank"], ["tp=2,sequence_parallel"], ["dp=2"]]
+    turns = [number for number in ("1", "2", "median") for _ in names]
+    assert [row[0] for row in rows] == turns
+    for row, name in zip(rows, names * 3, strict=True):
+        assert row[1 : 1 + len(name)] == name
+        figures = row[1 + len(name) :]
+        assert figures[2::3] == ["x"] * 3 and all(float(speed) > 0 for speed in figures[::3])
+        if name == names[0]:
+            assert figures[1::3] == ["1.00"] * 3
+    refused = run_mpi(2, [*words, "tp=3", *lengths])
+    assert refused.returncode == 2 and "--tp 3 does not divide the 2 ranks" in refused.stderr
