@@ -17,7 +17,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def best_of_each_row(keys_Mv: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest keys of each row, largest first, ties by ascending column, and their
     columns: two (M, count) arrays. A row with fewer keys is filled up with -inf and the column
-    one beyond the last."""
+    one beyond the last. Of a row with keys that are not numbers, the first is one of them."""
     rows, columns = keys_Mv.shape
     best_MC = np.full((rows, count), -np.inf, keys_Mv.dtype)
     column_MC = np.full((rows, count), columns)
@@ -31,6 +31,10 @@ def best_of_each_row(keys_Mv: np.ndarray, count: int) -> tuple[np.ndarray, np.nd
             above = np.flatnonzero(keys_v > threshold)
             level = np.flatnonzero(keys_v == threshold)[: taken - len(above)]
             found = np.concatenate([above, level])
+            if len(found) < taken:  # nothing is above or at what is not a number
+                column_MC[row] = np.isnan(keys_v).argmax()
+                best_MC[row] = np.nan
+                continue
             found = found[np.lexsort((found, -keys_v[found]))]
             best_MC[row, :taken], column_MC[row, :taken] = keys_v[found], found
     return best_MC, column_MC

@@ -21,7 +21,7 @@ import numpy as np
 
 from mpishard.arithmetic.packed import Feed, Step, pack
 from mpishard.communication.collectives import MAX, all_reduce
-from mpishard.engine.sampling import Draw, choose
+from mpishard.engine.sampling import NO_TOKEN, Draw, choose
 from mpishard.engine.schedule import Answer, Limits, Request, Running, Schedule
 from mpishard.errors import UserError
 from mpishard.model import Decoder
@@ -153,12 +153,21 @@ def _turn(model: Decoder, schedule: Schedule, work: Work) -> int:
 
 def next_tokens(model: Decoder, step: Step, draws: list[Draw]) -> list[int]:
     """One pass through the model, and the token chosen for each of the tokens that `step` wants
-    answered, the same on every rank of the replica."""
+    answered, the same on every rank of the replica. Raises UserError, on all of them, where logits
+    are infinite or not numbers."""
     mesh = model.mesh
     logits_Mv = model.forward(step)
     mine = [draws[place] for place in step.answers[mesh.cp.rank]]
     chosen = np.array(choose(logits_Mv, mine, model.config.vocab, mesh), np.int64)
-    return context.whole(chosen, step.answers, mesh).tolist()
+    tokens = context.whole(chosen, step.answers, mesh).tolist()
+    if NO_TOKEN in tokens:
+        draw = draws[tokens.index(NO_TOKEN)]
+        raise UserError(
+            f"the logits for position {draw.position} of request {draw.request + 1} are infinite "
+            "or not numbers: `mpishard inspect MODEL --verify` says whether weights are; where "
+            "they are not, --compute-dtype float64 has the range that float32 lacks"
+        )
+    return tokens
 
 
 def _step(

@@ -28,6 +28,8 @@ from mpishard.parallel.tensor import candidates
 
 # Candidates that each rank sends at first when the filters do not say how many are needed.
 FIRST_CANDIDATES = 64
+# Instead of a token id, where there are no logits to choose by.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Draw:
 
 def choose(logits_Mv: np.ndarray, draws: list[Draw], vocab: int, mesh: Mesh) -> list[int]:
     """The token chosen for each of the M draws, the same on every rank of the replica. Equal keys
-    go to the lowest id."""
+    go to the lowest id; where the largest is infinite or not a number there is `NO_TOKEN`."""
     first_id = block(vocab, mesh.tp.size, mesh.tp.rank).start
     keys_Mv = _keys(logits_Mv, draws, first_id)
     if any(draw.sampling.filtered for draw in draws):
@@ -96,7 +98,10 @@ def choose(logits_Mv: np.ndarray, draws: list[Draw], vocab: int, mesh: Mesh) -> 
         return [int(token) for token in broadcast(tokens_M, mesh.tp)]
     key_MC, id_MC = candidates(keys_Mv, 1, first_id, mesh)
     best_M = key_MC.argmax(axis=1)  # the first of equal keys is on the lowest rank: the lowest id
-    return [int(ids[best]) for ids, best in zip(id_MC, best_M, strict=True)]
+    return [
+        int(ids[best]) if np.isfinite(keys[best]) else NO_TOKEN
+        for keys, ids, best in zip(key_MC, id_MC, best_M, strict=True)
+    ]
 
 
 def _keys(logits_Mv: np.ndarray, draws: list[Draw], first_id: int) -> np.ndarray:
@@ -145,6 +150,8 @@ def _pick(
     Whatever a rank did not send comes after the last that it sent. So in the order of all
     candidates, everything up to the first such last one is certain.
     """
+    if not np.isfinite(key_C.max()):
+        return NO_TOKEN
     order = np.lexsort((id_C, -key_C))
     if not complete:
         last_sent = (order + 1) % count == 0

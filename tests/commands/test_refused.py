@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_checkpoint
+from tiny_text import write_speaker
 
-from commands.shell import answered, mpishard, refusal, refusal_here
+from commands.shell import VARIANT, answered, mpishard, refusal, refusal_here
 from mpishard import launch
 
 RUN = "python -m mpishard"
@@ -291,6 +293,28 @@ def test_a_tensor_that_is_missing_or_misshapen(copy):
     assert f"{NORM} has shape (47,), but config.json calls for (48,)" in message
     rewrite(copy, lambda tensors: tensors.pop(NORM))
     assert f"lacks {NORM}" in refusal_here("inspect", copy)
+
+
+@pytest.mark.parametrize(
+    "ranks, how",
+    [
+        (1, ""),
+        (2, "--tp 2 --temperature 1 --top-p 0.9"),
+        (4, "--tp 2 --cp 2 --temperature 1 --top-k 5"),
+        (4, "--tp 2 --dp 2"),
+    ],
+)
+def test_weights_that_are_not_numbers(tmp_path, ranks, how):
+    """Found when there is no token to choose: no rank waits for one that has noticed."""
+    model = write_speaker(VARIANT, tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors[NORM][3] = np.nan
+    save_file(tensors, file)
+    prompts = ["--prompt", "a", "--prompt", "b", "--max-tokens", 3]
+    message = refusal(ranks, "generate", model, *prompts, *how.split())
+    found = re.search(r"the logits for position (\d+) of request [12] are infinite or not", message)
+    assert found and f"{file}: {NORM} has values" in refusal_here("inspect", model, "--verify")
 
 
 @pytest.mark.parametrize(

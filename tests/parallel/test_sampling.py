@@ -13,7 +13,7 @@ from toys import meshes
 from mpishard.arithmetic.choice import gumbel
 from mpishard.communication.mesh import Mesh
 from mpishard.description.layout import block
-from mpishard.engine.sampling import Draw, Sampling, choose
+from mpishard.engine.sampling import NO_TOKEN, Draw, Sampling, choose
 
 pytestmark = pytest.mark.ranks
 
@@ -103,6 +103,31 @@ def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: Samplin
     draws = [Draw(sampling, 0, 0)] * 3
     for mesh, logits_Mv in shards(comm, logits_MV):
         assert choose(logits_Mv, draws, VOCAB, mesh) == [0, 100, VOCAB - 1]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=1),
+        Sampling(temperature=1, top_k=1),
+        Sampling(temperature=1, top_k=40),
+        Sampling(temperature=1, top_p=0.9),
+        Sampling(temperature=1, min_p=0.1),
+    ],
+    ids=str,
+)
+def test_there_is_no_token_where_logits_are_not_finite(comm: MPI.Intracomm, sampling: Sampling):
+    """Of one token or of all, beside rows that are as ever."""
+    logits_MV = logits(1.0)
+    for row, (odd, columns) in enumerate(
+        [(np.nan, [7]), (np.inf, [VOCAB - 1]), (np.nan, range(VOCAB)), (-np.inf, range(VOCAB))]
+    ):
+        logits_MV[row, columns] = odd
+    draws = [Draw(sampling, request, 40) for request in range(len(logits_MV))]
+    usual = [plain_choice(logits_MV[row], draws[row]) for row in (4, 5)]
+    for mesh, logits_Mv in shards(comm, logits_MV):
+        assert choose(logits_Mv, draws, VOCAB, mesh) == [NO_TOKEN] * 4 + usual
 
 
 @pytest.mark.parametrize("top_k", [0, 2])

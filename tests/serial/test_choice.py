@@ -29,6 +29,16 @@ def test_best_of_rows_without_columns():
     assert (best_MC == -np.inf).all() and (column_MC == 0).all()
 
 
+@pytest.mark.parametrize("count", [1, 3, 9, 12])
+@pytest.mark.parametrize("odd", [1, 2, 8, 9])
+def test_a_row_with_keys_that_are_not_numbers_says_so_at_once(odd: int, count: int):
+    keys_Mv = np.arange(18.0).reshape(2, 9)
+    keys_Mv[1, 9 - odd :] = np.nan
+    best_MC, column_MC = best_of_each_row(keys_Mv, count)
+    assert best_MC[0, 0] == 8 and column_MC[0, 0] == 8
+    assert np.isnan(best_MC[1, 0]) and np.isnan(keys_Mv[1, column_MC[1, 0]])
+
+
 def test_log_sum_exp():
     keys_Mv = np.array([[0.0, 0.0], [1000.0, 1000.0], [-np.inf, 3.0], [-np.inf, -np.inf]])
     expected = [np.log(2), 1000 + np.log(2), 3, -np.inf]
