@@ -236,7 +236,7 @@ class Model:
         than `prefill_chunk` tokens enter in several steps.
 
         Raises UserError for a prompt that is empty, too long, or has ids beyond the vocabulary,
-        and where text is asked of a model without a tokenizer.
+        where text is asked of a model without a tokenizer, and where logits are not finite.
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens} must be at least 1")

@@ -100,11 +100,14 @@ def generate(
     timing: Timing | None = None,
     limits: Limits = Limits(),  # noqa: B008 (immutable)
 ) -> list[Answer]:
-    """The answers of this replica's `requests`, in their order, as `serve` finds them."""
+    """The answers of this replica's `requests`, in their order, as `serve` finds them. Raises
+    UserError, on all ranks of the replica, for one that has none."""
     requests = list(requests)
     answers: dict[int, Answer] = {}
 
     def finish(request: Request, answer: Answer) -> None:
+        if answer.refused:
+            raise UserError(f"prompt {request.index + 1} has no answer: {answer.refused}")
         answers[id(request)] = answer
         if on_finish:
             on_finish(request, answer)
@@ -153,21 +156,12 @@ def _turn(model: Decoder, schedule: Schedule, work: Work) -> int:
 
 def next_tokens(model: Decoder, step: Step, draws: list[Draw]) -> list[int]:
     """One pass through the model, and the token chosen for each of the tokens that `step` wants
-    answered, the same on every rank of the replica. Raises UserError, on all of them, where logits
-    are infinite or not numbers."""
+    answered, as `choose` chooses it, the same on every rank of the replica."""
     mesh = model.mesh
     logits_Mv = model.forward(step)
     mine = [draws[place] for place in step.answers[mesh.cp.rank]]
     chosen = np.array(choose(logits_Mv, mine, model.config.vocab, mesh), np.int64)
-    tokens = context.whole(chosen, step.answers, mesh).tolist()
-    if NO_TOKEN in tokens:
-        draw = draws[tokens.index(NO_TOKEN)]
-        raise UserError(
-            f"the logits for position {draw.position} of request {draw.request + 1} are infinite "
-            "or not numbers: `mpishard inspect MODEL --verify` says whether weights are; where "
-            "they are not, --compute-dtype float64 has the range that float32 lacks"
-        )
-    return tokens
+    return context.whole(chosen, step.answers, mesh).tolist()
 
 
 def _step(
@@ -184,6 +178,14 @@ def _step(
     complete = [sequence for sequence, feed in feeds if not feed.remaining]
     draws = [Draw(s.request.sampling, s.request.index, s.cache.length) for s in complete]
     for sequence, token in zip(complete, next_tokens(model, step, draws), strict=True):
+        if token == NO_TOKEN:
+            sequence.answer.finish_reason = "error"
+            sequence.answer.refused = (
+                f"its logits for position {sequence.cache.length} are infinite or not numbers: "
+                "`mpishard inspect MODEL --verify` says whether weights are; where they are not, "
+                "--compute-dtype float64 has the range that float32 lacks"
+            )
+            continue
         sequence.answer.ids.append(token)
         sequence.answer.finish_reason = _finish_reason(sequence, token)
         if on_token:

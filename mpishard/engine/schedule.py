@@ -80,8 +80,8 @@ class Request:
 
 @dataclass
 class Answer:
-    """The tokens that continue a request; `finish_reason` is "stop" or "length". Of a request that
-    cannot be taken on, `refused` says why."""
+    """The tokens that continue a request; `finish_reason` is "stop", "length" or "error". Of a
+    request that cannot be taken on, or not brought to an end, `refused` says why."""
 
     index: int
     ids: list[int] = field(default_factory=list)

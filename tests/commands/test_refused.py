@@ -313,8 +313,9 @@ def test_weights_that_are_not_numbers(tmp_path, ranks, how):
     save_file(tensors, file)
     prompts = ["--prompt", "a", "--prompt", "b", "--max-tokens", 3]
     message = refusal(ranks, "generate", model, *prompts, *how.split())
-    found = re.search(r"the logits for position (\d+) of request [12] are infinite or not", message)
-    assert found and f"{file}: {NORM} has values" in refusal_here("inspect", model, "--verify")
+    start = r"(rank \d of \d: )?prompt [12] has no answer: its logits for position \d+ are infinite"
+    assert re.match(start, message), message
+    assert f"{file}: {NORM} has values" in refusal_here("inspect", model, "--verify")
 
 
 @pytest.mark.parametrize(
