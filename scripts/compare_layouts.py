@@ -43,8 +43,6 @@ PARSER.add_argument("--rounds", type=int, default=12, metavar="N", help="after o
 ALONE = "one rank"
 # Seconds between two looks of a rank that has nothing to do.
 NAP = 0.002
-# Side of the matrices, one after the other, of which bandwidth is measured: more than caches hold.
-SIDE, MATRICES = 2048, 64
 
 # Tokens a second of prompts and of generation, and bytes a second of matrix-vector products.
 Figures = tuple[float, float, float]
@@ -63,7 +61,7 @@ def main(world: MPI.Intracomm) -> None:
     """Prints the table on rank 0."""
     args = PARSER.parse_args()
     contestants = load(world, args)
-    walk = walker()
+    walk = walker(contestants[args.layouts[-1]])
     rounds: dict[str, list[Figures]] = {name: [] for name in contestants}
     for number in range(args.rounds + 1):
         for name, model in contestants.items():
@@ -78,24 +76,23 @@ def load(world: MPI.Intracomm, args: argparse.Namespace) -> dict[str, mpishard.M
     """The model in each of the layouts, None where this rank has no part in it."""
     import mpishard
 
-    alone = world.Split(color=min(world.rank, 1), key=world.rank)
-    contestants = {ALONE: mpishard.load(args.model, alone) if world.rank == 0 else None}
+    contestants = {ALONE: mpishard.load(args.model) if world.rank == 0 else None}
     for word in args.layouts:
         contestants[word] = mpishard.load(args.model, world, **layout(word))
     return contestants
 
 
-def walker() -> Callable[[], float]:
-    """What measures the bytes a second that this rank's matrix-vector products read."""
-    import numpy as np
+def walker(model: mpishard.Model) -> Callable[[], float]:
+    """What measures the bytes a second that this rank's matrix-vector products read, for a model of
+    all ranks."""
+    from mpishard.bench.rounds import matrix_vector_products
 
-    matrices, x_I = np.ones((MATRICES, SIDE, SIDE), np.float32), np.ones(SIDE, np.float32)
+    work, read = matrix_vector_products(model)
 
     def walk() -> float:
         started = perf_counter()
-        for w_OI in matrices:
-            w_OI @ x_I
-        return matrices.nbytes / (perf_counter() - started)
+        work()
+        return read / (perf_counter() - started)
 
     return walk
 

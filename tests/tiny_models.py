@@ -9,12 +9,13 @@ the same model, and the golden values need no weights beside them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mpishard.description.config import Mla, ModelConfig
 from mpishard.description.partition import separate_names, weight_table
@@ -682,6 +683,18 @@ def write_checkpoint(
     }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
     return directory
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Applies `change` to the JSON object or the tensors in a file."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        content = load_file(path)
+        change(content)
+        save_file(content, path)
 
 
 def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:

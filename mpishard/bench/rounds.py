@@ -167,7 +167,7 @@ def measure(
         _run(model, batch, short, max_tokens, _nothing, _nothing)
     warmed_up = model.peak_memory()
     multiply, flops = _products(model.decoder.layers[0])
-    walk, walked = _matrix_vector_products(model)
+    walk, walked = matrix_vector_products(model)
     speeds, memory, bandwidths, rates = [], [], [], []
     for length in lengths:
         for batch in batches:
@@ -330,7 +330,7 @@ def _per_step(entry: Entry, steps: int) -> Entry:
     )
 
 
-def _matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
+def matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
     """Work that reads matrices too large together to stay in this rank's part of the caches, and
     their bytes."""
     with Call("split", model.mesh.world):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tiny_models import write_checkpoint
+from tiny_models import rewrite, write_checkpoint
 from tiny_text import write_speaker
 
 from commands.shell import VARIANT, answered, mpishard, refusal, refusal_here
@@ -276,22 +275,15 @@ def test_a_safetensors_file_that_is_missing_or_cut_short(copy):
     assert refusal_here("inspect", copy).startswith(f"{file} is missing")
 
 
-def rewrite(copy: Path, change) -> None:
-    """Change the tensors of the second file."""
-    file = copy / "model-00002-of-00002.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
 NORM = "model.norm.weight"
 
 
 def test_a_tensor_that_is_missing_or_misshapen(copy):
-    rewrite(copy, lambda tensors: tensors.update({NORM: np.ones(47, np.float32)}))
+    file = copy / "model-00002-of-00002.safetensors"
+    rewrite(file, lambda tensors: tensors.update({NORM: np.ones(47, np.float32)}))
     message = refusal(2, "generate", copy, "--prompt", "a")
     assert f"{NORM} has shape (47,), but config.json calls for (48,)" in message
-    rewrite(copy, lambda tensors: tensors.pop(NORM))
+    rewrite(file, lambda tensors: tensors.pop(NORM))
     assert f"lacks {NORM}" in refusal_here("inspect", copy)
 
 
@@ -308,9 +300,7 @@ def test_weights_that_are_not_numbers(tmp_path, ranks, how):
     """Found when there is no token to choose: no rank waits for one that has noticed."""
     model = write_speaker(VARIANT, tmp_path / "model")
     file = model / "model.safetensors"
-    tensors = load_file(file)
-    tensors[NORM][3] = np.nan
-    save_file(tensors, file)
+    rewrite(file, lambda tensors: tensors[NORM].put(3, np.nan))
     prompts = ["--prompt", "a", "--prompt", "b", "--max-tokens", 3]
     message = refusal(ranks, "generate", model, *prompts, *how.split())
     start = r"(rank \d of \d: )?prompt [12] has no answer: its logits for position \d+ are infinite"

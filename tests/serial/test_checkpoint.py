@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tiny_models import (
     DTYPES,
     MOE_VARIANTS,
     raw_config,
+    rewrite,
     stacked_weights,
     tiny_config,
     tiny_weights,
@@ -46,18 +46,6 @@ def refusal(directory: Path) -> str:
     with pytest.raises(UserError) as error:
         open_source(directory)
     return str(error.value)
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Applies `change` to the JSON object or the tensors in a file."""
-    if path.suffix == ".json":
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-    else:
-        content = load_file(path)
-        change(content)
-        save_file(content, path)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
