@@ -24,14 +24,14 @@ Upper case is the whole dimension, lower case this rank's shard of it, and two r
 2. Only a collective turns a lower-case letter into an upper-case one.
 
 In Python: `load`, and the `Model` that it returns, whose `generate`, `batch` and `logits` do what
-the commands of the same names do; `Watch` ends a job that hangs, and says where.
+the commands of the same names do; `Watchdog` ends a job that hangs, and says where.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
-    *("Completion", "Model", "Sampling", "Scores", "UserError", "Watch", "Wishes", "load"),
+    *("Completion", "Model", "Sampling", "LogitsOutput", "UserError", "Watchdog", "Wishes", "load"),
 ]
 
 # Imported when asked for: the command line sets the number of threads before NumPy is loaded.
@@ -39,10 +39,10 @@ _HOMES = {
     "Completion": "mpishard.api",
     "Model": "mpishard.api",
     "Sampling": "mpishard.engine.sampling",
-    "Scores": "mpishard.api",
+    "LogitsOutput": "mpishard.api",
     "UserError": "mpishard.errors",
-    "Watch": "mpishard.watch",
-    "Wishes": "mpishard.job.lines",
+    "Watchdog": "mpishard.runtime.watchdog",
+    "Wishes": "mpishard.batch.requests",
     "load": "mpishard.api",
 }
 

@@ -24,7 +24,7 @@ communicator make it, in the same order and with the same arguments.
 
 What depends on a rank's own files fails on all ranks if it fails on one. What else fails on one
 rank alone would leave the others waiting for it: ``python -m mpi4py`` ends them too, and so does
-`mpishard.launch.run`, which also gives each rank its share of the cores. Without that, set
+`mpishard.runtime.launch.run`, which also gives each rank its share of the cores. Without that, set
 OPENBLAS_NUM_THREADS: every rank would otherwise start as many threads as there are cores.
 
 Where something hangs, or might, a watch says on which rank and in which line:
@@ -50,17 +50,17 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from mpishard.allocator import keep_freed_memory
-from mpishard.arithmetic.decisions import Decisions
-from mpishard.arithmetic.packed import Feed, Step, pack
+from mpishard.batch.dispatch import Progress
+from mpishard.batch.job import BatchJob
+from mpishard.batch.requests import Wishes
+from mpishard.batch.run import BatchReport, run
 from mpishard.communication.collectives import all_reduce, gather
-from mpishard.communication.group import Call, Calls, Group
+from mpishard.communication.group import CallTracker, CollectiveCall, Group
 from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import MOST_POSITIONS, ModelConfig
-from mpishard.description.expert_placement import ExpertPlacement
-from mpishard.description.layout import (
-    SWITCHES,
+from mpishard.config.expert_placement import ExpertPlacement
+from mpishard.config.layout import (
+    LAYOUT_OPTIONS,
     Layout,
     Line,
     block_sizes,
@@ -70,26 +70,26 @@ from mpishard.description.layout import (
     check_tensor_parallel,
     make_layout,
 )
+from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
 from mpishard.engine.generate import Timing, check_request, generate
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.schedule import Answer, Limits, Request
+from mpishard.engine.scheduler import Request, RequestOutput, SchedulerConfig
 from mpishard.errors import UserError
-from mpishard.job.desk import Progress
-from mpishard.job.lines import Wishes
-from mpishard.job.run import BatchReport, run
-from mpishard.job.task import Task
-from mpishard.launch import launcher
 from mpishard.model import Decoder
-from mpishard.parallel.data import collect, deal
-from mpishard.parallel.expert_load import Load
-from mpishard.parallel.routing_replay import Recorder, replaying
-from mpishard.storage.directory import read_json
+from mpishard.parallel.data import assign_requests, gather_results
+from mpishard.parallel.expert_load import ExpertLoad
+from mpishard.parallel.router_replay import RoutingRecorder, replay_layer
+from mpishard.runtime.launch import launcher
+from mpishard.runtime.malloc import keep_freed_memory
+from mpishard.runtime.watchdog import Watchdog
+from mpishard.sequences.step import ScheduledChunk, Step, pack
+from mpishard.storage.model_dir import read_json
 from mpishard.storage.routing_file import read_routing, write_routing
+from mpishard.storage.routing_trace import RoutingTrace
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, fingerprint, open_source
 from mpishard.storage.weights import load_weights
-from mpishard.text import TOKENIZER, Growing, Text, outcome
-from mpishard.watch import Watch
+from mpishard.tokenizer import TOKENIZER, IncrementalDetokenizer, Tokenizer, finish_output
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
 
@@ -112,7 +112,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Scores:
+class LogitsOutput:
     """The `logits` after each token of one sequence, (tokens, vocab), and where asked for the
     residual stream entering each layer and after the final norm: layers + 1 arrays (tokens,
     hidden). All are of the model's compute dtype."""
@@ -129,13 +129,13 @@ class Model:
     config: ModelConfig
     mesh: Mesh
     decoder: Decoder
-    recorder: Recorder | None = None
-    replayed: Decisions | None = None
+    routing_recorder: RoutingRecorder | None = None
+    routing_trace: RoutingTrace | None = None
 
     @cached_property
-    def text(self) -> Text:
+    def text(self) -> Tokenizer:
         """The model's tokenizer; UserError if it has none."""
-        return Text(self.path)
+        return Tokenizer(self.path)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -144,7 +144,7 @@ class Model:
 
     def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
         """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
-        that a text opens. Raises UserError as `Text` does, and TypeError for ids that are not
+        that a text opens. Raises UserError as `Tokenizer` does, and TypeError for ids that are not
         integers."""
         if isinstance(prompt, str):
             return self.text.chat(prompt) if chat else self.text.encode(prompt)
@@ -156,26 +156,26 @@ class Model:
         """Refuse token ids that the model cannot take (UserError); `what` names them."""
         check_request(self.decoder, list(ids), what)
 
-    def count_load(self) -> Load:
+    def track_expert_load(self) -> ExpertLoad:
         """The rows that experts are given from now on, which are counted as they are routed.
         UserError if the model has no experts."""
         self.check_has_experts("counting the load of experts")
-        load = Load()
-        self.decoder = self.decoder.with_mixtures(load.watching)
+        load = ExpertLoad()
+        self.decoder = self.decoder.map_moe_layers(load.attach)
         return load
 
     def record_routing(self) -> None:
         """From now on, remember what the routers choose for each token. UserError if the model has
         no experts."""
         self.check_has_experts("recording the routing")
-        self.recorder = Recorder()
-        self.decoder = self.decoder.with_mixtures(self.recorder.recording)
+        self.routing_recorder = RoutingRecorder()
+        self.decoder = self.decoder.map_moe_layers(self.routing_recorder.record_layer)
 
     def write_routing(self, path: str | Path, names: Sequence[str]) -> None:
         """Write what was recorded, of one call of `generate` or `logits` whose requests have these
         names. Collective; OSError if the file cannot be written, on the rank that writes."""
-        assert self.recorder is not None, "record_routing comes first"
-        decisions = self.recorder.gathered(self.mesh, names, self.decoder.dtype)
+        assert self.routing_recorder is not None, "record_routing comes first"
+        decisions = self.routing_recorder.gather_routing(self.mesh, names, self.decoder.dtype)
         if decisions is not None:
             write_routing(Path(path), decisions, self.config)
 
@@ -188,27 +188,27 @@ class Model:
         self.check_has_experts("replaying a routing")
         where = f"the routing in {path}"
         world = self.mesh.world
-        with together(world.comm, world.calls):
-            replayed = read_routing(Path(path), self.config, where).of(names)
-        self.replayed = replayed
-        self.decoder = self.decoder.with_mixtures(partial(replaying, replayed))
+        with raise_on_all(world.comm, world.calls):
+            routing_trace = read_routing(Path(path), self.config, where).of(names)
+        self.routing_trace = routing_trace
+        self.decoder = self.decoder.map_moe_layers(partial(replay_layer, routing_trace))
 
     def _check_routing(self, encoded: Sequence[Sequence[int]], chosen: int) -> None:
         """Refuse sequences, of which up to `chosen` more tokens will be fed, whose routing cannot
         be recorded, or which what is to be replayed does not have (UserError)."""
-        if self.recorder is None and self.replayed is None:
+        if self.routing_recorder is None and self.routing_trace is None:
             return
         for place, ids in enumerate(encoded):
-            longest = min(len(ids) + chosen, self.config.max_positions)
-            if chosen and self.decoder.depends_on_length(longest):
+            longest = min(len(ids) + chosen, self.config.max_position_embeddings)
+            if chosen and self.decoder.uses_dynamic_rope(longest):
                 raise UserError(
                     f"the dynamic rope of {self.path} takes a sequence of {longest} tokens in "
                     "again for every token chosen, so that a token is routed many times, which is "
                     "neither recorded nor replayed: use fewer tokens, or score them with logits"
                 )
-            if self.replayed is not None:
+            if self.routing_trace is not None:
                 request_S = np.full(len(ids), place)
-                self.replayed.find(request_S, np.arange(len(ids)), np.array(ids, np.int64))
+                self.routing_trace.find(request_S, np.arange(len(ids)), np.array(ids, np.int64))
 
     def check_has_experts(self, what: str) -> None:
         """Refuse `what` is asked of experts where there are none (UserError)."""
@@ -226,32 +226,32 @@ class Model:
         on_text: Callable[[int, str], None] | None = None,
         on_finish: Callable[[int], None] | None = None,
         timing: Timing | None = None,
-        prefill_chunk: int | None = None,
+        chunked_prefill_size: int | None = None,
     ) -> list[Completion]:
         """The completions of all `prompts` (texts or token ids), in their order, on every rank.
 
         Greedy unless `sampling` says otherwise. `on_text` is called with ``(prompt's place, text)``
         as text appears and `on_finish` with the places of finished prompts, both on the ranks of
         the replica that serves the prompt; `timing` is added to, for that replica. Prompts of more
-        than `prefill_chunk` tokens enter in several steps.
+        than `chunked_prefill_size` tokens enter in several steps.
 
         Raises UserError for a prompt that is empty, too long, or has ids beyond the vocabulary,
         where text is asked of a model without a tokenizer, and where logits are not finite.
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens {max_tokens} must be at least 1")
-        _check_chunk(prefill_chunk)
+        _check_chunk(chunked_prefill_size)
         if isinstance(stop, str) or "" in stop:
             raise UserError(f"stop {stop!r} must be a list of texts, none of them empty")
         encoded = [self.encode(prompt, chat) for prompt in prompts]
         for place, ids in enumerate(encoded):
             self.check(ids, f"prompt {place + 1}")
         self._check_routing(encoded, max_tokens - 1)
-        mine = deal(len(encoded), self.mesh)
+        mine = assign_requests(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
         text = self.text if self.has_tokenizer or stop or on_text else None
         texts = {
-            place: Growing(text, encoded[place], stop, _writer(on_text, place))
+            place: IncrementalDetokenizer(text, encoded[place], stop, _writer(on_text, place))
             for place in mine
             if text
         }
@@ -263,23 +263,23 @@ class Model:
                 max_tokens=max_tokens,
                 sampling=sampling or Sampling(),
                 eos_ids=eos,
-                stopped=texts[place].follow if stop or on_text else None,
+                stop_fn=texts[place].update if stop or on_text else None,
             )
             for place in mine
         ]
 
         outcomes = {}
 
-        def finish(request: Request, answer: Answer) -> None:
+        def finish(request: Request, answer: RequestOutput) -> None:
             place = request.index
-            outcomes[place] = outcome(answer.ids, answer.finish_reason, texts.get(place))
+            outcomes[place] = finish_output(answer.ids, answer.finish_reason, texts.get(place))
             if on_finish:
                 on_finish(place)
 
-        limits = Limits(chunk=prefill_chunk)
+        limits = SchedulerConfig(chunked_prefill_size=chunked_prefill_size)
         generate(self.decoder, requests, None, finish, timing, limits)
         results = [json.dumps(outcomes[place]).encode() for place in mine]
-        merged = map(json.loads, collect(results, len(encoded), self.mesh))
+        merged = map(json.loads, gather_results(results, len(encoded), self.mesh))
         return [
             Completion(
                 prompt=prompt if isinstance(prompt, str) else ids,
@@ -295,8 +295,8 @@ class Model:
         input: str | Path,
         output: str | Path,
         wishes: Wishes = Wishes(),  # noqa: B008 (immutable)
-        limits: Limits | None = None,
-        told_to_stop: Callable[[], bool] = lambda: False,
+        limits: SchedulerConfig | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> BatchReport:
         """Answer every line of the file `input` in a line of the file `output`, in their order.
@@ -305,84 +305,86 @@ class Model:
         replicas, each within `limits`, draw requests as they become free. Answers are kept in a
         journal beside the output, so that a job that was ended goes on where it ended when the same
         call is made again; the output appears when all are there, and the journal goes. Both files
-        need to be seen from rank 0 alone. All ranks stop after a step in which `told_to_stop` is
+        need to be seen from rank 0 alone. All ranks stop after a step in which `should_stop` is
         true on any of them; `on_progress` is called on rank 0 after answers have been written.
 
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
         """
-        world, settings = self.mesh.world, (self.decoder.dtype.name, self.config.max_positions)
+        world, settings = (
+            self.mesh.world,
+            (self.decoder.dtype.name, self.config.max_position_embeddings),
+        )
         files = self.path, input, output
         with open_batch(world.comm, *files, wishes, *settings, world.calls) as task:
-            return self.answer(task, limits, told_to_stop, on_progress)
+            return self.answer(task, limits, should_stop, on_progress)
 
     def answer(
         self,
-        task: Task | None,
-        limits: Limits | None = None,
-        told_to_stop: Callable[[], bool] = lambda: False,
+        task: BatchJob | None,
+        limits: SchedulerConfig | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> BatchReport:
         """Answer the batch that `open_batch` has opened; `batch` does both."""
-        limits = limits or batch_limits()
-        return run(self.decoder, self.path, task, limits, told_to_stop, on_progress)
+        limits = limits or scheduler_config()
+        return run(self.decoder, self.path, task, limits, should_stop, on_progress)
 
     def logits(
         self,
         sequences: Sequence[str | Sequence[int]],
         hidden_states: bool = False,
-        prefill_chunk: int | None = None,
-    ) -> Iterator[Scores | None]:
+        chunked_prefill_size: int | None = None,
+    ) -> Iterator[LogitsOutput | None]:
         """The scores of each sequence (token ids or text) in turn, on rank 0 of the mesh; None on
         the other ranks, which must go through the iterator as well.
 
         The replicas score as many sequences at a time as there are replicas, so that memory holds
-        no more; sequences of more than `prefill_chunk` tokens are fed in several steps. Raises
-        UserError for a sequence that is empty, too long, or has ids beyond the
-        vocabulary.
+        no more; sequences of more than `chunked_prefill_size` tokens are fed in several steps.
+        Raises UserError for a sequence that is empty, too long, or has ids beyond the vocabulary.
         """
         encoded = [self.encode(sequence) for sequence in sequences]
         for place, ids in enumerate(encoded):
             self.check(ids, f"sequence {place + 1}")
-        _check_chunk(prefill_chunk)
+        _check_chunk(chunked_prefill_size)
         self._check_routing(encoded, 0)
-        return self._rounds(encoded, hidden_states, prefill_chunk)
+        return self._rounds(encoded, hidden_states, chunked_prefill_size)
 
     def _rounds(
         self, sequences: list[list[int]], hidden_states: bool, chunk: int | None
-    ) -> Iterator[Scores | None]:
+    ) -> Iterator[LogitsOutput | None]:
         for first in range(0, len(sequences), self.mesh.dp.size):
-            together = sequences[first : first + self.mesh.dp.size]
-            mine = together[self.mesh.dp.rank] if self.mesh.dp.rank < len(together) else []
-            longest = max(map(len, together))
+            raise_on_all = sequences[first : first + self.mesh.dp.size]
+            mine = raise_on_all[self.mesh.dp.rank] if self.mesh.dp.rank < len(raise_on_all) else []
+            longest = max(map(len, raise_on_all))
             ids_S, place = np.array(mine, np.int64), first + self.mesh.dp.rank
             scores = self._score(ids_S, place, hidden_states, chunk or longest, longest)
-            lengths = [len(ids) for ids in together]
-            lengths += [0] * (self.mesh.dp.size - len(together))
-            yield from self._gather_scores(scores, lengths, len(together))
+            lengths = [len(ids) for ids in raise_on_all]
+            lengths += [0] * (self.mesh.dp.size - len(raise_on_all))
+            yield from self._gather_scores(scores, lengths, len(raise_on_all))
 
     def _score(
         self, ids_S: np.ndarray, place: int, hidden_states: bool, chunk: int, longest: int
-    ) -> Scores:
-        """This replica's scores of one sequence, the `place`-th of all, whole on rank 0 of the
+    ) -> LogitsOutput:
+        """This replica's scores of one sequence, the `eplb`-th of all, whole on rank 0 of the
         replica, fed in steps of at most `chunk` tokens, as many as the `longest` of all replicas'
         sequences takes. The sequence has no tokens where fewer are left than replicas."""
         decoder = self.decoder
-        cache = decoder.new_cache(len(ids_S), min(chunk, len(ids_S)))
+        cache = decoder.allocate_cache(len(ids_S), min(chunk, len(ids_S)))
         streams = self.config.layers + 1 if hidden_states else 0
         logits = [np.empty((0, self.config.vocab), decoder.dtype)]
         hidden = [[np.empty((0, self.config.hidden), decoder.dtype)] for _ in range(streams)]
         for start in range(0, longest, chunk):
             new_S = ids_S[start : start + chunk]
-            feed = Feed(new_S, cache, max(0, len(ids_S) - start - len(new_S)), place)
-            step = pack([feed] if len(new_S) else [], decoder.division, all_logits=True)
+            feed = ScheduledChunk(new_S, cache, max(0, len(ids_S) - start - len(new_S)), place)
+            step = pack([feed] if len(new_S) else [], decoder.sequence_sharding, all_logits=True)
 
             def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:
-                hidden[layer].append(decoder.whole(x_nD, step))
+                hidden[layer].append(decoder.gather_sequence(x_nD, step))
 
             logits_Nv = decoder.forward(step, observe if hidden_states else None)
             logits.append(self._gather_logits(logits_Nv, step))
-        return Scores(np.concatenate(logits), [np.concatenate(parts) for parts in hidden])
+        return LogitsOutput(np.concatenate(logits), [np.concatenate(parts) for parts in hidden])
 
     def _gather_logits(self, logits_Nv: np.ndarray, step: Step) -> np.ndarray:
         """The logits of all of a step's tokens, in their order, on rank 0 of the replica; no rows
@@ -391,16 +393,16 @@ class Model:
         logits_WV = np.empty((0, vocab), logits_Nv.dtype)
         logits_NV = gather(logits_Nv, mesh.tp, axis=1, sizes=block_sizes(vocab, mesh.tp.size))
         if logits_NV is not None:
-            sizes = [len(place) for place in step.places]
+            sizes = [len(place) for place in step.global_index]
             rows_WV = gather(logits_NV, mesh.cp, sizes=sizes)
             if rows_WV is not None:
                 logits_WV = np.empty_like(rows_WV)
-                logits_WV[np.concatenate(step.places)] = rows_WV
+                logits_WV[np.concatenate(step.global_index)] = rows_WV
         return logits_WV
 
     def _gather_scores(
-        self, scores: Scores, lengths: list[int], count: int
-    ) -> Iterator[Scores | None]:
+        self, scores: LogitsOutput, lengths: list[int], count: int
+    ) -> Iterator[LogitsOutput | None]:
         """The `count` sequences' scores of one round, from the replicas that made them."""
         mesh = self.mesh
         if (mesh.cp.rank, mesh.tp.rank) != (0, 0):
@@ -414,7 +416,7 @@ class Model:
         bounds = np.cumsum(lengths)[:-1]
         split = [np.split(array, bounds) for array in arrays if array is not None]
         for place in range(count):
-            yield Scores(split[0][place], [parts[place] for parts in split[1:]])
+            yield LogitsOutput(split[0][place], [parts[place] for parts in split[1:]])
 
     def peak_memory(self) -> int:
         """The largest peak of resident memory, in bytes, of any rank."""
@@ -430,43 +432,45 @@ def load(
     line: Line = lambda ranks, tp: f"{launcher()} -n {ranks} python …",
     *,
     cp: int = 1,
-    max_positions: int | None = None,
-    watch: Watch | None = None,
-    **switches: bool | float | str | None,
+    max_model_len: int | None = None,
+    watch: Watchdog | None = None,
+    **layout_options: bool | float | str | None,
 ) -> Model:
     """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
 
     `tp` is what the shards were made for, or 1, unless given, and `dp` what `tp` and `cp` leave of
-    the communicator. `switches` are the other fields of `mpishard.description.layout.Layout`:
+    the communicator. `layout_options` are the other fields of `mpishard.config.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``prefill="all-gather"`` … Everything is
-    computed in `compute_dtype`, "float32" or "float64". `max_positions` stands in for the number
-    of positions that the configuration allows, whatever the model was trained for. `watch` watches
-    over everything that the model does: see `mpishard.watch.Watch`. The process keeps memory that
-    it frees from then on (`mpishard.allocator`).
+    computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
+    positions that the configuration allows, whatever the model was trained for. `watch` watches
+    over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The process keeps
+    memory that it frees from then on (`mpishard.runtime.malloc`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it. Its message then has the line to type, which `line` gives for the right number of
     ranks and `tp`. Raises TypeError for a switch that does not exist or is of another type.
     """
-    _check_arguments(switches)
+    _check_arguments(layout_options)
     if compute_dtype not in DTYPES:
         raise UserError(f"compute_dtype {compute_dtype!r} must be one of {', '.join(DTYPES)}")
-    if max_positions is not None and not 1 <= max_positions <= MOST_POSITIONS:
-        raise UserError(f"max_positions {max_positions} must be 1 to {MOST_POSITIONS}")
+    if max_model_len is not None and not 1 <= max_model_len <= MAX_POSITIONS:
+        raise UserError(f"max_model_len {max_model_len} must be 1 to {MAX_POSITIONS}")
     keep_freed_memory()
-    calls = watch.calls if watch else Calls()
-    with together(comm, calls):
+    calls = watch.calls if watch else CallTracker()
+    with raise_on_all(comm, calls):
         source = open_source(path)
-        layout = _layout(source, comm.size, tp, dp, cp, line, switches)
+        layout = _layout(source, comm.size, tp, dp, cp, line, layout_options)
         config = source.config
-        given = [name for name, value in switches.items() if value is not None]
+        given = [name for name, value in layout_options.items() if value is not None]
         check_experts(config, layout, given)
-        if max_positions is not None:
-            config = replace(config, max_positions=max_positions)
+        if max_model_len is not None:
+            config = replace(config, max_position_embeddings=max_model_len)
         placement = _placement(layout, config)
     mesh = Mesh.split(comm, layout, config, placement, calls)
-    with together(comm, calls):
-        weights = load_weights(source, mesh.cut, mesh.weights, DTYPES[compute_dtype])
+    with raise_on_all(comm, calls):
+        weights = load_weights(
+            source, mesh.weight_sharding, mesh.shard_index, DTYPES[compute_dtype]
+        )
     return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
 
 
@@ -478,68 +482,76 @@ def open_batch(
     output: str | Path,
     wishes: Wishes,
     compute_dtype: str,
-    max_positions: int | None,
-    calls: Calls | None = None,
-) -> Iterator[Task | None]:
+    max_model_len: int | None,
+    calls: CallTracker | None = None,
+) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
-    ranks if on one, as `Task` and `open_source` do."""
+    ranks if on one, as `BatchJob` and `open_source` do."""
     task = None
-    with together(comm, calls):
+    with raise_on_all(comm, calls):
         if comm.rank == 0:
             facts = {
                 "model": fingerprint(path),
                 "compute_dtype": compute_dtype,
-                "max_positions": max_positions or open_source(path).config.max_positions,
+                "max_model_len": max_model_len or open_source(path).config.max_position_embeddings,
             }
-            task = Task(Path(input), Path(output), wishes, facts)
+            task = BatchJob(Path(input), Path(output), wishes, facts)
     with task or nullcontext():
         yield task
 
 
-def batch_limits(
-    max_batch_tokens: int = Limits.step_tokens,
-    max_sequences: int | None = None,
-    prefill_chunk: int | None = None,
-    kv_memory: int | None = None,
-) -> Limits:
-    """What a replica takes on at once in a batch: a step of at most `max_batch_tokens` tokens, of
-    at most `max_sequences` sequences (32, or as many as a step has tokens), prompts by pieces of
-    at most `prefill_chunk` tokens (or of what a step has left), and `kv_memory` bytes of KV cache
-    on a rank (half of what is free, over the ranks of its host). Raises UserError for what would
-    have no effect."""
-    sequences = max_sequences or min(Limits.sequences, max_batch_tokens)
-    if sequences > max_batch_tokens:
+def scheduler_config(
+    max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
+    max_num_seqs: int | None = None,
+    chunked_prefill_size: int | None = None,
+    kv_cache_memory_bytes: int | None = None,
+) -> SchedulerConfig:
+    """What a replica takes on at once in a batch: a step of at most `max_num_batched_tokens`
+    tokens, of at most `max_num_seqs` sequences (32, or as many as a step has tokens), prompts by
+    pieces of at most `chunked_prefill_size` tokens (or of what a step has left), and
+    `kv_cache_memory_bytes` bytes of KV cache on a rank (half of what is free, over the ranks of its
+    host). Raises UserError for what would have no effect."""
+    sequences = max_num_seqs or min(SchedulerConfig.max_num_seqs, max_num_batched_tokens)
+    if sequences > max_num_batched_tokens:
         raise UserError(
-            f"--max-sequences {sequences} is more than --max-batch-tokens {max_batch_tokens}: "
+            f"--max-num-seqs {sequences} is more than --max-num-batched-tokens "
+            f"{max_num_batched_tokens}: "
             "each running sequence feeds a token in a step; make one of them fit the other"
         )
-    if prefill_chunk is not None and prefill_chunk > max_batch_tokens:
+    if chunked_prefill_size is not None and chunked_prefill_size > max_num_batched_tokens:
         raise UserError(
-            f"--prefill-chunk {prefill_chunk} has no effect with --max-batch-tokens "
-            f"{max_batch_tokens}, which is less: leave it out"
+            f"--chunked-prefill-size {chunked_prefill_size} has no effect with "
+            f"--max-num-batched-tokens {max_num_batched_tokens}, which is less: leave it out"
         )
-    return Limits(max_batch_tokens, sequences, prefill_chunk or max_batch_tokens, kv_memory)
+    return SchedulerConfig(
+        max_num_batched_tokens,
+        sequences,
+        chunked_prefill_size or max_num_batched_tokens,
+        kv_cache_memory_bytes,
+    )
 
 
-def _check_chunk(prefill_chunk: int | None) -> None:
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise UserError(f"prefill_chunk {prefill_chunk} must be at least 1")
+def _check_chunk(chunked_prefill_size: int | None) -> None:
+    if chunked_prefill_size is not None and chunked_prefill_size < 1:
+        raise UserError(f"prefill_chunk {chunked_prefill_size} must be at least 1")
 
 
-def _check_arguments(switches: dict[str, bool | float | str | None]) -> None:
+def _check_arguments(layout_options: dict[str, bool | float | str | None]) -> None:
     """Refuse, with a TypeError, what no layout has, and what would pass for another type."""
-    for name, value in switches.items():
-        if name not in SWITCHES:
-            raise TypeError(f"load() has no argument {name!r}; switches are {', '.join(SWITCHES)}")
-        right = type(SWITCHES[name][1])
+    for name, value in layout_options.items():
+        if name not in LAYOUT_OPTIONS:
+            raise TypeError(
+                f"load() has no argument {name!r}; switches are {', '.join(LAYOUT_OPTIONS)}"
+            )
+        right = type(LAYOUT_OPTIONS[name][1])
         whole = right is float and type(value) is int
         if not whole and not isinstance(value, right | None):
             raise TypeError(f"{name} {value!r} must be of type {right.__name__}")
 
 
 @contextmanager
-def together(comm: MPI.Comm, calls: Calls | None = None) -> Iterator[None]:
+def raise_on_all(comm: MPI.Comm, calls: CallTracker | None = None) -> Iterator[None]:
     """What is done within fails on all ranks of `comm` if it fails on one: a UserError of any rank
     is raised, the lowest rank's, after all have come to the end. `calls` are those of this rank
     that somebody watches or checks."""
@@ -548,7 +560,7 @@ def together(comm: MPI.Comm, calls: Calls | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         mine = str(error)
-    with Call("agreement", Group(comm, "world", Ledger(), calls or Calls())):
+    with CollectiveCall("agreement", Group(comm, "world", Ledger(), calls or CallTracker())):
         everyones = comm.allgather(mine)
     messages = [message for message in everyones if message is not None]
     if messages:
@@ -562,20 +574,20 @@ def _layout(
     dp: int | None,
     cp: int,
     line: Line,
-    switches: dict[str, bool | float | str | None],
+    layout_options: dict[str, bool | float | str | None],
 ) -> Layout:
     """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
     check_degrees(tp, dp, cp)
     if tp is not None:
         check_tensor_parallel(source.config, tp)
-    if switches.get("flash_decoding"):
+    if layout_options.get("flash_decoding"):
         check_flash_decoding(source.config)
     if not isinstance(source, ShardDirectory):
         tp = 1 if tp is None else tp
-        return make_layout(ranks, tp, dp, cp, line, **switches)
-    right = source.cut.tp
-    if switches.get("ep") is None and source.config.moe:
-        switches = switches | {"ep": source.cut.ep}
+        return make_layout(ranks, tp, dp, cp, line, **layout_options)
+    right = source.sharding.tp
+    if layout_options.get("ep") is None and source.config.moe:
+        layout_options = layout_options | {"ep": source.sharding.ep}
     replica = cp * right
     typed = line(replica * (dp or max(1, ranks // replica)), right)
     if tp not in (None, right):
@@ -589,15 +601,17 @@ def _layout(
             f"{source.path} holds shards for --tp {right}, {cause} the number of ranks must be a "
             f"multiple of {replica}, not {ranks}: run `{typed}`"
         )
-    return make_layout(ranks, right, dp, cp, line, **switches)
+    return make_layout(ranks, right, dp, cp, line, **layout_options)
 
 
 def _placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:
     """The placement of experts that the layout names, if it does."""
-    if not layout.placement or config.moe is None:
+    if not layout.expert_placement or config.moe is None:
         return None
-    where = f"--expert-placement {layout.placement}"
-    return ExpertPlacement.of(read_json(Path(layout.placement)), config.moe, layout.ep, where)
+    where = f"--expert-placement {layout.expert_placement}"
+    return ExpertPlacement.of(
+        read_json(Path(layout.expert_placement)), config.moe, layout.ep, where
+    )
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

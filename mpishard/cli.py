@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpishard
-from mpishard import launch
-from mpishard.description.layout import DISPATCHES, DROPS, MERGES, ORDERS, PREFILLS
+from mpishard.config.layout import (
+    CP_ORDERS,
+    CP_PREFILLS,
+    DECODE_MERGES,
+    TOKEN_DISPATCHERS,
+    TOKEN_DROP_POLICIES,
+)
 from mpishard.errors import UserError
+from mpishard.runtime import launch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,16 +57,63 @@ def run_command(
     the `job`: a rank that has finished still says so. A batch stops at a `stop_request`, which may
     have come already. Raises UserError for a wrong call or bad input, and SystemExit after printing
     help."""
-    args = make_parser().parse_args(argv[1:])
+    words, renamed = current_names(argv[1:])
+    args = make_parser().parse_args(words)
+    if world.rank == 0:
+        for old, new in renamed.items():
+            sys.stderr.write(
+                f"mpishard: {old} is now {new}; the old name goes in the next release\n"
+            )
     # Only now: NumPy reads the number of threads when loaded.
     from mpishard import commands
-    from mpishard.watch import Watch
+    from mpishard.runtime.watchdog import Watchdog
 
     if "timeout" in args:
-        args.watch = job.enter_context(Watch(world, args.timeout, args.check_collectives))
+        args.watch = job.enter_context(Watchdog(world, args.timeout, args.check_collectives))
     args.stop_request = stop_request or launch.StopRequest()
     args.line = lambda ranks, tp: f"{launch.launcher()} -n {ranks} {retyped(argv, tp)}"
     getattr(commands, args.command)(args, world)
+
+
+# Names of the release before this one, and what they are called now: options, values, commands.
+RENAMED = {
+    "place": "eplb",
+    "--copies": "--redundant-experts",
+    "--expert-capacity": "--expert-capacity-factor",
+    "--expert-dispatch": "--moe-token-dispatcher",
+    "--expert-drop": "--token-drop-policy",
+    "--expert-stats": "--expert-load",
+    "--kv-interleave": "--cp-kv-cache-interleave-size",
+    "--kv-memory": "--kv-cache-memory-bytes",
+    "--max-batch-tokens": "--max-num-batched-tokens",
+    "--max-positions": "--max-model-len",
+    "--max-sequences": "--max-num-seqs",
+    "--prefill-chunk": "--chunked-prefill-size",
+}
+RENAMED_VALUES = {
+    ("--moe-token-dispatcher", "gather"): "all-gather",
+    ("--token-drop-policy", "probability"): "probs",
+}
+
+
+def current_names(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """`words` with the names of this release in place of those of the last, and which those are.
+
+    >>> current_names(["generate", "--kv-interleave=4", "--expert-dispatch", "gather"])[0]
+    ['generate', '--cp-kv-cache-interleave-size=4', '--moe-token-dispatcher', 'all-gather']
+    """
+    current: list[str] = []
+    renamed: dict[str, str] = {}
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in RENAMED and (name.startswith("--") or place == 0):
+            renamed[name] = name = RENAMED[name]
+        before = current[-1] if current else ""
+        if not equals:
+            name = RENAMED_VALUES.get((before, name), name)
+        value = RENAMED_VALUES.get((name, value), value)
+        current.append(f"{name}{equals}{value}")
+    return current, renamed
 
 
 def retyped(argv: Sequence[str], tp: int) -> str:
@@ -184,7 +237,7 @@ def make_parser() -> Parser:
     _add_batch(commands)
     _add_logits(commands)
     _add_bench(commands)
-    _add_place(commands)
+    _add_eplb(commands)
     return parser
 
 
@@ -217,19 +270,19 @@ def _add_layout(command: Parser) -> None:
         help="divide the KV cache over the ranks of --tp that share a key/value head",
     )  # fmt: skip
     layout.add_argument(
-        "--cp-prefill", dest="prefill", choices=PREFILLS, default=None,
+        "--cp-prefill", choices=CP_PREFILLS, default=None,
         help="how keys and values reach the queries of other --cp ranks (default: ring)",
     )  # fmt: skip
     layout.add_argument(
-        "--cp-order", dest="order", choices=ORDERS, default=None,
+        "--cp-order", choices=CP_ORDERS, default=None,
         help="which tokens of a prompt a --cp rank has (default: zigzag, which balances the work)",
     )  # fmt: skip
     layout.add_argument(
-        "--decode-merge", dest="merge", choices=MERGES, default=None,
+        "--decode-merge", choices=DECODE_MERGES, default=None,
         help="how the parts of a divided cache are merged (default: reduce-scatter)",
     )  # fmt: skip
     layout.add_argument(
-        "--kv-interleave", dest="interleave", type=count, default=None, metavar="N",
+        "--cp-kv-cache-interleave-size", type=count, default=None, metavar="N",
         help="consecutive positions of a divided cache on the same rank (default: 1)",
     )  # fmt: skip
     layout.add_argument(
@@ -237,25 +290,25 @@ def _add_layout(command: Parser) -> None:
         help="ranks that divide the experts of a mixture (default: 1, or what the shards say)",
     )  # fmt: skip
     layout.add_argument(
-        "--expert-dispatch", dest="dispatch", choices=DISPATCHES, default=None,
+        "--moe-token-dispatcher", choices=TOKEN_DISPATCHERS, default=None,
         help="how tokens and experts meet (default: all-to-all)",
     )  # fmt: skip
     layout.add_argument(
-        "--expert-capacity", dest="capacity", type=number, default=None, metavar="X",
+        "--expert-capacity-factor", type=number, default=None, metavar="X",
         help="an expert takes at most X times its even share of the rows that a rank routes in a "
         "step; those above it are dropped (default: nothing is)",
     )  # fmt: skip
     layout.add_argument(
-        "--expert-drop", dest="drop", choices=DROPS, default=None,
-        help="what is kept first: rows of large weight, or of early tokens (default: probability)",
+        "--token-drop-policy", choices=TOKEN_DROP_POLICIES, default=None,
+        help="what is kept first: rows of large weight, or of early tokens (default: probs)",
     )  # fmt: skip
     layout.add_argument(
-        "--expert-placement", dest="placement", default=None, metavar="FILE.json",
-        help="which rank has which experts, some of them several times, as `place` writes it "
+        "--expert-placement", default=None, metavar="FILE.json",
+        help="which rank has which experts, some of them several times, as `eplb` writes it "
         "(default: a block of them each)",
     )  # fmt: skip
     layout.add_argument(
-        "--max-positions", type=count, default=None, metavar="N",
+        "--max-model-len", type=count, default=None, metavar="N",
         help="positions to allow instead of those of config.json",
     )  # fmt: skip
     layout.add_argument(
@@ -281,14 +334,14 @@ def _add_watch(command: Parser) -> None:
 
 def _add_chunk(command: Parser) -> None:
     command.add_argument(
-        "--prefill-chunk", type=count, default=None, metavar="N",
+        "--chunked-prefill-size", type=count, default=None, metavar="N",
         help="take prompts in by at most N tokens a step (default: whole)",
     )  # fmt: skip
 
 
-def _add_expert_stats(command: Parser) -> None:
+def _add_expert_load(command: Parser) -> None:
     command.add_argument(
-        "--expert-stats", nargs="?", const="", default=None, metavar="FILE.json",
+        "--expert-load", nargs="?", const="", default=None, metavar="FILE.json",
         help="count the rows of every expert and rank of a mixture; print how uneven they are at "
         "the end, and write them to FILE.json if it is given",
     )  # fmt: skip
@@ -382,7 +435,7 @@ def _add_generate(commands) -> None:
     )
     _add_chunk(command)
     _add_sampling(command)
-    _add_expert_stats(command)
+    _add_expert_load(command)
     _add_routing(command)
     _add_layout(command)
     _add_watch(command)
@@ -409,24 +462,24 @@ def _add_batch(commands) -> None:
     )
     limits = command.add_argument_group("limits", "What each replica takes on at once.")
     limits.add_argument(
-        "--max-batch-tokens", type=count, default=2048, metavar="N",
+        "--max-num-batched-tokens", type=count, default=2048, metavar="N",
         help="tokens in a step at most, of prompts and answers together (default: 2048)",
     )  # fmt: skip
     limits.add_argument(
-        "--max-sequences", type=count, default=None, metavar="N",
-        help="sequences at a time at most (default: 32, or --max-batch-tokens if that is less)",
+        "--max-num-seqs", type=count, default=None, metavar="N",
+        help="sequences at a time at most (default: 32, or --max-num-batched-tokens if less)",
     )  # fmt: skip
     limits.add_argument(
-        "--kv-memory", type=size, default=None, metavar="BYTES",
+        "--kv-cache-memory-bytes", type=size, default=None, metavar="BYTES",
         help="KV cache of a rank at most, such as 2GiB (default: half of what is free on its host, "
         "over the ranks there)",
     )  # fmt: skip
     limits.add_argument(
-        "--prefill-chunk", type=count, default=None, metavar="N",
+        "--chunked-prefill-size", type=count, default=None, metavar="N",
         help="take prompts in by at most N tokens a step (default: what a step has left)",
     )  # fmt: skip
     _add_sampling(command)
-    _add_expert_stats(command)
+    _add_expert_load(command)
     _add_layout(command)
     _add_watch(command)
 
@@ -447,7 +500,7 @@ def _add_logits(commands) -> None:
         "the last L, after the final norm",
     )  # fmt: skip
     _add_chunk(command)
-    _add_expert_stats(command)
+    _add_expert_load(command)
     _add_routing(command)
     _add_layout(command)
     _add_watch(command)
@@ -473,21 +526,21 @@ def _add_bench(commands) -> None:
         "--repeat", type=count, default=3, metavar="N", help="rounds, for medians (default: 3)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_expert_stats(command)
+    _add_expert_load(command)
     _add_layout(command)
     _add_watch(command)
 
 
-def _add_place(commands) -> None:
+def _add_eplb(commands) -> None:
     summary = "Place experts on ranks so that all have about equally much to do."
-    command = commands.add_parser("place", help=summary, description=summary)
-    command.add_argument("stats", metavar="STATS.json", help="the file that --expert-stats wrote")
+    command = commands.add_parser("eplb", help=summary, description=summary)
+    command.add_argument("stats", metavar="STATS.json", help="the file that --expert-load wrote")
     command.add_argument(
         *EP_FLAGS, type=count, required=True, metavar="N",
         help="ranks that divide the experts",
     )  # fmt: skip
     command.add_argument(
-        "--copies", type=integer, default=0, metavar="N",
+        "--redundant-experts", type=integer, default=0, metavar="N",
         help="copies of experts that a layer has beyond one of each (default: 0)",
     )  # fmt: skip
     command.add_argument(

@@ -22,26 +22,34 @@ from mpi4py import MPI
 from tqdm import tqdm
 
 from mpishard import bench as benchmark
-from mpishard.api import Completion, Model, Scores, batch_limits, load, open_batch, together
+from mpishard.api import (
+    Completion,
+    LogitsOutput,
+    Model,
+    load,
+    open_batch,
+    raise_on_all,
+    scheduler_config,
+)
+from mpishard.batch.dispatch import Progress
+from mpishard.batch.job import BatchJob, check_output
+from mpishard.batch.requests import Wishes, check_fields, name_of, prompt_of, read_object
+from mpishard.batch.run import BatchReport
 from mpishard.communication.collectives import MAX, all_reduce, barrier
-from mpishard.description.layout import SWITCHES
+from mpishard.config.layout import LAYOUT_OPTIONS
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError, brief
-from mpishard.experts import (
+from mpishard.expert_report import (
     load_report,
     load_table,
-    place_by_load,
     placement_summary,
     read_loads,
+    rebalance,
 )
-from mpishard.job.desk import Progress
-from mpishard.job.lines import Wishes, check_fields, name_of, prompt_of, read_object
-from mpishard.job.run import BatchReport
-from mpishard.job.task import Task, check_output
-from mpishard.launch import reaches_terminal, threads_per_rank
-from mpishard.parallel.data import deal
-from mpishard.parallel.expert_load import Load
+from mpishard.parallel.data import assign_requests
+from mpishard.parallel.expert_load import ExpertLoad
+from mpishard.runtime.launch import reaches_terminal, threads_per_rank
 from mpishard.storage.convert import Conversion
 from mpishard.storage.inspection import describe, stored_bytes, verify
 from mpishard.storage.source import open_source
@@ -53,14 +61,14 @@ STDIN_PATIENCE = 5.0  # seconds
 
 # The status of a batch that was told to stop and can go on: EX_TEMPFAIL of sysexits.h. Not 143,
 # with which launchers end that were killed themselves.
-TOLD_TO_STOP = 75
+STOPPED = 75
 
 REPORT_SECONDS = 30.0  # between two lines about the progress of a batch
 
 
 def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard shard``: the ranks share the files to be written."""
-    with together(world, args.watch.calls):
+    with raise_on_all(world, args.watch.calls):
         ranks = lcm(args.tp * args.cp, args.ep)
         source = open_source(args.model)
         conversion = Conversion(source, args.out, args.tp, args.dtype, args.ep, ranks)
@@ -69,11 +77,11 @@ def shard(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     with _bar(world, conversion.worker_bytes(world.rank, world.size), "writing", "B") as advance:
         conversion.write(world.rank, world.size, advance)
     barrier(args.watch.world)
-    with together(world, args.watch.calls):
+    with raise_on_all(world, args.watch.calls):
         if world.rank == 0:
             conversion.finish()
     if world.rank == 0:
-        ranks = conversion.cut.ranks
+        ranks = conversion.sharding.ranks
         _say(f"{args.out}: {conversion.total_bytes / 1e6:.1f} MB for {ranks} ranks")
 
 
@@ -99,7 +107,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     _watch_routing(args, model, names, world)
     streams = len(prompts) == 1 and not args.json
     timing, started = Timing(), perf_counter()
-    mine = len(deal(len(prompts), model.mesh))
+    mine = len(assign_requests(len(prompts), model.mesh))
     with _bar(world, 0 if streams else mine, "prompts", "prompt") as advance:
         completions = model.generate(
             prompts,
@@ -111,7 +119,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
             on_text=_write_text if streams else None,
             on_finish=lambda place: advance(1),
             timing=timing,
-            prefill_chunk=args.prefill_chunk,
+            chunked_prefill_size=args.chunked_prefill_size,
         )
     seconds = perf_counter() - started
     if streams:
@@ -127,12 +135,15 @@ def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard batch``: exits with status 75 if it was told to stop before all was answered,
     which may have been before this call."""
     wishes = Wishes(args.max_tokens, _sampling(args), tuple(args.stop), args.ignore_eos, args.chat)
-    limits = batch_limits(
-        args.max_batch_tokens, args.max_sequences, args.prefill_chunk, args.kv_memory
+    limits = scheduler_config(
+        args.max_num_batched_tokens,
+        args.max_num_seqs,
+        args.chunked_prefill_size,
+        args.kv_cache_memory_bytes,
     )
     args.stop_request.listen()  # MPI may have taken these signals for itself
     files = Path(args.model), args.input, args.output, wishes, args.compute_dtype
-    with open_batch(world, *files, args.max_positions, args.watch.calls) as task:
+    with open_batch(world, *files, args.max_model_len, args.watch.calls) as task:
         if task and task.journal.damaged:
             _say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
         model = _load(args, world)
@@ -147,14 +158,14 @@ def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         _say(_conclusion(args.output, outcome))
     _report_load(args, model, load)
     if not outcome.complete:
-        raise SystemExit(TOLD_TO_STOP)
+        raise SystemExit(STOPPED)
 
 
 def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard logits``: every array is written as soon as it is there; the file appears under
     its name when it is complete."""
     lines = _read_sequences(Path(args.input), args.hidden_states)
-    with together(world, args.watch.calls):
+    with raise_on_all(world, args.watch.calls):
         if world.rank == 0:
             check_output("--output", Path(args.output), Path(args.input))
     model = _load(args, world)
@@ -163,7 +174,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     names = [line["id"] for _, line in lines]
     _watch_routing(args, model, names, world)
     started = perf_counter()
-    scores = model.logits(sequences, args.hidden_states, args.prefill_chunk)
+    scores = model.logits(sequences, args.hidden_states, args.chunked_prefill_size)
     with _bar(world, len(sequences), "scoring", "sequence") as advance:
         if world.rank == 0:
             _write_scores(Path(args.output), names, scores, advance)
@@ -187,14 +198,14 @@ def bench(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     _report_load(args, model, load)
 
 
-def place(args: argparse.Namespace, world: MPI.Intracomm) -> None:
-    """``mpishard place``: one rank does it, however many were started."""
+def eplb(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard eplb``: one rank does it, however many were started."""
     if world.rank != 0:
         return
     source, target = Path(args.stats), Path(args.output)
     loads = read_loads(source)
     check_output("--output", target, source, "what is read")
-    placement = place_by_load(loads, args.ep, args.copies)
+    placement = rebalance(loads, args.ep, args.redundant_experts)
     _write_json("--output", target, placement.content)
     _say(f"{target}: {placement_summary(loads, placement)}")
 
@@ -216,9 +227,9 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.compute_dtype,
         args.line,
         cp=args.cp,
-        max_positions=args.max_positions,
+        max_model_len=args.max_model_len,
         watch=args.watch,
-        **{name: getattr(args, name) for name in SWITCHES},
+        **{name: getattr(args, name) for name in LAYOUT_OPTIONS},
     )
     if world.rank == 0:
         vendor, version = MPI.get_vendor()
@@ -229,15 +240,15 @@ def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
     return model
 
 
-def _count_load(args: argparse.Namespace, model: Model, world: MPI.Intracomm) -> Load | None:
-    """What --expert-stats counts, if it is given; the file that it names can be written."""
-    if args.expert_stats is None:
+def _count_load(args: argparse.Namespace, model: Model, world: MPI.Intracomm) -> ExpertLoad | None:
+    """What --expert-load counts, if it is given; the file that it names can be written."""
+    if args.expert_load is None:
         return None
-    model.check_has_experts("--expert-stats")
-    with together(world, args.watch.calls):
-        if args.expert_stats and world.rank == 0:
-            check_output("--expert-stats", Path(args.expert_stats))
-    return model.count_load()
+    model.check_has_experts("--expert-load")
+    with raise_on_all(world, args.watch.calls):
+        if args.expert_load and world.rank == 0:
+            check_output("--expert-load", Path(args.expert_load))
+    return model.track_expert_load()
 
 
 def _watch_routing(
@@ -254,7 +265,7 @@ def _watch_routing(
             "one of them out"
         )
     if record is not None:
-        with together(world, args.watch.calls):
+        with raise_on_all(world, args.watch.calls):
             if world.rank == 0:
                 check_output("--record-routing", Path(record))
         model.record_routing()
@@ -268,7 +279,7 @@ def _write_routing(
     """The end of --record-routing."""
     if args.record_routing is None:
         return
-    with together(world, args.watch.calls):
+    with raise_on_all(world, args.watch.calls):
         try:
             model.write_routing(args.record_routing, names)
         except OSError as error:
@@ -277,15 +288,15 @@ def _write_routing(
             ) from None
 
 
-def _report_load(args: argparse.Namespace, model: Model, load: Load | None) -> None:
-    """The end of --expert-stats."""
+def _report_load(args: argparse.Namespace, model: Model, load: ExpertLoad | None) -> None:
+    """The end of --expert-load."""
     if load is None:
         return
     report = load_report(model, load)
     if model.mesh.world.rank == 0:
         _say(load_table(report))
-        if args.expert_stats:
-            _write_json("--expert-stats", Path(args.expert_stats), report)
+        if args.expert_load:
+            _write_json("--expert-load", Path(args.expert_load), report)
 
 
 def _write_json(flag: str, target: Path, content: dict[str, Any]) -> None:
@@ -325,7 +336,7 @@ def _read_stdin() -> bytes:
 
 
 @contextmanager
-def _reporter(task: Task | None) -> Iterator[Callable[[Progress], None]]:
+def _reporter(task: BatchJob | None) -> Iterator[Callable[[Progress], None]]:
     """What shows the progress of a batch on rank 0: a bar where standard error reaches a terminal,
     else a line now and then."""
     started = said = perf_counter()
@@ -449,7 +460,7 @@ def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
 
 
 def _write_scores(
-    target: Path, names: list[str], scores: Iterator[Scores | None], advance: Any
+    target: Path, names: list[str], scores: Iterator[LogitsOutput | None], advance: Any
 ) -> None:
     """Write the .npz archive `target`, which bears another name until it is complete."""
     temporary = target.with_name(target.name + ".incomplete")

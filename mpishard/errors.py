@@ -25,7 +25,7 @@ def _legible(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-class Mismatch(Exception):
+class CollectiveMismatch(Exception):
     """Ranks of a group that do not begin the same collective: one sentence that names two of them,
     what each begins and from where.
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpishard.description.config import ModelConfig, Moe, Rope
+from mpishard.config.model_config import ModelConfig, MoEConfig, Rope
 
 
 class Routing(NamedTuple):
@@ -53,7 +53,7 @@ class Reference:
         for layer in range(self.config.layers):
             entering.append(x_SD)
             x_SD, normed_SD = self.attended(x_SD, layer)
-            if self.is_mixture(layer):
+            if self.is_moe_layer(layer):
                 x_SD = x_SD + self.mixture(normed_SD, f"model.layers.{layer}")
             else:
                 x_SD = x_SD + self.feed_forward(normed_SD, f"model.layers.{layer}.mlp")
@@ -65,7 +65,7 @@ class Reference:
         """Where each layer that is a mixture of experts sends the tokens."""
         _, hidden = self.forward(ids_S)
         found = {}
-        for layer in filter(self.is_mixture, range(self.config.layers)):
+        for layer in filter(self.is_moe_layer, range(self.config.layers)):
             _, normed_SD = self.attended(hidden[layer], layer)
             found[layer] = self.route(normed_SD, f"model.layers.{layer}")
         return found
@@ -79,7 +79,7 @@ class Reference:
             sequence.append(int(np.argmax(logits_SV[-1])))  # argmax takes the first of equals
         return sequence[len(ids) :]
 
-    def is_mixture(self, layer: int) -> bool:
+    def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` has experts."""
         return self.config.moe is not None and self.config.moe.layers[layer]
 
@@ -98,7 +98,7 @@ class Reference:
         q_SX = self.linear(x_SD, f"{name}.q_proj", c.qkv_bias)  # X: all heads
         k_SX = self.linear(x_SD, f"{name}.k_proj", c.qkv_bias)
         v_SX = self.linear(x_SD, f"{name}.v_proj", c.qkv_bias)
-        if c.qk_norm_whole:
+        if c.full_width_qk_norm:
             q_SX, k_SX = self.norm(q_SX, f"{name}.q_norm"), self.norm(k_SX, f"{name}.k_norm")
         q_SHK = q_SX.reshape(-1, c.heads, c.head_dim)
         k_SGK = k_SX.reshape(-1, c.kv_heads, c.head_dim)
@@ -133,31 +133,31 @@ class Reference:
         mla = c.mla
         assert mla is not None
         S = len(x_SD)
-        if mla.q_rank is None:
+        if mla.q_lora_rank is None:
             q_SX = self.linear(x_SD, f"{name}.q_proj", False)  # X: all heads
         else:
             latent_SX = self.linear(x_SD, f"{name}.q_a_proj", mla.bias)
             normed_SX = self.norm(latent_SX, f"{name}.q_a_layernorm", mla.norm_eps)
             q_SX = self.linear(normed_SX, f"{name}.q_b_proj", False)
-        q_SHK = q_SX.reshape(S, c.heads, mla.nope_dim + mla.rope_dim)
+        q_SHK = q_SX.reshape(S, c.heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim)
         # One latent per position, from which the keys' parts without position and the values of all
         # heads are made, and one key that carries the position for all of them.
         latent_SX = self.linear(x_SD, f"{name}.kv_a_proj_with_mqa", mla.bias)
-        latent_SX, shared_key_SK = np.split(latent_SX, [mla.kv_rank], axis=1)
+        latent_SX, shared_key_SK = np.split(latent_SX, [mla.kv_lora_rank], axis=1)
         normed_SX = self.norm(latent_SX, f"{name}.kv_a_layernorm", mla.norm_eps)
         kv_SX = self.linear(normed_SX, f"{name}.kv_b_proj", False)
-        kv_SHX = kv_SX.reshape(S, c.heads, mla.nope_dim + mla.value_dim)
+        kv_SHX = kv_SX.reshape(S, c.heads, mla.qk_nope_head_dim + mla.v_head_dim)
 
-        cos_SJ, sin_SJ = rotation(c.rope, mla.rope_dim, S)
+        cos_SJ, sin_SJ = rotation(c.rope, mla.qk_rope_head_dim, S)
         turn = rotate_neighbours if mla.interleaved else rotate
         shared_key_SK = turn(shared_key_SK, cos_SJ, sin_SJ)
-        scale = latent_score_factor(c.rope) / math.sqrt(mla.nope_dim + mla.rope_dim)
+        scale = latent_score_factor(c.rope) / math.sqrt(mla.qk_nope_head_dim + mla.qk_rope_head_dim)
         hidden_SS = ~visible(S, window)
-        out_SHK = np.empty((S, c.heads, mla.value_dim), x_SD.dtype)
+        out_SHK = np.empty((S, c.heads, mla.v_head_dim), x_SD.dtype)
         for h in range(c.heads):
-            nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.nope_dim], axis=1)
+            nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.qk_nope_head_dim], axis=1)
             q_SK = np.concatenate([nope_SK, turn(rope_SK, cos_SJ, sin_SJ)], axis=1)
-            nope_SK, v_SK = np.split(kv_SHX[:, h], [mla.nope_dim], axis=1)
+            nope_SK, v_SK = np.split(kv_SHX[:, h], [mla.qk_nope_head_dim], axis=1)
             k_SK = np.concatenate([nope_SK, shared_key_SK], axis=1)
             scores_SS = q_SK @ k_SK.T * scale
             scores_SS[hidden_SS] = -np.inf
@@ -175,7 +175,7 @@ class Reference:
             chosen = zip(routing.experts_SA[token], routing.weights_SA[token], strict=True)
             for expert, weight in chosen:
                 y_SD[token] += weight * self.expert(x_SD[token], name, expert)
-        if moe.shared_ffn:
+        if moe.shared_expert_intermediate_size:
             shared_SD = self.feed_forward(x_SD, f"{name}.{moe.names.shared}")
             if moe.shared_gate:
                 gate_DX = self.weights[f"{name}.{moe.names.shared_gate}"].T  # (D, 1)
@@ -196,13 +196,13 @@ class Reference:
             logits_SE = logits_SE + self.weights[f"{name}.{stacked.router_bias}"]
         scores_SE = {"softmax": softmax, "sigmoid": sigmoid}[moe.scoring](logits_SE)
         chosen_by_SE = scores_SE
-        if moe.selection_bias:
-            chosen_by_SE = scores_SE + self.weights[f"{name}.{moe.names.selection_bias}"]
+        if moe.e_score_correction_bias:
+            chosen_by_SE = scores_SE + self.weights[f"{name}.{moe.names.e_score_correction_bias}"]
         experts_SA, margin_S = choose(chosen_by_SE, moe)
         weights_SA = np.take_along_axis(scores_SE, experts_SA, axis=1)
-        if moe.normalized:
+        if moe.norm_topk_prob:
             weights_SA = weights_SA / weights_SA.sum(axis=1, keepdims=True)
-        return Routing(experts_SA, weights_SA * moe.scaling, margin_S)
+        return Routing(experts_SA, weights_SA * moe.routed_scaling_factor, margin_S)
 
     def expert(self, x_D: np.ndarray, name: str, number: int) -> np.ndarray:
         """What one expert of the layer called `name` makes of one token."""
@@ -260,18 +260,18 @@ class Reference:
         return x / np.sqrt(mean_square + eps) * self.weights[f"{name}.weight"]
 
 
-def choose(scores_SE: np.ndarray, moe: Moe) -> tuple[np.ndarray, np.ndarray]:
+def choose(scores_SE: np.ndarray, moe: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
     """The experts (S, A) of each token, ascending, and the margin (S,) of the choice: the best
-    `moe.kept_groups` groups, and in them the best `moe.top_k` experts, the lower number among
+    `moe.topk_group` groups, and in them the best `moe.top_k` experts, the lower number among
     equals."""
     S = len(scores_SE)
     margin_S = np.full(S, np.inf)
-    if moe.kept_groups < moe.groups:
-        members = scores_SE.reshape(S, moe.groups, -1)
+    if moe.topk_group < moe.n_group:
+        members = scores_SE.reshape(S, moe.n_group, -1)
         best = np.sort(members, axis=2)
         group_scores = best[:, :, -1] if moe.group_score == "max" else best[:, :, -2:].sum(axis=2)
-        kept, margin_S = top(group_scores, moe.kept_groups)
-        excluded = np.ones((S, moe.groups), bool)
+        kept, margin_S = top(group_scores, moe.topk_group)
+        excluded = np.ones((S, moe.n_group), bool)
         np.put_along_axis(excluded, kept, False, axis=1)
         scores_SE = np.where(excluded[:, :, None], -np.inf, members).reshape(S, -1)
     experts_SA, margin_of_experts_S = top(scores_SE, moe.top_k)

@@ -44,7 +44,7 @@ def main() -> None:
         replicas = ["--dp", str(args.replicas)]
         spread, found_spread = answer(args.model, source, args.replicas, replicas)
         together, found_together = answer(args.model, source, 1, [])
-        alone, expected = answer(args.model, source, 1, ["--max-sequences", "1"])
+        alone, expected = answer(args.model, source, 1, ["--max-num-seqs", "1"])
         for name, seconds, beside in (
             ("one by one", alone, alone),
             ("together", together, alone),

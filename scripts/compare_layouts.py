@@ -3,7 +3,7 @@
 
     mpirun -n 2 python scripts/compare_layouts.py MODEL [LAYOUT …] [--rounds 12]
 
-Layouts are written as `mpishard.load` takes them: tp=2 dp=2 cp=2,prefill=all-gather …
+Layouts are written as `mpishard.load` takes them: tp=2 dp=2 cp=2,cp_prefill=all-gather …
 
 In each round one rank alone, while the others sleep, and then all ranks in each of the layouts take
 in a prompt for each replica and generate after it, so that a slow moment of the machine meets all
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpishard import launch  # noqa: E402
+from mpishard.runtime import launch  # noqa: E402
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,7 +42,7 @@ PARSER.add_argument("--rounds", type=int, default=12, metavar="N", help="after o
 
 ALONE = "one rank"
 # Seconds between two looks of a rank that has nothing to do.
-NAP = 0.002
+POLL_SECONDS = 0.002
 
 # Tokens a second of prompts and of generation, and bytes a second of matrix-vector products.
 Figures = tuple[float, float, float]
@@ -50,11 +50,11 @@ Figures = tuple[float, float, float]
 
 def layout(word: str) -> dict[str, int | str | bool]:
     """The arguments of `mpishard.load` that a word stands for."""
-    switches: dict[str, int | str | bool] = {}
+    layout_options: dict[str, int | str | bool] = {}
     for switch in word.split(","):
         name, sign, value = switch.partition("=")
-        switches[name] = int(value) if value.isdecimal() else value if sign else True
-    return switches
+        layout_options[name] = int(value) if value.isdecimal() else value if sign else True
+    return layout_options
 
 
 def main(world: MPI.Intracomm) -> None:
@@ -111,7 +111,7 @@ def take_turn(
     # The others sleep meanwhile, where MPI's own barrier would keep their cores busy.
     request = world.Ibarrier()
     while not request.Test():
-        sleep(NAP)
+        sleep(POLL_SECONDS)
     return figures
 
 

@@ -32,7 +32,7 @@ PARSER.add_argument("--threads", type=int, default=1, metavar="N")
 PARSER.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds, after a warm-up")
 ARGS = PARSER.parse_args()
 
-from mpishard import launch  # noqa: E402
+from mpishard.runtime import launch  # noqa: E402
 
 os.environ["OPENBLAS_NUM_THREADS"] = str(ARGS.threads)
 launch.start()  # what every rank does before it loads NumPy
@@ -42,16 +42,16 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import mpishard  # noqa: E402
-from mpishard.arithmetic.packed import pack  # noqa: E402
-from mpishard.arithmetic.products import KERNELS  # noqa: E402
-from mpishard.engine.sampling import Draw, Sampling, choose  # noqa: E402
+from mpishard.arithmetic.gemm import KERNELS  # noqa: E402
+from mpishard.engine.sampling import Sampling, SamplingRow, sample  # noqa: E402
+from mpishard.sequences.step import pack  # noqa: E402
 
 # Seconds in which the threads of the one that had its turn go to sleep.
 PAUSE = 0.2
 ATTENTIONS = ("eager", "sdpa")
 
 # (B, S) new tokens -> ((B,) chosen tokens, (B, V) logits); remembers the sequences.
-Feed = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+ScheduledChunk = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def main() -> None:
@@ -75,7 +75,9 @@ def main() -> None:
 def compare(ours: mpishard.Model, theirs: transformers.PreTrainedModel, batch: int) -> None:
     """Print the lines of one batch size."""
     ids_BS = np.random.default_rng(0).integers(ours.config.vocab, size=(batch, ARGS.prompt_tokens))
-    contestants: dict[str, Callable[[], Feed]] = {"mpishard": partial(feed_mpishard, ours, batch)}
+    contestants: dict[str, Callable[[], ScheduledChunk]] = {
+        "mpishard": partial(feed_mpishard, ours, batch)
+    }
     for attention in ATTENTIONS:
         contestants[attention] = partial(feed_transformers, theirs, attention)
     times: dict[tuple[str, str], list[float]] = {}
@@ -93,7 +95,7 @@ def compare(ours: mpishard.Model, theirs: transformers.PreTrainedModel, batch: i
     print(f"largest difference of logits: {difference:.1e} of their standard deviation")
 
 
-def run(feed: Feed, ids_BS: np.ndarray) -> tuple[float, float, np.ndarray]:
+def run(feed: ScheduledChunk, ids_BS: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Seconds of the prompt and of one generation step, and the logits after the prompt."""
     started = perf_counter()
     ids_B, logits_BV = feed(ids_BS)
@@ -104,19 +106,19 @@ def run(feed: Feed, ids_BS: np.ndarray) -> tuple[float, float, np.ndarray]:
     return prompt, (perf_counter() - started) / ARGS.max_tokens, logits_BV
 
 
-def feed_mpishard(model: mpishard.Model, batch: int) -> Feed:
+def feed_mpishard(model: mpishard.Model, batch: int) -> ScheduledChunk:
     decoder = model.decoder
-    caches = [decoder.new_cache(ARGS.prompt_tokens + ARGS.max_tokens) for _ in range(batch)]
+    caches = [decoder.allocate_cache(ARGS.prompt_tokens + ARGS.max_tokens) for _ in range(batch)]
 
     def feed(ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits_BV = decoder.forward(pack(list(zip(ids_BS, caches, strict=True)), decoder.division))
-        draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
-        return np.array(choose(logits_BV, draws, decoder.config.vocab, decoder.mesh)), logits_BV
+        rows = [SamplingRow(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
+        return np.array(sample(logits_BV, rows, decoder.config.vocab, decoder.mesh)), logits_BV
 
     return feed
 
 
-def feed_transformers(model: transformers.PreTrainedModel, attention: str) -> Feed:
+def feed_transformers(model: transformers.PreTrainedModel, attention: str) -> ScheduledChunk:
     model.set_attn_implementation(attention)
     cache = transformers.DynamicCache(config=model.config)
 

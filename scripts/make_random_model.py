@@ -23,8 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpishard.description.config import ModelConfig  # noqa: E402
-from mpishard.description.partition import Weight, weight_table  # noqa: E402
+from mpishard.config.model_config import ModelConfig  # noqa: E402
+from mpishard.config.weight_specs import WeightSpec, weight_specs  # noqa: E402
 from mpishard.errors import UserError  # noqa: E402
 
 # How safetensors and config.json name the types of weights.
@@ -82,7 +82,7 @@ def write_weights(config: ModelConfig, path: Path, dtype: str, seed: int) -> int
     name, number_type = DTYPES[dtype]
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for weight in weight_table(config):
+    for weight in weight_specs(config):
         start, end = end, end + math.prod(weight.shape) * np.dtype(number_type).itemsize
         header[weight.name] = {"dtype": name, "shape": weight.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
@@ -90,13 +90,13 @@ def write_weights(config: ModelConfig, path: Path, dtype: str, seed: int) -> int
     random = np.random.default_rng(seed)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for weight in weight_table(config):
+        for weight in weight_specs(config):
             for block in draw(weight, random):
                 file.write(block.astype(number_type).tobytes())
         return file.tell()
 
 
-def draw(weight: Weight, random: np.random.Generator) -> Iterator[np.ndarray]:
+def draw(weight: WeightSpec, random: np.random.Generator) -> Iterator[np.ndarray]:
     """The elements of one weight in C order, in blocks."""
     size = math.prod(weight.shape)
     if len(weight.shape) == 1:

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mpishard.description.config import Mla, ModelConfig
-from mpishard.description.partition import separate_names, weight_table
+from mpishard.config.model_config import MLAConfig, ModelConfig
+from mpishard.config.weight_specs import per_expert_names, weight_specs
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PROMPT_LENGTHS = (11, 21)
@@ -487,7 +487,7 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
     if config.moe is None:
         return {
             weight.name: _draw(random, weight.field, weight.shape).astype(dtype)
-            for weight in weight_table(config)
+            for weight in weight_specs(config)
         }
     wide = ("e_score_correction_bias",)  # as in every checkpoint
     return {
@@ -502,13 +502,13 @@ def separate_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndar
     config, weights = tiny_config(variant), tiny_weights(variant, dtype)
     if config.moe is None or config.moe.names.separate is not None:
         return weights
-    names, stacked = separate_names(config.moe), config.moe.names.stacked
+    names, stacked = per_expert_names(config.moe), config.moe.names.stacked
     for layer in np.flatnonzero(config.moe.layers):
         name = f"model.layers.{layer}."
         gate_up, down = weights.pop(name + stacked.gate_up), weights.pop(name + stacked.down)
         gate_up_bias = weights.pop(f"{name}{stacked.gate_up_bias}")
         down_bias = weights.pop(f"{name}{stacked.down_bias}")
-        for expert in range(config.moe.experts):
+        for expert in range(config.moe.num_experts):
             for part, matrix, bias in (
                 (names.gate, gate_up[expert, :, ::2].T, gate_up_bias[expert, ::2]),
                 (names.up, gate_up[expert, :, 1::2].T, gate_up_bias[expert, 1::2]),
@@ -532,7 +532,7 @@ def stacked_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarr
         parts = {
             part: [
                 weights.pop(name + getattr(separate, part).format(expert))
-                for expert in range(config.moe.experts)
+                for expert in range(config.moe.num_experts)
             ]
             for part in ("gate", "up", "down")
         }
@@ -576,30 +576,30 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["o_proj.bias"] = (D,)
     if config.qk_norm:
         shapes |= {f"{part}_norm.weight": (config.head_dim,) for part in "qk"}
-    if config.qk_norm_whole:
+    if config.full_width_qk_norm:
         shapes |= {"q_norm.weight": (q,), "k_norm.weight": (kv,)}
     if config.sinks:
         shapes["sinks"] = (config.heads,)
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
 
 
-def _latent_shapes(config: ModelConfig, mla: Mla) -> dict[str, tuple[int, ...]]:
+def _latent_shapes(config: ModelConfig, mla: MLAConfig) -> dict[str, tuple[int, ...]]:
     D, H, query = config.hidden, config.heads, config.heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {}
-    if mla.q_rank is None:
+    if mla.q_lora_rank is None:
         shapes["q_proj.weight"] = (query, D)
     else:
-        shapes["q_a_proj.weight"] = (mla.q_rank, D)
+        shapes["q_a_proj.weight"] = (mla.q_lora_rank, D)
         if mla.bias:
-            shapes["q_a_proj.bias"] = (mla.q_rank,)
-        shapes["q_a_layernorm.weight"] = (mla.q_rank,)
-        shapes["q_b_proj.weight"] = (query, mla.q_rank)
-    shapes["kv_a_proj_with_mqa.weight"] = (mla.kv_rank + mla.rope_dim, D)
+            shapes["q_a_proj.bias"] = (mla.q_lora_rank,)
+        shapes["q_a_layernorm.weight"] = (mla.q_lora_rank,)
+        shapes["q_b_proj.weight"] = (query, mla.q_lora_rank)
+    shapes["kv_a_proj_with_mqa.weight"] = (mla.kv_lora_rank + mla.qk_rope_head_dim, D)
     if mla.bias:
-        shapes["kv_a_proj_with_mqa.bias"] = (mla.kv_rank + mla.rope_dim,)
-    shapes["kv_a_layernorm.weight"] = (mla.kv_rank,)
-    shapes["kv_b_proj.weight"] = (H * (mla.nope_dim + mla.value_dim), mla.kv_rank)
-    shapes["o_proj.weight"] = (D, H * mla.value_dim)
+        shapes["kv_a_proj_with_mqa.bias"] = (mla.kv_lora_rank + mla.qk_rope_head_dim,)
+    shapes["kv_a_layernorm.weight"] = (mla.kv_lora_rank,)
+    shapes["kv_b_proj.weight"] = (H * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    shapes["o_proj.weight"] = (D, H * mla.v_head_dim)
     if config.o_bias:
         shapes["o_proj.bias"] = (D,)
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
@@ -610,7 +610,7 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
     assert moe is not None
     if not moe.layers[layer]:
         return _gated_shapes("mlp", config.ffn, D, config.mlp_bias)
-    separate, E, F = moe.names.separate, moe.experts, moe.ffn
+    separate, E, F = moe.names.separate, moe.num_experts, moe.moe_intermediate_size
     if separate is None:
         return {
             "mlp.router.weight": (E, D),
@@ -621,16 +621,18 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
             "mlp.experts.down_proj_bias": (E, D),
         }
     shapes: dict[str, tuple[int, ...]] = {separate.router: (E, D)}
-    if moe.names.selection_bias:
-        shapes[moe.names.selection_bias] = (E,)
+    if moe.names.e_score_correction_bias:
+        shapes[moe.names.e_score_correction_bias] = (E,)
     for expert in range(E):
         shapes |= {
             separate.gate.format(expert): (F, D),
             separate.up.format(expert): (F, D),
             separate.down.format(expert): (D, F),
         }
-    if moe.shared_ffn:
-        shapes |= _gated_shapes(moe.names.shared, moe.shared_ffn, D, config.mlp_bias)
+    if moe.shared_expert_intermediate_size:
+        shapes |= _gated_shapes(
+            moe.names.shared, moe.shared_expert_intermediate_size, D, config.mlp_bias
+        )
     if moe.names.shared_gate:
         shapes[moe.names.shared_gate] = (1, D)
     return shapes

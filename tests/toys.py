@@ -12,19 +12,19 @@ import numpy as np
 from mpi4py import MPI
 from tiny_models import VARIANTS, separate_weights, tiny_config, tiny_weights
 
-from mpishard.arithmetic.packed import KVCache, Step
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig
-from mpishard.description.expert_placement import ExpertPlacement
-from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, block, block_sizes
-from mpishard.description.partition import weights_of
-from mpishard.model import Decoder, Observer
+from mpishard.config.expert_placement import ExpertPlacement
+from mpishard.config.layout import CP_ORDERS, CP_PREFILLS, DECODE_MERGES, Layout, block, block_sizes
+from mpishard.config.model_config import ModelConfig
+from mpishard.config.weight_specs import specs_of_shard
+from mpishard.model import Decoder, HiddenStateHook
 from mpishard.parallel import context
 from mpishard.reference import Reference
+from mpishard.sequences.step import KVCache, Step
 
 FORMS = list(
-    product((True, False), (True, False), PREFILLS, ORDERS, MERGES, (1, 3))
+    product((True, False), (True, False), CP_PREFILLS, CP_ORDERS, DECODE_MERGES, (1, 3))
 )  # sequence_parallel, flash_decoding, prefill, order, merge, interleave
 
 
@@ -60,13 +60,13 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
 
 def switched(layout: Layout, config: ModelConfig, turn: int) -> Layout:
     """`layout` in the forms whose turn it is, as far as they have an effect."""
-    sp, flash, prefill, order, merge, interleave = FORMS[turn % len(FORMS)]
+    sp, flash, prefill, order, merge, interleave_size = FORMS[turn % len(FORMS)]
     shares = config.heads > config.kv_heads
     layout = replace(layout, sequence_parallel=sp, flash_decoding=flash and shares)
     if layout.cp > 1:
-        layout = replace(layout, prefill=prefill, order=order)
-    if layout.divides_cache:
-        layout = replace(layout, merge=merge, interleave=interleave)
+        layout = replace(layout, cp_prefill=prefill, cp_order=order)
+    if layout.shards_kv_positions:
+        layout = replace(layout, decode_merge=merge, cp_kv_cache_interleave_size=interleave_size)
     return layout
 
 
@@ -84,7 +84,7 @@ def mesh_of(
     """The mesh of `layout` for `variant`, freed afterwards."""
     mesh = Mesh.split(comm, layout, tiny_config(variant), placement)
     yield mesh
-    for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv, mesh.experts, mesh.ep, mesh.etp):
+    for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv, mesh.moe, mesh.ep, mesh.etp):
         group.comm.Free()
 
 
@@ -92,8 +92,10 @@ def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:
     """`variant` on this rank of `mesh`, cut by the partition table."""
     config, weights = tiny_config(variant), separate_weights(variant, dtype)
     shards = {
-        weight.name: weights[weight.name][weight.slices(config, mesh.cut, mesh.weights)]
-        for weight in weights_of(config, mesh.cut, mesh.weights)
+        weight.name: weights[weight.name][
+            weight.slices(config, mesh.weight_sharding, mesh.shard_index)
+        ]
+        for weight in specs_of_shard(config, mesh.weight_sharding, mesh.shard_index)
     }
     return Decoder(config, shards, mesh)
 
@@ -108,11 +110,11 @@ class Recorder(Decoder):
         self.logits: list[np.ndarray] = []
         self.asked: list[list[tuple[KVCache, int]]] = []
 
-    def forward(self, step: Step, observe: Observer | None = None) -> np.ndarray:
+    def forward(self, step: Step, observe: HiddenStateHook | None = None) -> np.ndarray:
         self.steps.append(step)
         self.logits.append(super().forward(step, observe))
-        complete = [s for s in step.segments if s.known == s.cache.length]
-        self.asked.append([(segment.cache, segment.known) for segment in complete])
+        complete = [s for s in step.segments if s.num_known == s.cache.length]
+        self.asked.append([(segment.cache, segment.num_known) for segment in complete])
         return self.logits[-1]
 
 
@@ -144,12 +146,14 @@ def whole_logits(logits_Mv: np.ndarray, model: Decoder, step: Step) -> np.ndarra
     tp = model.mesh.tp
     sizes = block_sizes(model.config.vocab, tp.size)
     logits_MV = all_gather(logits_Mv, tp, axis=1, sizes=sizes)
-    return context.whole(logits_MV, step.answers, model.mesh)
+    return context.gather_sequence(logits_MV, step.logits_owner_index, model.mesh)
 
 
 def slices(step: Step) -> list[slice]:
     """The places of each sequence's new tokens among those of all ranks."""
-    stops = np.cumsum([sum(map(len, segment.tokens)) for segment in step.segments]).tolist()
+    stops = np.cumsum(
+        [sum(map(len, segment.positions_by_rank)) for segment in step.segments]
+    ).tolist()
     return [slice(*bounds) for bounds in pairwise([0, *stops])]
 
 
@@ -157,11 +161,11 @@ def tokens_of_ranks(mesh: Mesh, model: Decoder, count: int) -> list[np.ndarray]:
     """The positions of a prompt of `count` tokens, fed by the first replica, that each rank which
     shares the experts routes."""
     layout = mesh.layout
-    if mesh.world.rank // max(layout.replica, layout.ep) != 0:
-        return [np.empty(0, int)] * mesh.experts.size
+    if mesh.world.rank // max(layout.replica_size, layout.ep) != 0:
+        return [np.empty(0, int)] * mesh.moe.size
     tokens = []
-    for replica in range(layout.together):
-        for at in model.division.tokens(0, count):
+    for replica in range(layout.replicas_per_ep_group):
+        for at in model.sequence_sharding.tokens(0, count):
             at = at if replica == 0 else at[:0]
             tokens += [at[block(len(at), layout.tp, rank)] for rank in range(layout.tp)]
     return tokens

@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mpishard.arithmetic.products import SMALL_PRODUCT
+from mpishard.arithmetic.gemm import SMALL_GEMM_SIZE
 
 # A block of scores has so many rows, one for each query and head, and so many keys: 1 MiB, which
 # the second-level cache of a core holds.
@@ -36,14 +36,14 @@ SMALLEST_SUM, LARGEST_SUM = 1e-20, 1e20
 
 def attend(
     q_ShK: np.ndarray,
-    q_at_S: np.ndarray,
+    q_pos_S: np.ndarray,
     k_gTK: np.ndarray,
     v_gTV: np.ndarray,
-    k_at_T: np.ndarray,
+    k_pos_T: np.ndarray,
     scale: float,
     window: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of the queries at the positions `q_at_S` of a sequence over the keys at `k_at_T`,
+    """Attention of the queries at the positions `q_pos_S` of a sequence over the keys at `k_pos_T`,
     both strictly ascending: ``(out_ShV, lse_Sh)``.
 
     The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or at 0 to ``p`` without a
@@ -54,24 +54,24 @@ def attend(
     g = len(k_gTK)
     q_SgrK = q_ShK.reshape(S, g, h // g, K)
     if S == 1:
-        seen = _seen_by_one(q_at_S[0], k_at_T, window)
+        seen = _seen_by_one(q_pos_S[0], k_pos_T, window)
         out_SgrV, lse_Sgr = _attend_one(q_SgrK, k_gTK[:, seen], v_gTV[:, seen], scale)
     else:
-        bounds = _seen(q_at_S, k_at_T, window)
+        bounds = _seen(q_pos_S, k_pos_T, window)
         out_SgrV, lse_Sgr = _attend_many(q_SgrK, k_gTK, v_gTV, *bounds, scale)
     return out_SgrV.reshape(S, h, v_gTV.shape[2]), lse_Sgr.reshape(S, h)
 
 
-def merge(
+def merge_attn_states(
     out_a_ShV: np.ndarray, lse_a_Sh: np.ndarray, out_b_ShV: np.ndarray, lse_b_Sh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention over two disjoint sets of keys, from the attention over each: ``(out_ShV,
     lse_Sh)``."""
-    (a_Sh, b_Sh), lse_Sh = shares(np.stack([lse_a_Sh, lse_b_Sh]))
+    (a_Sh, b_Sh), lse_Sh = merge_weights(np.stack([lse_a_Sh, lse_b_Sh]))
     return a_Sh[..., np.newaxis] * out_a_ShV + b_Sh[..., np.newaxis] * out_b_ShV, lse_Sh
 
 
-def shares(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_weights(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What the attention over each of ``R`` disjoint sets of keys contributes to the attention over
     all of them, and the log-sum-exp of that: ``(share_RSh, lse_Sh)``.
 
@@ -84,22 +84,22 @@ def shares(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return share_RSh, peak_Sh + _log(total_Sh)
 
 
-def _seen_by_one(q_at: int, k_at_T: np.ndarray, window: int | None) -> slice:
+def _seen_by_one(q_at: int, k_pos_T: np.ndarray, window: int | None) -> slice:
     """The keys that the query at `q_at` sees."""
-    if window is None and len(k_at_T) and k_at_T[-1] <= q_at:
+    if window is None and len(k_pos_T) and k_pos_T[-1] <= q_at:
         return slice(None)
-    (start,), (stop,) = _seen(np.array([q_at]), k_at_T, window)
+    (start,), (stop,) = _seen(np.array([q_at]), k_pos_T, window)
     return slice(start, stop)
 
 
 def _seen(
-    q_at_S: np.ndarray, k_at_T: np.ndarray, window: int | None
+    q_pos_S: np.ndarray, k_pos_T: np.ndarray, window: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where among the keys those begin and end that each query sees: ``(start_S, stop_S)``."""
-    stop_S = np.searchsorted(k_at_T, q_at_S, side="right")
+    stop_S = np.searchsorted(k_pos_T, q_pos_S, side="right")
     if window is None:
         return np.zeros_like(stop_S), stop_S
-    return np.searchsorted(k_at_T, q_at_S - window, side="right"), stop_S
+    return np.searchsorted(k_pos_T, q_pos_S - window, side="right"), stop_S
 
 
 def _attend_one(
@@ -116,7 +116,7 @@ def _attend_one(
         return np.zeros((g, r, V), dtype), np.full((g, r), -np.inf, dtype)
     q_grK = q_1grK[0] * dtype.type(scale)
     k_gKT = k_gTK.transpose(0, 2, 1)
-    blocks = _slices(T, SMALL_PRODUCT // (r * K))
+    blocks = _slices(T, SMALL_GEMM_SIZE // (r * K))
     scores_grT = np.empty((g, r, T), dtype)
     for keys in blocks:
         np.matmul(q_grK, k_gKT[:, :, keys], out=scores_grT[:, :, keys])

@@ -48,10 +48,10 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 # (gate, up) -> hidden, of a gated feed-forward network (Shazeer 2020, arXiv 2002.05202)
-Gate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+GLU = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def gated(activation: str) -> Gate:
+def glu(activation: str) -> GLU:
     """``activation(gate) * up``."""
 
     def hidden(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def gated(activation: str) -> Gate:
     return hidden
 
 
-def clamped(alpha: float, limit: float) -> Gate:
+def clamped_swiglu(alpha: float, limit: float) -> GLU:
     """``gate * sigmoid(alpha * gate) * (up + 1)``, the gate cut off above `limit` and `up` beyond
     both its signs, as gpt-oss has it."""
 

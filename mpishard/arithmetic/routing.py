@@ -5,9 +5,8 @@ goes by (the scores, or scores with a bias that takes no part in the weights, or
 best groups of experts), and in the weights (the scores as they are or divided by their sum).
 Sources: Mixtral, arXiv 2401.04088; DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
 
-`Capacity` is a limit on the rows that an expert takes, as GShard (arXiv 2006.16668) and Switch
-Transformers (arXiv 2101.03961) have it.
-"""
+`ExpertCapacity` is a limit on the rows that an expert takes, as GShard (arXiv 2006.16668) and
+Switch Transformers (arXiv 2101.03961) have it."""
 
 from __future__ import annotations
 
@@ -22,16 +21,16 @@ from mpishard.arithmetic.ops import sigmoid
 
 @dataclass(frozen=True)
 class Router:
-    """How tokens choose `top_k` experts. `groups` of neighbouring experts are scored by the "max"
-    or the "top-2 sum" of their members' scores, and only members of the best `kept_groups` can be
+    """How tokens choose `top_k` experts. `n_group` of neighbouring experts are scored by the "max"
+    or the "top-2 sum" of their members' scores, and only members of the best `topk_group` can be
     chosen."""
 
     top_k: int
     scoring: str = "softmax"  # or "sigmoid"
-    normalized: bool = False
-    scaling: float = 1.0
-    groups: int = 1
-    kept_groups: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
     group_score: str = "max"
 
     def route(
@@ -41,40 +40,40 @@ class Router:
         weights_nA)``. `bias_E` is added to the scores for choosing alone. Of equal scores the
         lowest expert's comes first."""
         scores_nE = SCORINGS[self.scoring](logits_nE)
-        choice_nE = scores_nE if bias_E is None else scores_nE + bias_E
-        if self.groups > 1:
-            choice_nE = self._in_best_groups(choice_nE)
-        ids_nA = np.argsort(-choice_nE, axis=1, kind="stable")[:, : self.top_k]
-        ids_nA = np.sort(ids_nA, axis=1)
-        weights_nA = np.take_along_axis(scores_nE, ids_nA, axis=1)
-        if self.normalized:
-            weights_nA = weights_nA / weights_nA.sum(axis=1, keepdims=True)
-        return ids_nA, weights_nA * weights_nA.dtype.type(self.scaling)
+        scores_for_choice_nE = scores_nE if bias_E is None else scores_nE + bias_E
+        if self.n_group > 1:
+            scores_for_choice_nE = self._in_topk_groups(scores_for_choice_nE)
+        topk_ids_nA = np.argsort(-scores_for_choice_nE, axis=1, kind="stable")[:, : self.top_k]
+        topk_ids_nA = np.sort(topk_ids_nA, axis=1)
+        topk_weights_nA = np.take_along_axis(scores_nE, topk_ids_nA, axis=1)
+        if self.norm_topk_prob:
+            topk_weights_nA = topk_weights_nA / topk_weights_nA.sum(axis=1, keepdims=True)
+        return topk_ids_nA, topk_weights_nA * topk_weights_nA.dtype.type(self.routed_scaling_factor)
 
-    def _in_best_groups(self, choice_nE: np.ndarray) -> np.ndarray:
+    def _in_topk_groups(self, scores_for_choice_nE: np.ndarray) -> np.ndarray:
         """The scores, -inf for the experts of other groups."""
-        n, E = choice_nE.shape
-        choice_nGe = choice_nE.reshape(n, self.groups, E // self.groups)
+        n, E = scores_for_choice_nE.shape
+        choice_nGe = scores_for_choice_nE.reshape(n, self.n_group, E // self.n_group)
         if self.group_score == "max":
             best_nG = choice_nGe.max(axis=2)
         else:
             best_nG = np.sort(choice_nGe, axis=2)[:, :, -2:].sum(axis=2)
-        kept_nk = np.argsort(-best_nG, axis=1, kind="stable")[:, : self.kept_groups]
-        is_kept_nG = np.zeros((n, self.groups), bool)
+        kept_nk = np.argsort(-best_nG, axis=1, kind="stable")[:, : self.topk_group]
+        is_kept_nG = np.zeros((n, self.n_group), bool)
         np.put_along_axis(is_kept_nG, kept_nk, True, axis=1)
         return np.where(is_kept_nG[:, :, np.newaxis], choice_nGe, -np.inf).reshape(n, E)
 
 
 @dataclass(frozen=True)
-class Capacity:
+class ExpertCapacity:
     """An expert takes `factor` times the rows that it would have if all experts had equally many,
-    rounded up. Those kept are the ones of the largest weights ("probability"; of equal ones the
+    rounded up. Those kept are the ones of the largest weights ("probs"; of equal ones the
     first token's), or the first tokens' ("position")."""
 
     factor: float
-    drop: str = "probability"
+    drop_policy: str = "probs"
 
-    def rows(self, tokens: int, top_k: int, experts: int) -> int:
+    def max_rows(self, tokens: int, top_k: int, experts: int) -> int:
         """The rows that an expert takes of `tokens` tokens that choose `top_k` of so many experts.
 
         >>> Capacity(1.1).rows(tokens=30, top_k=2, experts=6)
@@ -83,27 +82,31 @@ class Capacity:
         # The factor as it was typed: in binary 0.1 * 3 is more than 0.3.
         return math.ceil(Fraction(str(self.factor)) * tokens * top_k / experts)
 
-    def kept(self, ids_nA: np.ndarray, weights_nA: np.ndarray, experts: int) -> np.ndarray:
+    def keep_mask(
+        self, topk_ids_nA: np.ndarray, topk_weights_nA: np.ndarray, experts: int
+    ) -> np.ndarray:
         """Which of the tokens' choices their experts take: (n, A), of type bool."""
-        by = weights_nA if self.drop == "probability" else None
-        n, A = ids_nA.shape
-        return turns(ids_nA, by) < self.rows(n, A, experts)
+        by = topk_weights_nA if self.drop_policy == "probs" else None
+        n, A = topk_ids_nA.shape
+        return position_in_expert(topk_ids_nA, by) < self.max_rows(n, A, experts)
 
 
-def turns(ids_nA: np.ndarray, weights_nA: np.ndarray | None = None) -> np.ndarray:
+def position_in_expert(
+    topk_ids_nA: np.ndarray, topk_weights_nA: np.ndarray | None = None
+) -> np.ndarray:
     """The how-manieth of its expert's rows each choice of a token is, from 0: (n, A). They come in
     the order of the tokens, or those of large weights before those of small ones.
 
     >>> turns(np.array([[0, 2], [1, 2], [0, 2]])).tolist()
     [[0, 0], [0, 1], [1, 2]]
     """
-    ids_m = ids_nA.reshape(-1)
-    keys = [ids_m] if weights_nA is None else [-weights_nA.reshape(-1), ids_m]
+    ids_m = topk_ids_nA.reshape(-1)
+    keys = [ids_m] if topk_weights_nA is None else [-topk_weights_nA.reshape(-1), ids_m]
     order_m = np.lexsort(keys)  # stable, by the last key first
     sorted_m = ids_m[order_m]
-    turn_m = np.empty_like(order_m)
-    turn_m[order_m] = np.arange(len(ids_m)) - np.searchsorted(sorted_m, sorted_m)
-    return turn_m.reshape(ids_nA.shape)
+    position_m = np.empty_like(order_m)
+    position_m[order_m] = np.arange(len(ids_m)) - np.searchsorted(sorted_m, sorted_m)
+    return position_m.reshape(topk_ids_nA.shape)
 
 
 def softmax(logits_nE: np.ndarray) -> np.ndarray:

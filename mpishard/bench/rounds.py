@@ -22,27 +22,27 @@ import numpy as np
 from mpi4py import MPI
 
 from mpishard.api import Model
-from mpishard.arithmetic.packed import Feed, KVCache, Step, pack
-from mpishard.arithmetic.products import KERNELS
+from mpishard.arithmetic.gemm import KERNELS
 from mpishard.bench.counts import (
-    Work,
-    generation_work,
-    prompt_work,
+    StepCost,
+    decode_cost,
+    prefill_cost,
     read_bytes,
     shard_of,
     weight_bytes,
 )
 from mpishard.communication.collectives import MAX, MIN, all_reduce, barrier
-from mpishard.communication.group import Call, Group
+from mpishard.communication.group import CollectiveCall, Group
 from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Mesh
 from mpishard.engine.generate import next_tokens
-from mpishard.engine.sampling import Draw, Sampling
+from mpishard.engine.sampling import Sampling, SamplingRow
 from mpishard.errors import UserError
 from mpishard.model import Decoder, Layer
-from mpishard.parallel.expert import Dispatch, Mixture, Routes
-from mpishard.parallel.heads import Attend, Heads
+from mpishard.parallel.expert import Dispatch, MoELayer, Routing
+from mpishard.parallel.qkv import QKV, Attend
 from mpishard.parallel.tensor import FeedForward
+from mpishard.sequences.step import KVCache, ScheduledChunk, Step, pack
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
@@ -84,7 +84,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Counted(FeedForward):
+class CountedExpert(FeedForward):
     """An expert that says how many rows it computes."""
 
     count: Callable[[int], None]
@@ -94,7 +94,7 @@ class Counted(FeedForward):
         return super().partial(x_ND)
 
 
-class Watched(Decoder):
+class TimedDecoder(Decoder):
     """A model that adds up the seconds which attention and mixtures of experts take it, both
     without communication, and what its experts compute."""
 
@@ -106,14 +106,14 @@ class Watched(Decoder):
 
     def _watched(self, layer: Layer) -> Layer:
         attend, ffn = self._timed_attend(layer.attention.attend), layer.ffn
-        if isinstance(ffn, Mixture):
+        if isinstance(ffn, MoELayer):
             experts = {number: self._counted(w) for number, w in ffn.experts.items()}
             dispatch = self._timed_dispatch(ffn.dispatch)
             ffn = replace(ffn, experts=experts, dispatch=dispatch)
         return replace(layer, attention=replace(layer.attention, attend=attend), ffn=ffn)
 
     def _timed_attend(self, attend: Attend) -> Attend:
-        def timed(heads: Heads, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+        def timed(heads: QKV, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
             started = _arithmetic_clock(mesh.ledger)
             output = attend(heads, step, mesh)
             self.attention_seconds += _arithmetic_clock(mesh.ledger) - started
@@ -122,7 +122,7 @@ class Watched(Decoder):
         return timed
 
     def _timed_dispatch(self, dispatch: Dispatch) -> Dispatch:
-        def timed(x_nD: np.ndarray, routes: Routes, w: Mixture, mesh: Mesh) -> np.ndarray:
+        def timed(x_nD: np.ndarray, routes: Routing, w: MoELayer, mesh: Mesh) -> np.ndarray:
             started = _arithmetic_clock(mesh.ledger)
             y_nD = dispatch(x_nD, routes, w, mesh)
             self.mixture_seconds += _arithmetic_clock(mesh.ledger) - started
@@ -135,14 +135,14 @@ class Watched(Decoder):
             self.expert_rows += rows
             self.expert_flops += 2 * rows * (w.gate.size + w.up.size + w.down.size)
 
-        return Counted(**vars(w), count=count)
+        return CountedExpert(**vars(w), count=count)
 
 
-class Excerpt(Decoder):
+class LayerSample(Decoder):
     """The first layer of each kind of a model, of which it has as many as it has windows."""
 
     def __init__(self, model: Decoder) -> None:
-        model = model.with_mixtures(lambda _, mixture: replace(mixture, watchers=()))
+        model = model.map_moe_layers(lambda _, mixture: replace(mixture, hooks=()))
         self.__dict__.update(model.__dict__)
         windows = model.config.windows
         self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
@@ -178,10 +178,10 @@ def measure(
             rates.append(flops / prompt.limit_seconds)
             bandwidths.append(walked / generation.limit_seconds)
             limits = bandwidths[-1], rates[-1]
-            work = prompt_work(model.decoder, batch, length)
+            work = prefill_cost(model.decoder, batch, length)
             row = _row(model, prompt, work, *limits) | _balance(model, prompt)
             speeds.append(row | _mixtures(model, prompt, rates[-1]))
-            work = generation_work(model.decoder, batch, length, length + max_tokens)
+            work = decode_cost(model.decoder, batch, length, length + max_tokens)
             speeds.append(_row(model, generation, work, *limits))
             # The matrices of the limits were there all the time, and are none of the model's.
             peak = max(warmed_up, model.peak_memory() - walked)
@@ -218,13 +218,13 @@ def _check(
     if not batches:
         raise UserError("--batch must name at least one number of sequences")
     longest = max(prompt_tokens)
-    needed, positions = longest + max_tokens, model.config.max_positions
+    needed, positions = longest + max_tokens, model.config.max_position_embeddings
     both = f"--prompt-tokens {longest} and --max-tokens {max_tokens} need {needed} positions"
     if needed > positions:
         raise UserError(
-            f"{both}, but {model.path} has only {positions}; --max-positions {needed} allows them"
+            f"{both}, but {model.path} has only {positions}; --max-model-len {needed} allows them"
         )
-    if model.decoder.depends_on_length(needed):
+    if model.decoder.uses_dynamic_rope(needed):
         trained = model.config.rope.original_positions
         raise UserError(
             f"{both}, but beyond {trained} the dynamic rope of {model.path} takes the whole "
@@ -243,7 +243,9 @@ def _run(
     """One prompt step of `batch` sequences and the `max_tokens` generation steps after it, each
     followed by the work that measures its limit: `multiply` and `walk`."""
     decoder, mesh = model.decoder, model.mesh
-    caches = [decoder.new_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)]
+    caches = [
+        decoder.allocate_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)
+    ]
 
     def timed(
         phase: str, decoder: Decoder, ids_BS: np.ndarray, steps: int, limit: Callable[[], None]
@@ -274,7 +276,7 @@ def _run(
 
     random = np.random.default_rng(mesh.dp.rank)  # the same on all ranks of a replica
     prompts_BS = random.integers(model.config.vocab, size=(batch, prompt_tokens))
-    watched = Watched(decoder)
+    watched = TimedDecoder(decoder)
     prompt, first_B1 = timed("prompt", watched, prompts_BS, 1, multiply)
     generation, _ = timed("generation", decoder, first_B1, max_tokens, walk)
     of_watched = ("attention_seconds", "mixture_seconds", "expert_rows", "expert_flops")
@@ -284,12 +286,12 @@ def _run(
 def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.ndarray:
     """The token chosen after feeding each sequence its next tokens, ready to be fed: (B, 1)."""
     feeds = [
-        Feed(ids_S, cache, request=place, prompt=cache.length or None)
+        ScheduledChunk(ids_S, cache, request=place, prompt=cache.length or None)
         for place, (ids_S, cache) in enumerate(zip(ids_BS, caches, strict=True))
     ]
-    step = pack(feeds, decoder.division)
-    draws = [Draw(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
-    return np.array(next_tokens(decoder, step, draws))[:, np.newaxis]
+    step = pack(feeds, decoder.sequence_sharding)
+    rows = [SamplingRow(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
+    return np.array(next_tokens(decoder, step, rows))[:, np.newaxis]
 
 
 def _start_together(world: Group) -> float:
@@ -333,7 +335,7 @@ def _per_step(entry: Entry, steps: int) -> Entry:
 def matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
     """Work that reads matrices too large together to stay in this rank's part of the caches, and
     their bytes."""
-    with Call("split", model.mesh.world):
+    with CollectiveCall("split", model.mesh.world):
         node = model.mesh.world.comm.Split_type(MPI.COMM_TYPE_SHARED)
     bytes_of_rank = max(RANK_WORKING_SET, NODE_WORKING_SET // node.size)
     node.Free()
@@ -351,7 +353,7 @@ def matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
 def _products(layer: Layer) -> tuple[Callable[[], None], int]:
     """Work that multiplies PRODUCT_ROWS tokens with a layer's weights plainly, and its flops."""
     attention, ffn = layer.attention, layer.ffn
-    if isinstance(ffn, Mixture):
+    if isinstance(ffn, MoELayer):
         ffn = next(iter(ffn.experts.values()))
     weights = [*attention.matrices, ffn.gate, ffn.up, ffn.down]
     widths = {w_OI.shape[1] for w_OI in weights}
@@ -364,7 +366,7 @@ def _products(layer: Layer) -> tuple[Callable[[], None], int]:
     return multiply, 2 * PRODUCT_ROWS * sum(w_OI.size for w_OI in weights)
 
 
-def _row(model: Model, run: Run, work: Work, bandwidth: float, rate: float) -> dict[str, Any]:
+def _row(model: Model, run: Run, work: StepCost, bandwidth: float, rate: float) -> dict[str, Any]:
     """One line of the report; `work`, `bandwidth` and `rate` are this rank's own."""
     world = model.mesh.world
     figures = [work.product_flops, work.attention_flops, work.cache_bytes]
@@ -422,11 +424,11 @@ def _mixtures(model: Model, prompt: Run, rate: float) -> dict[str, Any]:
         return {}
     row_bytes = config.hidden * model.decoder.dtype.itemsize
     wires = [e.wire_bytes for what, _, e in prompt.entries if what == "all_to_all"]
-    sent = sum(wires) / row_bytes if layout.dispatch == "all-to-all" else 0.0
+    sent = sum(wires) / row_bytes if layout.moe_token_dispatcher == "all-to-all" else 0.0
     own = [prompt.mixture_seconds, prompt.expert_flops / rate, prompt.expert_rows, sent]
     most = all_reduce(np.array(own), world, MAX)
     fewest = all_reduce(np.array(prompt.expert_rows), world, MIN)
-    rows = prompt.tokens / layout.replica * config.moe.top_k * sum(config.moe.layers)
+    rows = prompt.tokens / layout.replica_size * config.moe.top_k * sum(config.moe.layers)
     return {
         "mixture_seconds": float(most[0]),
         "mixture_limit_seconds": float(most[1]),
@@ -445,9 +447,11 @@ def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> di
     trace's own small blocks scatter the heap, which then returns pages and asks for them again).
     It goes through one layer of each kind, as all of a kind take the same.
     """
-    excerpt, ids_S = Excerpt(model.decoder), np.zeros(prompt_tokens, np.int64)
-    caches = [excerpt.new_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)]
-    step, streams = pack([(ids_S, cache) for cache in caches], excerpt.division), [0]
+    excerpt, ids_S = LayerSample(model.decoder), np.zeros(prompt_tokens, np.int64)
+    caches = [
+        excerpt.allocate_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)
+    ]
+    step, streams = pack([(ids_S, cache) for cache in caches], excerpt.sequence_sharding), [0]
     tracemalloc.start()
     excerpt.forward(step, lambda _, x_nD: streams.append(x_nD.nbytes))
     _, activations = tracemalloc.get_traced_memory()

@@ -1,20 +1,19 @@
 """The check of collectives: before each one the ranks of its group compare what they are about to
 do, so that a mistake is named where it is made, instead of hanging or mixing up their data.
 
-`compare` is a collective of its own on the same communicator. Every other one of the group is
-preceded by it, so that a rank in one collective and a rank in another meet here and find out. What
-is compared: the operation, what all ranks must agree upon (elements, type, lengths of blocks), how
-many collectives of the group there were, and the line that calls; then, of operations in which each
-pair of ranks has its own, that what one sends is what the other expects.
+`check_collective` is a collective of its own on the same communicator. Every other one of the group
+is preceded by it, so that a rank in one collective and a rank in another meet here and find out.
+What is compared: the operation, what all ranks must agree upon (elements, type, lengths of blocks),
+how many collectives of the group there were, and the line that calls; then, of operations in which
+each pair of ranks has its own, that what one sends is what the other expects.
 
 The line is what tells a rank that has left out one collective and now makes the next of the same
 kind and size. This package makes every collective from one line on all ranks of a group; so must
 whoever calls `mpishard.communication.collectives` under this check.
 
 A rank that ends, or goes on in another group, never comes here; then this waits like any
-collective, which is for the watchdog to notice (`mpishard.watch`). After torch.distributed's
-``TORCH_DISTRIBUTED_DEBUG=DETAIL``, which compares shapes in the same place.
-"""
+collective, which is for the watchdog to notice (`mpishard.runtime.watchdog`). After
+torch.distributed's ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, which compares shapes in the same place."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from mpishard.communication.group import Call, Group
-from mpishard.errors import Mismatch
+from mpishard.communication.group import CollectiveCall, Group
+from mpishard.errors import CollectiveMismatch
 
 DIGEST_BYTES = 16
 LONGEST = 200  # characters of a description that are printed
@@ -38,19 +37,19 @@ LONGEST = 200  # characters of a description that are printed
 PACKAGE = Path(__file__).parents[1]
 
 
-def compare(call: Call) -> None:
+def check_collective(call: CollectiveCall) -> None:
     """Raises Mismatch, on all ranks of the group, unless all are about to make the same call."""
     group = call.group
-    facts = [next(group.checked) + 1, str(call), place(caller(sys._getframe()))]
+    facts = [next(group.checked) + 1, str(call), source_line(caller(sys._getframe()))]
     digest = blake2b(json.dumps(facts).encode(), digest_size=DIGEST_BYTES).digest()
     digests = bytearray(DIGEST_BYTES * group.size)
     group.comm.Allgather(digest, digests)
     if digests != digest * group.size:
-        raise Mismatch(_difference(_gather_json(facts, group), group))
-    if call.parcels is not None:
-        everyones = _gather_json([sorted(side.items()) for side in call.parcels()], group)
+        raise CollectiveMismatch(_difference(_gather_json(facts, group), group))
+    if call.peer_counts is not None:
+        everyones = _gather_json([sorted(side.items()) for side in call.peer_counts()], group)
         if problem := _misfit(everyones, group):
-            raise Mismatch(f"{call.operation}, on all ranks at {facts[2]}: {problem}")
+            raise CollectiveMismatch(f"{call.operation}, on all ranks at {facts[2]}: {problem}")
 
 
 def caller(frame: FrameType) -> FrameType:
@@ -60,7 +59,7 @@ def caller(frame: FrameType) -> FrameType:
     return frame
 
 
-def place(frame: FrameType, line: int | None = None) -> str:
+def source_line(frame: FrameType, line: int | None = None) -> str:
     """The file of a frame, short where it is of this package, and the line it has come to."""
     path = Path(frame.f_code.co_filename)
     if path.is_relative_to(PACKAGE):
@@ -74,7 +73,7 @@ def _difference(everyones: list[list[Any]], group: Group) -> str:
     usual, _ = Counter(keys).most_common(1)[0]
     one = keys.index(usual)
     other = next(rank for rank, key in enumerate(keys) if key != usual)
-    both = [_sentence(everyones[rank], group.member(rank)) for rank in (one, other)]
+    both = [_sentence(everyones[rank], group.to_world_rank(rank)) for rank in (one, other)]
     return f"the ranks of {group.name} do not make the same collective: {', but '.join(both)}"
 
 
@@ -101,7 +100,8 @@ def _misfit(everyones: list[Any], group: Group) -> str | None:
         sends, expects = sent[one].get(other, nothing), expected[other].get(one, nothing)
         if sends != expects:
             return (
-                f"rank {group.member(one)} sends {_parcel(sends)} to rank {group.member(other)}, "
+                f"rank {group.to_world_rank(one)} sends {_parcel(sends)} "
+                f"to rank {group.to_world_rank(other)}, "
                 f"which expects {_parcel(expects)}"
             )
     return None

@@ -12,8 +12,8 @@ send_receive    x for one rank -> (arithmetic) -> what another rank sent
 
 Each returns a new array and leaves its argument alone. Data travels through MPI's buffer calls
 (``Allreduce``, not ``allreduce``), so that the bytes in the ledger are the bytes of the arrays.
-Arrays of no elements, on some ranks or all, are ordinary. Each is a `Call` of its group, which says
-in words what all ranks of the group must agree upon.
+Arrays of no elements, on some ranks or all, are ordinary. Each is a `CollectiveCall` of its group,
+which says in words what all ranks of the group must agree upon.
 
 MPI counts elements in a C ``int``. Not every library offers the large-count calls of MPI 4, so an
 array of more than `LIMIT` elements goes in several calls of at most `LIMIT` elements; the ledger
@@ -32,8 +32,8 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
-from mpishard.communication.group import Call, Group, Parcels
-from mpishard.description.layout import block_sizes
+from mpishard.communication.group import CollectiveCall, Group, Parcels
+from mpishard.config.layout import block_sizes
 
 LIMIT = 2**31 - 1
 
@@ -44,7 +44,7 @@ OPERATORS = ((SUM, "sum"), (MAX, "maximum"), (MIN, "minimum"))
 
 def all_reduce(x: np.ndarray, group: Group, op: MPI.Op = SUM, limit: int = LIMIT) -> np.ndarray:
     """The sum (or `op`) of every rank's `x`, on every rank. MPI_Allreduce."""
-    with Call("all_reduce", group, lambda: f"{_amount(x)} ({_operator(op)})") as call:
+    with CollectiveCall("all_reduce", group, lambda: f"{_amount(x)} ({_operator(op)})") as call:
         whole = np.asarray(x, order="C")
         total = np.empty_like(whole)
         pieces = zip(_flat_pieces(whole, limit), _flat_pieces(total, limit), strict=True)
@@ -73,7 +73,7 @@ def all_gather(
     def gather_rows(mine: np.ndarray, joined: np.ndarray, lengths: list[int]) -> None:
         group.comm.Allgatherv(mine, [joined, lengths])
 
-    with Call("all_gather", group, lambda: _blocks_of(counts, x, axis)) as call:
+    with CollectiveCall("all_gather", group, lambda: _blocks_of(counts, x, axis)) as call:
         rows = _front(x, axis)
         whole = np.empty((sum(counts), *rows.shape[1:]), x.dtype)
         _join_pieces(gather_rows, rows, whole, counts, limit)
@@ -92,11 +92,11 @@ def reduce_scatter(
     MPI_Reduce_scatter.
 
     `sizes` are the lengths of the blocks; without them the axis is divided as evenly as
-    `mpishard.description.layout.block` does.
+    `mpishard.config.layout.block` does.
     """
     counts = block_sizes(x.shape[axis], group.size) if sizes is None else list(sizes)
     _check_sum(counts, x.shape[axis])
-    with Call("reduce_scatter", group, lambda: _blocks_of(counts, x, axis)) as call:
+    with CollectiveCall("reduce_scatter", group, lambda: _blocks_of(counts, x, axis)) as call:
         rows = _front(x, axis)
         shard = np.empty((counts[group.rank], *rows.shape[1:]), x.dtype)
         if x.size <= limit:
@@ -130,7 +130,7 @@ def all_to_all(
         )
     whole = np.empty((sum(receive_sizes), *x.shape[1:]), x.dtype)
 
-    def parcels() -> tuple[Parcels, Parcels]:
+    def peer_counts() -> tuple[Parcels, Parcels]:
         width = math.prod(x.shape[1:])
         return _parcels(send_sizes, width, x.dtype), _parcels(receive_sizes, width, x.dtype)
 
@@ -138,7 +138,9 @@ def all_to_all(
     # rank to rank go in one copy: 16 MB on 2 ranks take 3.6 ms against 2.2 ms, and 82 ms against
     # 2.3 ms where waiting ranks sleep (MPIR_CVAR_ENABLE_HEAVY_YIELD). For 4 KB the two are equal,
     # so messages it always is: a threshold would need sizes that all ranks know.
-    with Call("all_to_all", group, lambda: f"rows of {_width(x, 0)} {x.dtype}", parcels) as call:
+    with CollectiveCall(
+        "all_to_all", group, lambda: f"rows of {_width(x, 0)} {x.dtype}", peer_counts
+    ) as call:
         sent = _blocks(np.ascontiguousarray(x), send_sizes)
         received = _blocks(whole, receive_sizes)
         others = [(rank + step) % p for step in range(1, p)]
@@ -168,7 +170,7 @@ def gather(
     def gather_rows(mine: np.ndarray, joined: np.ndarray, lengths: list[int]) -> None:
         group.comm.Gatherv(mine, [joined, lengths] if is_root else None)
 
-    with Call("gather", group, lambda: _blocks_of(counts, x, axis)) as call:
+    with CollectiveCall("gather", group, lambda: _blocks_of(counts, x, axis)) as call:
         rows = _front(x, axis)
         whole = np.empty((sum(counts) if is_root else 0, *rows.shape[1:]), x.dtype)
         _join_pieces(gather_rows, rows, whole, counts, limit)
@@ -178,7 +180,7 @@ def gather(
 
 def broadcast(x: np.ndarray, group: Group, limit: int = LIMIT) -> np.ndarray:
     """Rank 0's `x`, on every rank; elsewhere `x` gives the shape and type. MPI_Bcast."""
-    with Call("broadcast", group, lambda: _amount(x)) as call:
+    with CollectiveCall("broadcast", group, lambda: _amount(x)) as call:
         copy = np.array(x, order="C")
         for piece in _flat_pieces(copy, limit):
             group.comm.Bcast(piece, root=0)
@@ -190,15 +192,15 @@ def broadcast(x: np.ndarray, group: Group, limit: int = LIMIT) -> np.ndarray:
 def barrier(group: Group) -> None:
     """Returns when all ranks of the group have called it. MPI_Barrier. It carries nothing, and the
     ledger does not count it."""
-    with Call("barrier", group):
+    with CollectiveCall("barrier", group):
         group.comm.Barrier()
 
 
 @dataclass
-class Pending:
-    """An exchange that `send_receive` has begun and `wait` completes."""
+class PendingExchange:
+    """An exchange that `isendrecv` has begun and `wait` completes."""
 
-    call: Call
+    call: CollectiveCall
     to: int
     sent: np.ndarray | None  # MPI reads it until `wait` returns
     received: np.ndarray | None  # and writes this
@@ -230,7 +232,7 @@ class Pending:
         return self.received
 
 
-def send_receive(
+def isendrecv(
     x: np.ndarray | None,
     group: Group,
     to: int,
@@ -238,7 +240,7 @@ def send_receive(
     source: int,
     dtype: DTypeLike | None = None,
     limit: int = LIMIT,
-) -> Pending:
+) -> PendingExchange:
     """Begins to send `x` to rank `to` and to receive an array of `shape` from rank `source`, which
     is what ``wait()`` of the answer returns. MPI_Isend and MPI_Irecv.
 
@@ -255,19 +257,19 @@ def send_receive(
             dtype = x.dtype
         received = np.empty(shape, dtype)
 
-    def parcels() -> tuple[Parcels, Parcels]:
+    def peer_counts() -> tuple[Parcels, Parcels]:
         return _parcel(sent, to), _parcel(received, source)
 
     requests = []
-    with Call("send_receive", group, parcels=parcels, parts=2) as call:
+    with CollectiveCall("send_receive", group, peer_counts=peer_counts, parts=2) as call:
         if received is not None:
             requests += _receive(received, source, group, limit)
         if sent is not None:
             requests += _send(sent, to, group, limit)
-    return Pending(call, to, sent, received, requests, call.seconds)
+    return PendingExchange(call, to, sent, received, requests, call.seconds)
 
 
-def _enter(call: Call, payload: int, wire: float) -> None:
+def _enter(call: CollectiveCall, payload: int, wire: float) -> None:
     """Enter a call that has just ended in the ledger."""
     group = call.group
     group.ledger.add(call.operation, group.name, payload, wire, call.seconds)

@@ -1,10 +1,9 @@
 """A group of ranks, and where this rank is among the collectives of its groups.
 
 A collective that some rank of the group never makes does not end on the others. So that this can be
-noticed and explained, every collective is a `Call`, which notes in the `Calls` of this rank that it
-has begun and that it is over. That costs a few attributes; whoever wants to know reads them from
-another thread (`mpishard.watch`), while this one is inside MPI.
-"""
+noticed and explained, every collective is a `CollectiveCall`, which notes in the `CallTracker` of
+this rank that it has begun and that it is over. That costs a few attributes; whoever wants to know
+reads them from another thread (`mpishard.runtime.watchdog`), while this one is inside MPI."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from mpishard.communication.ledger import Ledger
 Parcels = dict[int, tuple[int, str]]
 
 
-class Calls:
+class CallTracker:
     """The collective that this rank is in, and how many it has begun and completed, by the names of
     the groups.
 
@@ -29,9 +28,9 @@ class Calls:
     group, and may communicate: see `mpishard.communication.check`.
     """
 
-    def __init__(self, check: Callable[[Call], None] | None = None) -> None:
+    def __init__(self, check: Callable[[CollectiveCall], None] | None = None) -> None:
         self.check = check
-        self.current: Call | None = None
+        self.current: CollectiveCall | None = None
         self.left = perf_counter()  # when the last one was over
         self.begun: dict[str, int] = {}
         self.done: dict[str, int] = {}
@@ -44,7 +43,7 @@ class Group:
     comm: MPI.Comm
     name: str
     ledger: Ledger
-    calls: Calls = field(default_factory=Calls)  # of this rank, in all of its groups
+    calls: CallTracker = field(default_factory=CallTracker)  # of this rank, in all of its groups
     members: tuple[int, ...] = ()  # the ranks of the mesh that these are; none: not known
     checked: Iterator[int] = field(default_factory=count)  # numbers the collectives compared
 
@@ -58,20 +57,19 @@ class Group:
         """The number of ranks in the group; 1 is an ordinary case."""
         return self.comm.size
 
-    def member(self, rank: int) -> int:
+    def to_world_rank(self, rank: int) -> int:
         """The rank of the mesh that is `rank` of this group, where that is known."""
         return self.members[rank] if self.members else rank
 
 
-class Call:
+class CollectiveCall:
     """One collective of a group: what stands within ``with call:`` is inside it.
 
     `what` says what all ranks must agree upon, in words, and is asked only when somebody wants to
-    know. `parcels`, of operations in which each pair of ranks has its own, are what this rank sends
-    to each other one and what it expects from each. The call is done after so many ``with``
+    know. `peer_counts`, of operations in which each pair of ranks has its own, are what this rank
+    sends to each other one and what it expects from each. The call is done after so many ``with``
     statements as it has `parts`: an exchange that goes on behind arithmetic has a beginning and an
-    end.
-    """
+    end."""
 
     __slots__ = (
         "entered",
@@ -79,7 +77,7 @@ class Call:
         "is_compared",
         "number",
         "operation",
-        "parcels",
+        "peer_counts",
         "parts",
         "what",
     )
@@ -89,13 +87,13 @@ class Call:
         operation: str,
         group: Group,
         what: Callable[[], str] = str,
-        parcels: Callable[[], tuple[Parcels, Parcels]] | None = None,
+        peer_counts: Callable[[], tuple[Parcels, Parcels]] | None = None,
         parts: int = 1,
     ) -> None:
         self.operation = operation
         self.group = group
         self.what = what
-        self.parcels = parcels
+        self.peer_counts = peer_counts
         self.parts = parts
         self.is_compared = False
         begun = group.calls.begun
@@ -105,7 +103,7 @@ class Call:
         what = self.what()
         return f"{self.operation} of {what}" if what else self.operation
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> CollectiveCall:
         calls = self.group.calls
         self.entered = perf_counter()
         calls.current = self

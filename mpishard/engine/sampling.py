@@ -6,7 +6,7 @@ No rank ever sees the whole vocabulary. Each sends its best few candidates, in o
 - temperature alone: its largest ``logit / temperature + Gumbel noise``; the noise belongs to the
   token, so the largest of all ranks' is a sample of the whole softmax.
 - top-k, top-p, min-p: its largest logits, enough of them to know for certain which tokens the
-  filters keep (see `_pick`), which then compete with their noise.
+  filters keep (see `_sample_filtered`), which then compete with their noise.
 
 Every rank of a replica takes the same token. For the first two that is so because all compare the
 same numbers, which the owner of each token made. The filters take exponentials, and two machines
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpishard.arithmetic.choice import gumbel, kept, log_sum_exp
+from mpishard.arithmetic.sampling import gumbel, logsumexp, num_kept
 from mpishard.communication.collectives import all_gather, broadcast
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import block, block_sizes
+from mpishard.config.layout import block, block_sizes
 from mpishard.errors import UserError
-from mpishard.parallel.tensor import candidates
+from mpishard.parallel.tensor import local_top_k_candidates
 
 # Candidates that each rank sends at first when the filters do not say how many are needed.
 FIRST_CANDIDATES = 64
@@ -79,7 +79,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingRow:
     """One token to choose: how, and the request and position that its random numbers belong to."""
 
     sampling: Sampling
@@ -87,62 +87,69 @@ class Draw:
     position: int
 
 
-def choose(logits_Mv: np.ndarray, draws: list[Draw], vocab: int, mesh: Mesh) -> list[int]:
+def sample(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab: int, mesh: Mesh) -> list[int]:
     """The token chosen for each of the M draws, the same on every rank of the replica. Equal keys
     go to the lowest id; where the largest is infinite or not a number there is `NO_TOKEN`."""
-    first_id = block(vocab, mesh.tp.size, mesh.tp.rank).start
-    keys_Mv = _keys(logits_Mv, draws, first_id)
-    if any(draw.sampling.filtered for draw in draws):
+    vocab_start = block(vocab, mesh.tp.size, mesh.tp.rank).start
+    scores_Mv = _scores(logits_Mv, rows, vocab_start)
+    if any(row.sampling.filtered for row in rows):
         widest = max(block_sizes(vocab, mesh.tp.size))
-        tokens_M = _choose_filtered(keys_Mv, draws, first_id, widest, mesh)
+        tokens_M = _sample_rows_filtered(scores_Mv, rows, vocab_start, widest, mesh)
         return [int(token) for token in broadcast(tokens_M, mesh.tp)]
-    key_MC, id_MC = candidates(keys_Mv, 1, first_id, mesh)
-    best_M = key_MC.argmax(axis=1)  # the first of equal keys is on the lowest rank: the lowest id
+    score_MC, id_MC = local_top_k_candidates(scores_Mv, 1, vocab_start, mesh)
+    best_M = score_MC.argmax(axis=1)  # the first of equal keys is on the lowest rank: the lowest id
     return [
-        int(ids[best]) if np.isfinite(keys[best]) else NO_TOKEN
-        for keys, ids, best in zip(key_MC, id_MC, best_M, strict=True)
+        int(ids[best]) if np.isfinite(scores[best]) else NO_TOKEN
+        for scores, ids, best in zip(score_MC, id_MC, best_M, strict=True)
     ]
 
 
-def _keys(logits_Mv: np.ndarray, draws: list[Draw], first_id: int) -> np.ndarray:
+def _scores(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int) -> np.ndarray:
     """What candidates compete by: logits where greedy; logits over temperature, with noise unless
     filters come first, where sampled."""
-    if all(draw.sampling.greedy for draw in draws):
+    if all(row.sampling.greedy for row in rows):
         return logits_Mv
-    keys_Mv = logits_Mv.astype(np.float64)
-    ids_v = np.arange(first_id, first_id + logits_Mv.shape[1])
-    for keys_v, draw in zip(keys_Mv, draws, strict=True):
-        if not draw.sampling.greedy:
-            keys_v /= draw.sampling.temperature
-            if not draw.sampling.filtered:
-                keys_v += gumbel(draw.sampling.seed, draw.request, draw.position, ids_v)
-    return keys_Mv
+    scores_Mv = logits_Mv.astype(np.float64)
+    ids_v = np.arange(vocab_start, vocab_start + logits_Mv.shape[1])
+    for scores_v, row in zip(scores_Mv, rows, strict=True):
+        if not row.sampling.greedy:
+            scores_v /= row.sampling.temperature
+            if not row.sampling.filtered:
+                scores_v += gumbel(row.sampling.seed, row.request, row.position, ids_v)
+    return scores_Mv
 
 
-def _choose_filtered(
-    keys_Mv: np.ndarray, draws: list[Draw], first_id: int, widest: int, mesh: Mesh
+def _sample_rows_filtered(
+    scores_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int, widest: int, mesh: Mesh
 ) -> np.ndarray:
     """The tokens of draws of which some have filters: the ranks, of which the `widest` holds so
     many tokens, send ever more candidates until there are enough for every draw."""
-    log_total_M = np.zeros(len(draws))
-    if any(draw.sampling.needs_total for draw in draws):
-        log_total_RM = all_gather(log_sum_exp(keys_Mv)[np.newaxis], mesh.tp)
-        log_total_M = log_sum_exp(log_total_RM.T)
-    asked = [draw.sampling.top_k or FIRST_CANDIDATES for draw in draws if draw.sampling.filtered]
+    log_total_M = np.zeros(len(rows))
+    if any(row.sampling.needs_total for row in rows):
+        log_total_RM = all_gather(logsumexp(scores_Mv)[np.newaxis], mesh.tp)
+        log_total_M = logsumexp(log_total_RM.T)
+    asked = [row.sampling.top_k or FIRST_CANDIDATES for row in rows if row.sampling.filtered]
     count = min(max(asked), widest)
     while True:
-        key_MC, id_MC = candidates(keys_Mv, count, first_id, mesh)
+        score_MC, id_MC = local_top_k_candidates(scores_Mv, count, vocab_start, mesh)
         tokens = [
-            _pick(key_C, id_C, float(log_total), draw, count, complete=count >= widest)
-            for key_C, id_C, log_total, draw in zip(key_MC, id_MC, log_total_M, draws, strict=True)
+            _sample_filtered(score_C, id_C, float(log_total), row, count, complete=count >= widest)
+            for score_C, id_C, log_total, row in zip(
+                score_MC, id_MC, log_total_M, rows, strict=True
+            )
         ]
         if None not in tokens:
             return np.array(tokens, np.int64)
         count = min(4 * count, widest)
 
 
-def _pick(
-    key_C: np.ndarray, id_C: np.ndarray, log_total: float, draw: Draw, count: int, complete: bool
+def _sample_filtered(
+    score_C: np.ndarray,
+    id_C: np.ndarray,
+    log_total: float,
+    row: SamplingRow,
+    count: int,
+    complete: bool,
 ) -> int | None:
     """The token of one draw from the `count` best candidates of every rank, or None if the
     filters may keep one that was not sent.
@@ -150,19 +157,19 @@ def _pick(
     Whatever a rank did not send comes after the last that it sent. So in the order of all
     candidates, everything up to the first such last one is certain.
     """
-    if not np.isfinite(key_C.max()):
+    if not np.isfinite(score_C.max()):
         return NO_TOKEN
-    order = np.lexsort((id_C, -key_C))
+    order = np.lexsort((id_C, -score_C))
     if not complete:
         last_sent = (order + 1) % count == 0
         order = order[: int(np.flatnonzero(last_sent)[0]) + 1]
-    how = draw.sampling
+    how = row.sampling
     if not how.filtered:
         return int(id_C[order[0]])
-    keys = key_C[order]
-    number = kept(keys, log_total, how.top_k, how.top_p, how.min_p, complete)
+    scores = score_C[order]
+    number = num_kept(scores, log_total, how.top_k, how.top_p, how.min_p, complete)
     if number is None:
         return None
     ids = id_C[order[:number]]
-    noise = gumbel(how.seed, draw.request, draw.position, ids)
-    return int(ids[np.argmax(keys[:number] + noise)])
+    noise = gumbel(how.seed, row.request, row.position, ids)
+    return int(ids[np.argmax(scores[:number] + noise)])

@@ -15,17 +15,17 @@ from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 
 
-def deal(count: int, mesh: Mesh) -> range:
+def assign_requests(count: int, mesh: Mesh) -> range:
     """Which of `count` requests this replica takes: every dp-th, so that a list sorted by length
     is shared fairly."""
     return range(mesh.dp.rank, count, mesh.dp.size)
 
 
-def collect(results: list[bytes], count: int, mesh: Mesh) -> list[bytes]:
+def gather_results(results: list[bytes], count: int, mesh: Mesh) -> list[bytes]:
     """The results of all `count` requests in their order, on every rank, from each replica's own
     `results` in the order in which it was dealt them."""
     lengths = np.zeros(count, np.int64)
-    lengths[list(deal(count, mesh))] = [len(result) for result in results]
+    lengths[list(assign_requests(count, mesh))] = [len(result) for result in results]
     mine = np.frombuffer(b"".join(results), np.uint8)
     lengths_RC = all_gather(lengths[np.newaxis], mesh.dp)
     sizes = [int(total) for total in lengths_RC.sum(axis=1)]

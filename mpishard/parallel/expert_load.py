@@ -16,65 +16,65 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpishard.arithmetic.packed import Step
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
-from mpishard.parallel.expert import Mixture, Routes, Slots, routed_here
+from mpishard.parallel.expert import MoELayer, PhysicalExperts, Routing, local_tokens
+from mpishard.sequences.step import Step
 
 PHASES = ("prompt", "generation")
 
 
 @dataclass(frozen=True)
-class Rows:
+class LayerLoad:
     """Rows of one layer, of all ranks and steps, in one of the `PHASES` of their tokens."""
 
     layer: int
     phase: str
-    of_experts: list[int]  # computed, by expert
-    of_ranks: list[int]  # computed, by rank of the world
+    tokens_per_expert: list[int]  # computed, by expert
+    tokens_per_rank: list[int]  # computed, by rank of the world
     dropped: int  # for want of capacity, and so not computed
 
 
-class Load:
+class ExpertLoad:
     """Counts the rows that this rank's tokens give to every slot."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, Slots] = {}
+        self._physical_experts: dict[int, PhysicalExperts] = {}
         self._experts = 0
         self._rows: dict[int, np.ndarray] = {}  # by layer: (phases, Z + 1), the last dropped
 
-    def watching(self, layer: int, w: Mixture) -> Mixture:
+    def attach(self, layer: int, w: MoELayer) -> MoELayer:
         """The mixture `w` of `layer`, which is now counted."""
-        rows = self._rows[layer] = np.zeros((len(PHASES), w.slots.nowhere + 1), np.int64)
-        self._slots[layer], self._experts = w.slots, len(w.router)
+        rows = self._rows[layer] = np.zeros((len(PHASES), w.physical_experts.dropped + 1), np.int64)
+        self._physical_experts[layer], self._experts = w.physical_experts, len(w.router)
 
-        def count(routes: Routes, step: Step, mesh: Mesh) -> None:
-            generated_n = step.generated_N[routed_here(step, mesh)]
+        def count(routing: Routing, step: Step, mesh: Mesh) -> None:
+            generated_n = step.generated_N[local_tokens(step, mesh)]
             for phase, of_phase in enumerate((~generated_n, generated_n)):
-                slots_m = routes.slots_nA[of_phase].reshape(-1)
+                slots_m = routing.physical_ids_nA[of_phase].reshape(-1)
                 rows[phase] += np.bincount(slots_m, minlength=rows.shape[1])
 
-        return replace(w, watchers=(*w.watchers, count))
+        return replace(w, hooks=(*w.hooks, count))
 
-    def totals(self, mesh: Mesh) -> list[Rows]:
+    def totals(self, mesh: Mesh) -> list[LayerLoad]:
         """The rows of each layer and phase, on every rank. Collective."""
         if not self._rows:
             return []
         layers = list(self._rows)
         own = np.concatenate([self._rows[layer] for layer in layers], axis=1)
         # The ranks that hold all experts once compute one another's rows, and no others.
-        shared = np.split(all_reduce(own, mesh.experts), self._bounds(layers), axis=1)
+        shared = np.split(all_reduce(own, mesh.moe), self._bounds(layers), axis=1)
         mine = np.stack([self._of_this_rank(*of, mesh) for of in zip(layers, shared, strict=True)])
-        of_ranks = all_gather(mine[np.newaxis], mesh.world)  # (ranks, layers, phases)
+        tokens_per_rank = all_gather(mine[np.newaxis], mesh.world)  # (ranks, layers, phases)
         by_expert = np.stack([self._by_expert(layer) for layer in layers])
-        of_experts = all_reduce(by_expert, mesh.world)  # (layers, phases, E + 1)
+        tokens_per_expert = all_reduce(by_expert, mesh.world)  # (layers, phases, E + 1)
         return [
-            Rows(
+            LayerLoad(
                 layer=layer,
                 phase=phase,
-                of_experts=of_experts[place, number, :-1].tolist(),
-                of_ranks=of_ranks[:, place, number].tolist(),
-                dropped=int(of_experts[place, number, -1]),
+                tokens_per_expert=tokens_per_expert[place, number, :-1].tolist(),
+                tokens_per_rank=tokens_per_rank[:, place, number].tolist(),
+                dropped=int(tokens_per_expert[place, number, -1]),
             )
             for place, layer in enumerate(layers)
             for number, phase in enumerate(PHASES)
@@ -84,13 +84,15 @@ class Load:
         return np.cumsum([self._rows[layer].shape[1] for layer in layers])[:-1]
 
     def _of_this_rank(self, layer: int, rows: np.ndarray, mesh: Mesh) -> np.ndarray:
-        return rows[:, self._slots[layer].of_rank(mesh.ep.rank)].sum(axis=1)
+        return rows[:, self._physical_experts[layer].of_rank(mesh.ep.rank)].sum(axis=1)
 
     def _by_expert(self, layer: int) -> np.ndarray:
         """This rank's counts by expert, the dropped ones last: (phases, E + 1)."""
         rows = np.zeros((self._experts + 1, len(PHASES)), np.int64)
-        expert_Z = np.append(self._slots[layer].expert_Z, self._experts)
-        np.add.at(rows, expert_Z, self._rows[layer].T)
+        physical_to_logical_Z = np.append(
+            self._physical_experts[layer].physical_to_logical_Z, self._experts
+        )
+        np.add.at(rows, physical_to_logical_Z, self._rows[layer].T)
         return rows.T
 
 

@@ -29,8 +29,7 @@ from itertools import product
 
 import numpy as np
 
-from mpishard.arithmetic.attention import attend, shares
-from mpishard.arithmetic.packed import Step
+from mpishard.arithmetic.attention import attend, merge_weights
 from mpishard.communication.collectives import (
     MAX,
     all_gather,
@@ -39,42 +38,43 @@ from mpishard.communication.collectives import (
     reduce_scatter,
 )
 from mpishard.communication.mesh import Mesh
-from mpishard.parallel.heads import Heads
+from mpishard.parallel.qkv import QKV
+from mpishard.sequences.step import Step
 
 
 @dataclass(frozen=True)
-class Blocks:
+class PairLayout:
     """The (token, head) pairs of a ``kv`` group as one block for each rank: `tokens` of each cp
-    rank times `heads` of each sharer, in the order of the ranks."""
+    rank times `qkv` of each sharer, in the order of the ranks."""
 
     tokens: tuple[int, ...]
-    heads: tuple[int, ...]
+    qkv: tuple[int, ...]
 
     @property
     def sizes(self) -> list[int]:
         """The number of pairs in each rank's block."""
-        return [n * h for n, h in product(self.tokens, self.heads)]
+        return [n * h for n, h in product(self.tokens, self.qkv)]
 
-    def split(self, x_WHK: np.ndarray) -> np.ndarray:
+    def flatten(self, x_WHK: np.ndarray) -> np.ndarray:
         """The blocks one after the other: (pairs, K)."""
         return np.concatenate(self._each(x_WHK))
 
-    def block(self, rank: int, x_WHK: np.ndarray) -> np.ndarray:
+    def local(self, rank: int, x_WHK: np.ndarray) -> np.ndarray:
         """The block of `rank`: (pairs, K)."""
         return self._each(x_WHK)[rank]
 
     def _each(self, x_WHK: np.ndarray) -> list[np.ndarray]:
         by_token = np.split(x_WHK, np.cumsum(self.tokens)[:-1])
-        heads = np.cumsum(self.heads)[:-1]
-        blocks = [x_nhK for x_nHK in by_token for x_nhK in np.split(x_nHK, heads, axis=1)]
-        return [x_nhK.reshape(-1, x_WHK.shape[-1]) for x_nhK in blocks]
+        qkv = np.cumsum(self.qkv)[:-1]
+        pairs = [x_nhK for x_nHK in by_token for x_nhK in np.split(x_nHK, qkv, axis=1)]
+        return [x_nhK.reshape(-1, x_WHK.shape[-1]) for x_nhK in pairs]
 
-    def join(self, rows_PK: np.ndarray) -> np.ndarray:
-        """The inverse of `split`: (W, H, K)."""
+    def unflatten(self, rows_PK: np.ndarray) -> np.ndarray:
+        """The inverse of `flatten`: (W, H, K)."""
         K, rows = rows_PK.shape[1], iter(np.split(rows_PK, np.cumsum(self.sizes)[:-1]))
         return np.concatenate(
             [
-                np.concatenate([next(rows).reshape(n, h, K) for h in self.heads], axis=1)
+                np.concatenate([next(rows).reshape(n, h, K) for h in self.qkv], axis=1)
                 for n in self.tokens
             ]
         )
@@ -82,58 +82,58 @@ class Blocks:
 
 # (partial out_WHV, lse_WH, blocks, mesh) -> this rank's block of the merged output, (pairs, V), and
 # of its log-sum-exps, (pairs,)
-Merge = Callable[[np.ndarray, np.ndarray, Blocks, Mesh], tuple[np.ndarray, np.ndarray]]
+Merge = Callable[[np.ndarray, np.ndarray, PairLayout, Mesh], tuple[np.ndarray, np.ndarray]]
 
 
 def decode(
-    heads: Heads, step: Step, mesh: Mesh, merge: Merge, out_NhV: np.ndarray, lse_Nh: np.ndarray
+    qkv: QKV, step: Step, mesh: Mesh, merge: Merge, out_NhV: np.ndarray, lse_Nh: np.ndarray
 ) -> None:
     """Attention of the tokens of the sequences that go on in this step, put in their places in
     `out_NhV` and `lse_Nh`."""
-    blocks = Blocks(step.continued_counts, step.division.heads)
-    here_n = step.continued_here
-    q_nhK = heads.q_NhK[here_n]
-    rows_PK = all_gather(q_nhK.reshape(-1, q_nhK.shape[-1]), mesh.kv, sizes=blocks.sizes)
-    q_WHK = blocks.join(rows_PK)
+    pairs = PairLayout(step.extend_counts, step.sequence_sharding.heads)
+    here_n = step.extend_token_index
+    q_nhK = qkv.q_NhK[here_n]
+    rows_PK = all_gather(q_nhK.reshape(-1, q_nhK.shape[-1]), mesh.kv, sizes=pairs.sizes)
+    q_WHK = pairs.unflatten(rows_PK)
     lse_WH = np.empty(q_WHK.shape[:2], q_WHK.dtype)
     partial_WHV = np.empty((*q_WHK.shape[:2], out_NhV.shape[2]), q_WHK.dtype)
-    for segment, (place_S, at_S) in zip(step.continued, step.continued_places, strict=True):
-        keys = segment.cache.read(heads.layer)
+    for segment, (place_S, at_S) in zip(step.extends, step.extend_global_index, strict=True):
+        keys = segment.cache.read(qkv.layer)
         partial_WHV[place_S], lse_WH[place_S] = attend(
-            q_WHK[place_S], at_S, *keys, heads.scale, heads.window
+            q_WHK[place_S], at_S, *keys, qkv.scale, qkv.window
         )
-    out_PV, lse_P = merge(partial_WHV, lse_WH, blocks, mesh)
+    out_PV, lse_P = merge(partial_WHV, lse_WH, pairs, mesh)
     out_NhV[here_n] = out_PV.reshape(*q_nhK.shape[:2], out_NhV.shape[2])
     lse_Nh[here_n] = lse_P.reshape(q_nhK.shape[:2])
 
 
-def by_reduce_scatter(
-    partial_WHV: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+def merge_ag_rs(
+    partial_WHV: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each rank scales its own partial output by its share of the whole, and the sum of all is
     scattered."""
     lse_RWH = all_gather(lse_WH[np.newaxis], mesh.kv)
-    share_RWH, lse_WH = shares(lse_RWH)
+    share_RWH, lse_WH = merge_weights(lse_RWH)
     partial_WHV = partial_WHV * share_RWH[mesh.kv.rank][..., np.newaxis]
-    out_PV = reduce_scatter(blocks.split(partial_WHV), mesh.kv, sizes=blocks.sizes)
-    return out_PV, blocks.block(mesh.kv.rank, lse_WH[..., np.newaxis])
+    out_PV = reduce_scatter(pairs.flatten(partial_WHV), mesh.kv, sizes=pairs.sizes)
+    return out_PV, pairs.local(mesh.kv.rank, lse_WH[..., np.newaxis])
 
 
-def by_all_to_all(
-    partial_WHV: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+def merge_a2a(
+    partial_WHV: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each rank's partial outputs go, with their log-sum-exps, to the rank whose queries they
     answer."""
-    send_Px = blocks.split(np.concatenate([partial_WHV, lse_WH[..., np.newaxis]], axis=2))
-    mine, ranks = blocks.sizes[mesh.kv.rank], mesh.kv.size
-    partial_RPx = all_to_all(send_Px, mesh.kv, blocks.sizes, [mine] * ranks)
+    send_Px = pairs.flatten(np.concatenate([partial_WHV, lse_WH[..., np.newaxis]], axis=2))
+    mine, ranks = pairs.sizes[mesh.kv.rank], mesh.kv.size
+    partial_RPx = all_to_all(send_Px, mesh.kv, pairs.sizes, [mine] * ranks)
     partial_RPx = partial_RPx.reshape(ranks, mine, send_Px.shape[1])
-    share_RP, lse_P = shares(partial_RPx[..., -1])
+    share_RP, lse_P = merge_weights(partial_RPx[..., -1])
     return (partial_RPx[..., :-1] * share_RP[..., np.newaxis]).sum(axis=0), lse_P
 
 
-def by_all_reduce(
-    partial_WHV: np.ndarray, lse_WH: np.ndarray, blocks: Blocks, mesh: Mesh
+def merge_ar(
+    partial_WHV: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every rank has the whole merged output, and takes its own block of it."""
     peak_WH = all_reduce(lse_WH, mesh.kv, MAX)  # finite: every token sees itself
@@ -142,11 +142,11 @@ def by_all_reduce(
     whole_WHx = all_reduce(partial_WHx, mesh.kv)
     out_WHV, total_WH1 = whole_WHx[..., :-1] / whole_WHx[..., -1:], whole_WHx[..., -1:]
     lse_WH1 = peak_WH[..., np.newaxis] + np.log(total_WH1)
-    return blocks.block(mesh.kv.rank, out_WHV), blocks.block(mesh.kv.rank, lse_WH1)
+    return pairs.local(mesh.kv.rank, out_WHV), pairs.local(mesh.kv.rank, lse_WH1)
 
 
-MERGES: dict[str, Merge] = {
-    "reduce-scatter": by_reduce_scatter,
-    "all-to-all": by_all_to_all,
-    "all-reduce": by_all_reduce,
+DECODE_MERGES: dict[str, Merge] = {
+    "reduce-scatter": merge_ag_rs,
+    "all-to-all": merge_a2a,
+    "all-reduce": merge_ar,
 }

@@ -19,34 +19,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpishard.arithmetic.packed import Step
-from mpishard.arithmetic.products import linear
+from mpishard.arithmetic.gemm import linear
 from mpishard.communication.collectives import all_gather, reduce_scatter
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import block, block_sizes
-from mpishard.parallel.heads import Attention, LatentAttention
+from mpishard.config.layout import block, block_sizes
+from mpishard.parallel.qkv import MLA, Attention
 from mpishard.parallel.tensor import FeedForward, add_bias, partial_embedding
+from mpishard.sequences.step import Step
 
 
-def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int, mesh: Mesh) -> np.ndarray:
+def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int, mesh: Mesh) -> np.ndarray:
     """This rank's block of the rows of the whole embedding for `ids_N`: (n, D)."""
-    partial_ND = partial_embedding(ids_N, embedding_vD, first_id)
+    partial_ND = partial_embedding(ids_N, embedding_vD, vocab_start)
     return reduce_scatter(partial_ND, mesh.tp)
 
 
 def attention(
     x_nD: np.ndarray,
-    w: Attention | LatentAttention,
+    w: Attention | MLA,
     layer: int,
     step: Step,
-    turn: tuple[np.ndarray, np.ndarray],
+    rope: tuple[np.ndarray, np.ndarray],
     mesh: Mesh,
 ) -> np.ndarray:
-    """Causal self-attention of the step's tokens over their sequences: (n, D). `turn` holds the
+    """Causal self-attention of the step's tokens over their sequences: (n, D). `rope` holds the
     rotary cosines and sines of all N tokens."""
     x_ND = whole(x_nD, step, mesh)
-    heads = w.heads(x_ND, layer, turn, mesh)
-    out_Nx = w.output(*w.attend(heads, step, mesh))  # x: this rank's h heads, V of each
+    heads = w.project_qkv(x_ND, layer, rope, mesh)
+    out_Nx = w.merge_heads(*w.attend(heads, step, mesh))  # x: this rank's h heads, V of each
     partial_ND = linear(out_Nx, w.o)  # row-parallel: h is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
     return add_bias(y_nD, w.o_bias)
@@ -59,21 +59,23 @@ def feed_forward(x_nD: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     return add_bias(y_nD, w.down_bias)
 
 
-def pick(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+def select_logits_rows(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     """The rows of the tokens whose logits are wanted, from the ranks that have them: (M, D)."""
     blocks = [block(len(step.ids_N), mesh.tp.size, rank) for rank in range(mesh.tp.size)]
-    bounds = np.searchsorted(step.wanted_M, [tokens.start for tokens in blocks] + [len(step.ids_N)])
+    bounds = np.searchsorted(
+        step.logits_indices_M, [tokens.start for tokens in blocks] + [len(step.ids_N)]
+    )
     mine, rank = blocks[mesh.tp.rank], mesh.tp.rank
-    x_mD = x_nD[step.wanted_M[bounds[rank] : bounds[rank + 1]] - mine.start]
+    x_mD = x_nD[step.logits_indices_M[bounds[rank] : bounds[rank + 1]] - mine.start]
     return all_gather(x_mD, mesh.tp, sizes=np.diff(bounds).tolist())
 
 
-def deal(x_nD: np.ndarray, mesh: Mesh) -> np.ndarray:
+def scatter_tokens(x_nD: np.ndarray, mesh: Mesh) -> np.ndarray:
     """This rank's block of the tokens, which it has already: (n, D)."""
     return x_nD
 
 
-def join(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+def gather_tokens(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     """This rank's block of the tokens, where it stays: (n, D)."""
     return y_nD
 

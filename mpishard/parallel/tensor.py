@@ -14,7 +14,7 @@ deal, join    x_ND -> x_nD -> all_gather(tp) -> x_ND, around a mixture of expert
 logits        x_MD -> logits_Mv
 candidates    keys_Mv -> the best C of each row -> all_gather(tp) -> of all ranks
 
-What becomes of queries, keys and values is said in `mpishard.parallel.heads` and
+What becomes of queries, keys and values is said in `mpishard.parallel.qkv` and
 `mpishard.parallel.attention`. Nothing here asks how many ranks there are.
 """
 
@@ -24,20 +24,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpishard.arithmetic.choice import best_of_each_row
-from mpishard.arithmetic.ops import Gate
-from mpishard.arithmetic.packed import Step
-from mpishard.arithmetic.products import (
-    as_columns,
-    as_rows,
-    goes_by_columns,
+from mpishard.arithmetic.gemm import (
     linear,
-    linear_columns,
+    linear_packed,
+    pack_columns,
+    unpack_columns,
+    use_small_gemm,
 )
+from mpishard.arithmetic.ops import GLU
+from mpishard.arithmetic.sampling import row_topk
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import block, block_sizes
-from mpishard.parallel.heads import Attention, LatentAttention
+from mpishard.config.layout import block, block_sizes
+from mpishard.parallel.qkv import MLA, Attention
+from mpishard.sequences.step import Step
 
 
 @dataclass(frozen=True)
@@ -50,39 +50,39 @@ class FeedForward:
     gate_bias: np.ndarray | None  # (f,)
     up_bias: np.ndarray | None  # (f,)
     down_bias: np.ndarray | None  # (D,)
-    gate_of: Gate
+    act_and_mul: GLU
 
     def partial(self, x_ND: np.ndarray) -> np.ndarray:
         """This rank's part of the network's output, the last bias left out: (N, D)."""
-        if goes_by_columns(len(x_ND)):
-            x_sDC = as_columns(x_ND)
-            gate_sfC = linear_columns(x_sDC, self.gate, self.gate_bias)
-            up_sfC = linear_columns(x_sDC, self.up, self.up_bias)
-            hidden_sfC = [*map(self.gate_of, gate_sfC, up_sfC)]
-            return as_rows(linear_columns(hidden_sfC, self.down), len(x_ND))
+        if use_small_gemm(len(x_ND)):
+            x_sDC = pack_columns(x_ND)
+            gate_sfC = linear_packed(x_sDC, self.gate, self.gate_bias)
+            up_sfC = linear_packed(x_sDC, self.up, self.up_bias)
+            hidden_sfC = [*map(self.act_and_mul, gate_sfC, up_sfC)]
+            return unpack_columns(linear_packed(hidden_sfC, self.down), len(x_ND))
         gate_Nf = linear(x_ND, self.gate, self.gate_bias)  # column-parallel: D is whole
         up_Nf = linear(x_ND, self.up, self.up_bias)
-        return linear(self.gate_of(gate_Nf, up_Nf), self.down)  # row-parallel: f is summed away
+        return linear(self.act_and_mul(gate_Nf, up_Nf), self.down)  # row-parallel: f is summed away
 
 
-def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int, mesh: Mesh) -> np.ndarray:
+def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int, mesh: Mesh) -> np.ndarray:
     """The rows of the whole embedding for `ids_N`: (N, D)."""
-    partial_ND = partial_embedding(ids_N, embedding_vD, first_id)
+    partial_ND = partial_embedding(ids_N, embedding_vD, vocab_start)
     return all_reduce(partial_ND, mesh.tp)
 
 
 def attention(
     x_ND: np.ndarray,
-    w: Attention | LatentAttention,
+    w: Attention | MLA,
     layer: int,
     step: Step,
-    turn: tuple[np.ndarray, np.ndarray],
+    rope: tuple[np.ndarray, np.ndarray],
     mesh: Mesh,
 ) -> np.ndarray:
-    """Causal self-attention of the step's tokens over their sequences: (N, D). `turn` holds the
+    """Causal self-attention of the step's tokens over their sequences: (N, D). `rope` holds the
     rotary cosines and sines of the tokens."""
-    heads = w.heads(x_ND, layer, turn, mesh)
-    out_Nx = w.output(*w.attend(heads, step, mesh))  # x: this rank's h heads, V of each
+    heads = w.project_qkv(x_ND, layer, rope, mesh)
+    out_Nx = w.merge_heads(*w.attend(heads, step, mesh))  # x: this rank's h heads, V of each
     partial_ND = linear(out_Nx, w.o)  # row-parallel: h is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return add_bias(y_ND, w.o_bias)
@@ -94,12 +94,12 @@ def feed_forward(x_ND: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     return add_bias(y_ND, w.down_bias)
 
 
-def deal(x_ND: np.ndarray, mesh: Mesh) -> np.ndarray:
+def scatter_tokens(x_ND: np.ndarray, mesh: Mesh) -> np.ndarray:
     """This rank's block of the tokens that every rank has: (n, D)."""
     return x_ND[block(len(x_ND), mesh.tp.size, mesh.tp.rank)]
 
 
-def join(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+def gather_tokens(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     """The tokens of all ranks, each of which has a block of them: (N, D)."""
     return all_gather(y_nD, mesh.tp, sizes=block_sizes(len(step.ids_N), mesh.tp.size))
 
@@ -109,9 +109,9 @@ def whole(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     return x_ND
 
 
-def pick(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+def select_logits_rows(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     """The rows of the tokens whose logits are wanted: (M, D). Nothing is communicated."""
-    return x_ND[step.wanted_M]
+    return x_ND[step.logits_indices_M]
 
 
 def logits(x_MD: np.ndarray, head_vD: np.ndarray) -> np.ndarray:
@@ -119,28 +119,30 @@ def logits(x_MD: np.ndarray, head_vD: np.ndarray) -> np.ndarray:
     return linear(x_MD, head_vD)
 
 
-def candidates(
-    keys_Mv: np.ndarray, count: int, first_id: int, mesh: Mesh
+def local_top_k_candidates(
+    keys_Mv: np.ndarray, count: int, vocab_start: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest keys of every rank's block of the vocabulary and their ids, on every
     rank: two (M, tp*count) arrays, rank by rank, each rank's sorted, ties by ascending id.
 
     A rank with fewer than `count` columns fills up with -inf and an id beyond any vocabulary.
     """
-    best_MC, column_MC = best_of_each_row(keys_Mv, count)
+    best_MC, column_MC = row_topk(keys_Mv, count)
     pairs_MC = np.empty(best_MC.shape, np.dtype([("key", keys_Mv.dtype), ("id", np.int64)]))
     pairs_MC["key"] = best_MC
-    pairs_MC["id"] = np.where(column_MC < keys_Mv.shape[1], column_MC + first_id, np.iinfo(int).max)
+    pairs_MC["id"] = np.where(
+        column_MC < keys_Mv.shape[1], column_MC + vocab_start, np.iinfo(int).max
+    )
     packed = pairs_MC.view(np.uint8)  # one message for keys and ids: (M, C * bytes of a pair)
     everyones = all_gather(packed, mesh.tp, axis=1)
     pairs = everyones.view(pairs_MC.dtype)
     return pairs["key"], pairs["id"]
 
 
-def partial_embedding(ids_N: np.ndarray, embedding_vD: np.ndarray, first_id: int) -> np.ndarray:
-    """The rows that this rank has, of the ids from `first_id` on, and zeros for those of other
+def partial_embedding(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int) -> np.ndarray:
+    """The rows that this rank has, of the ids from `vocab_start` on, and zeros for those of other
     ranks: (N, D), a partial sum."""
-    row_N = ids_N - first_id
+    row_N = ids_N - vocab_start
     here_N = (0 <= row_N) & (row_N < len(embedding_vD))
     partial_ND = np.zeros((len(ids_N), embedding_vD.shape[1]), embedding_vD.dtype)
     partial_ND[here_N] = embedding_vD[row_N[here_N]]

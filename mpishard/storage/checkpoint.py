@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from mpishard.description.config import ModelConfig
-from mpishard.description.partition import weight_table
+from mpishard.config.model_config import ModelConfig
+from mpishard.config.weight_specs import weight_specs
 from mpishard.errors import UserError, brief
 from mpishard.storage.arrays import DTYPES, StoredArray
-from mpishard.storage.directory import read_config, read_json
-from mpishard.storage.mxfp4 import SCALE, widen
-from mpishard.storage.placement import Placement, find_places
+from mpishard.storage.model_dir import read_config, read_json
+from mpishard.storage.mxfp4 import SCALE, dequantize
+from mpishard.storage.tensor_locations import TensorLocation, locate_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,14 +49,14 @@ class Checkpoint:
         self,
         path: Path,
         config: ModelConfig,
-        places: dict[str, Placement],
+        locations: dict[str, TensorLocation],
         arrays: dict[str, StoredArray],
     ):
         self.path = path
         self.config = config
-        self.places = places  # of the weights
+        self.locations = locations  # of the weights
         self.arrays = arrays  # in which they are, under the names of the files
-        self._shapes = {weight.name: weight.shape for weight in weight_table(config)}
+        self._shapes = {weight.name: weight.shape for weight in weight_specs(config)}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -69,9 +69,9 @@ class Checkpoint:
         path = Path(path)
         config = read_config(path)
         headers = _read_headers(path)
-        places = find_places(config, headers)
-        _refuse_unknown(config, headers, {name for p in places.values() for name in p.tensors})
-        checkpoint = cls(path, config, places, _find_arrays(path, places, headers))
+        locations = locate_weights(config, headers)
+        _refuse_unknown(config, headers, {name for p in locations.values() for name in p.tensors})
+        checkpoint = cls(path, config, locations, _find_arrays(path, locations, headers))
         if config.tied and HEAD in headers:
             _check_tied(checkpoint.arrays[EMBEDDING], _stored(HEAD, *headers[HEAD]))
         return checkpoint
@@ -82,7 +82,7 @@ class Checkpoint:
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype in which a weight is stored, for a quantized one that in which it comes out."""
-        place = self.places[name]
+        place = self.locations[name]
         return DTYPES["float32"] if place.quantized else self.arrays[place.name].dtype
 
     def read(
@@ -95,11 +95,11 @@ class Checkpoint:
     def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """The part of a weight that `slices` cut out, as it lies in the file; nothing is read
         until it is touched, unless it is quantized."""
-        place = self.places[name]
+        place = self.locations[name]
         stored = [self.arrays[tensor].map() for tensor in place.tensors]
         if place.quantized:
             blocks, scales = (array[place.index] for array in stored)
-            return widen(blocks, scales, *slices)
+            return dequantize(blocks, scales, *slices)
         whole = stored[0].swapaxes(-2, -1) if place.transposed else stored[0]
         return whole[place.index][slices]
 
@@ -149,11 +149,11 @@ def _read_header(path: Path) -> dict[str, Header]:
 
 
 def _find_arrays(
-    directory: Path, places: dict[str, Placement], headers: dict[str, Header]
+    directory: Path, locations: dict[str, TensorLocation], headers: dict[str, Header]
 ) -> dict[str, StoredArray]:
     """What is stored of all places, by the names of the tensors."""
     arrays: dict[str, StoredArray] = {}
-    for place in places.values():
+    for place in locations.values():
         dtypes = (PAIRS_OF_FP4, SCALES) if place.quantized else (FLOATS,)
         for (name, shape), known in zip(place.tensors.items(), dtypes, strict=True):
             if name in arrays:  # where another expert's weight is as well

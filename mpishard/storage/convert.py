@@ -14,12 +14,17 @@ import uuid
 from math import prod
 from pathlib import Path
 
-from mpishard.description.cut import Cut
-from mpishard.description.partition import Weight, check_cut, weight_table, weights_of
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import (
+    WeightSpec,
+    check_weight_sharding,
+    specs_of_shard,
+    weight_specs,
+)
 from mpishard.errors import UserError
 from mpishard.storage import rank_file
 from mpishard.storage.arrays import Progress, StoredArray, as_bytes, checksum, row_blocks
-from mpishard.storage.directory import copy_companions
+from mpishard.storage.model_dir import copy_companions
 from mpishard.storage.rank_file import Manifest, dtype_of, rank_file_name
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
 from mpishard.storage.source import Source
@@ -45,8 +50,8 @@ def convert(
 
 
 class Conversion:
-    """One conversion: `source` cut as ``Cut(tp, ep, ranks)`` says, stored in `dtype`, into the
-    directory `out`."""
+    """One conversion: `source` cut as ``WeightSharding(tp, ep, ranks)`` says, stored in `dtype`,
+    into the directory `out`."""
 
     def __init__(
         self,
@@ -57,8 +62,8 @@ class Conversion:
         ep: int = 1,
         ranks: int = 0,
     ):
-        self.cut = Cut(tp, ep, ranks)
-        check_cut(source.config, self.cut)
+        self.sharding = WeightSharding(tp, ep, ranks)
+        check_weight_sharding(source.config, self.sharding)
         if dtype not in SHARD_DTYPES:
             raise UserError(f"--dtype {dtype} is not one of {', '.join(SHARD_DTYPES)}")
         self.source = source
@@ -75,9 +80,10 @@ class Conversion:
         """The bytes of weights that one of `workers` processes writes."""
         config = self.source.config
         return sum(
-            dtype_of(weight, self.dtype).itemsize * prod(weight.shard_shape(config, self.cut, rank))
-            for rank in range(worker, self.cut.ranks, workers)
-            for weight in weights_of(config, self.cut, rank)
+            dtype_of(weight, self.dtype).itemsize
+            * prod(weight.shard_shape(config, self.sharding, rank))
+            for rank in range(worker, self.sharding.ranks, workers)
+            for weight in specs_of_shard(config, self.sharding, rank)
         )
 
     def prepare(self) -> None:
@@ -88,7 +94,7 @@ class Conversion:
         """
         if self.out.exists():
             raise UserError(f"{self.out} exists already: remove it or choose another directory")
-        manifest = Manifest(uuid.uuid4().hex, str(self.source.path), self.dtype, self.cut)
+        manifest = Manifest(uuid.uuid4().hex, str(self.source.path), self.dtype, self.sharding)
         try:
             self._remove_interrupted()
             self._check_space()
@@ -120,8 +126,8 @@ class Conversion:
         bytes of each block. Raises UserError where the disk or the source fails."""
         manifest = Manifest.read(self.incomplete / UNFINISHED_MANIFEST)
         paths = {
-            rank: self.incomplete / rank_file_name(rank, self.cut.ranks)
-            for rank in range(worker, self.cut.ranks, workers)
+            rank: self.incomplete / rank_file_name(rank, self.sharding.ranks)
+            for rank in range(worker, self.sharding.ranks, workers)
         }
         try:
             places = {
@@ -130,7 +136,7 @@ class Conversion:
             }
             checksums: dict[int, dict[str, int]] = {rank: {} for rank in paths}
             # Weight by weight, not file by file: so the source is read from disk only once.
-            for weight in weight_table(self.source.config):
+            for weight in weight_specs(self.source.config):
                 for rank in paths:
                     place = places[rank].get(weight.name)
                     if place is not None:  # otherwise an expert that other ranks have
@@ -141,15 +147,15 @@ class Conversion:
             reason = " ".join(str(error).split())
             raise UserError(f"cannot write {self.incomplete}: {reason}") from None
 
-    def _copy(self, weight: Weight, rank: int, place: StoredArray, progress: Progress) -> int:
+    def _copy(self, weight: WeightSpec, rank: int, place: StoredArray, progress: Progress) -> int:
         """Copies a rank's part of a weight to its place, and answers with its checksum."""
-        rows, *others = weight.slices(self.source.config, self.cut, rank)
+        rows, *others = weight.slices(self.source.config, self.sharding, rank)
         crc32 = 0
         with open(place.path, "r+b") as file:
             file.seek(place.offset)
             for part in row_blocks(place.shape, SOURCE_ITEMSIZE):
-                cut = slice(rows.start + part.start, rows.start + part.stop)
-                block = self.source.read(weight.name, (cut, *others), place.dtype)
+                sharding = slice(rows.start + part.start, rows.start + part.stop)
+                block = self.source.read(weight.name, (sharding, *others), place.dtype)
                 file.write(as_bytes(block))
                 crc32 = checksum(block, crc32)
                 progress(block.nbytes)
@@ -160,7 +166,7 @@ class Conversion:
         manifest = self.incomplete / UNFINISHED_MANIFEST
         shards = ShardDirectory(self.incomplete, Manifest.read(manifest))
         shards.check_files()
-        for rank in range(self.cut.ranks):
+        for rank in range(self.sharding.ranks):
             shards.parts(rank)
         if self.out.exists():
             raise UserError(f"{self.out} came to exist during the conversion; remove it")

@@ -7,10 +7,10 @@ from math import prod
 
 import numpy as np
 
-from mpishard.description.config import Mla, ModelConfig, Moe
-from mpishard.description.cut import Cut
-from mpishard.description.layout import block, kv_heads_of, query_heads_of
-from mpishard.description.partition import experts_of, weight_table
+from mpishard.config.layout import block, kv_heads_of, query_heads_of
+from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import local_experts, weight_specs
 from mpishard.errors import UserError
 from mpishard.storage.arrays import Progress, StoredArray, checksum
 from mpishard.storage.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ def describe(source: Source) -> list[str]:
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
-        lines.append(f"shards        {manifest.cut}, made from {manifest.source}")
+        lines.append(f"shards        {manifest.sharding}, made from {manifest.source}")
         lines.append(f"conversion    {manifest.conversion}")
         return [*lines, "", *_columns(_rank_rows(source))]
     return [*lines, "", *_columns(_file_rows(source))]
@@ -44,13 +44,13 @@ def _model_lines(config: ModelConfig) -> list[str]:
         *([f"ffn           {config.ffn}, {config.activation}"] if _is_dense(config) else []),
         *([f"experts       {_experts(config, config.moe)}"] if config.moe else []),
         f"vocabulary    {config.vocab}{', head tied to the embedding' if config.tied else ''}",
-        f"positions     {config.max_positions}, rope {config.rope.kind}{reach}",
+        f"positions     {config.max_position_embeddings}, rope {config.rope.kind}{reach}",
     ]
 
 
-def _latent(mla: Mla) -> str:
-    queries = f", queries {mla.q_rank}" if mla.q_rank else ""
-    return f"keys and values {mla.kv_rank}, rotated key {mla.rope_dim}{queries}"
+def _latent(mla: MLAConfig) -> str:
+    queries = f", queries {mla.q_lora_rank}" if mla.q_lora_rank else ""
+    return f"keys and values {mla.kv_lora_rank}, rotated key {mla.qk_rope_head_dim}{queries}"
 
 
 def _is_dense(config: ModelConfig) -> bool:
@@ -58,54 +58,60 @@ def _is_dense(config: ModelConfig) -> bool:
     return config.moe is None or not all(config.moe.layers)
 
 
-def _experts(config: ModelConfig, moe: Moe) -> str:
-    shared = f", and a shared one of width {moe.shared_ffn}" if moe.shared_ffn else ""
+def _experts(config: ModelConfig, moe: MoEConfig) -> str:
+    shared = (
+        f", and a shared one of width {moe.shared_expert_intermediate_size}"
+        if moe.shared_expert_intermediate_size
+        else ""
+    )
     layers = f" in {sum(moe.layers)} of {config.layers} layers" if _is_dense(config) else ""
     return (
-        f"{moe.experts} of width {moe.ffn}, {config.activation}, "
+        f"{moe.num_experts} of width {moe.moe_intermediate_size}, {config.activation}, "
         f"{moe.top_k} for a token{shared}{layers}"
     )
 
 
 def _weights_line(source: Source) -> str:
-    table = weight_table(source.config)
+    table = weight_specs(source.config)
     parameters = sum(prod(weight.shape) for weight in table)
     dtypes = sorted({_dtype_name(source, weight.name) for weight in table})
     return f"weights       {parameters:,} parameters, {' and '.join(dtypes)}"
 
 
 def _dtype_name(source: Source, name: str) -> str:
-    if isinstance(source, Checkpoint) and source.places[name].quantized:
+    if isinstance(source, Checkpoint) and source.locations[name].quantized:
         return "mxfp4"
     return source.dtype(name).name
 
 
 def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:
-    columns = list(_held(shards.config, shards.cut, 0))
+    columns = list(_held(shards.config, shards.sharding, 0))
     yield "rank", "file", "bytes", "tensors", *columns
-    for rank in range(shards.cut.ranks):
+    for rank in range(shards.sharding.ranks):
         yield (
             str(rank),
             shards.file(rank).name,
             f"{shards.file(rank).stat().st_size:,}",
             str(len(shards.parts(rank))),
-            *map(_range, _held(shards.config, shards.cut, rank).values()),
+            *map(_range, _held(shards.config, shards.sharding, rank).values()),
         )
 
 
-def _held(config: ModelConfig, cut: Cut, index: int) -> dict[str, slice]:
+def _held(config: ModelConfig, sharding: WeightSharding, index: int) -> dict[str, slice]:
     """What set `index` of the weights has of all that is divided."""
-    moe, tp, rank = config.moe, cut.tp, cut.tp_rank(index)
+    moe, tp, rank = config.moe, sharding.tp, sharding.tp_rank(index)
     held = {"query heads": query_heads_of(config, tp, rank)}
     if config.mla is None:
         held["kv heads"] = kv_heads_of(config, tp, rank)
     if _is_dense(config):
         held["ffn"] = block(config.ffn, tp, rank)
     if moe:
-        held["experts"] = experts_of(moe.experts, cut, index)
-        held["of their width"] = block(moe.ffn, cut.etp, cut.etp_rank(index))
-        if moe.shared_ffn:
-            held["shared"] = block(moe.shared_ffn, tp, rank)
+        held["experts"] = local_experts(moe.num_experts, sharding, index)
+        held["of their width"] = block(
+            moe.moe_intermediate_size, sharding.etp, sharding.etp_rank(index)
+        )
+        if moe.shared_expert_intermediate_size:
+            held["shared"] = block(moe.shared_expert_intermediate_size, tp, rank)
     held["vocabulary"] = block(config.vocab, tp, rank)
     return held
 
@@ -117,12 +123,12 @@ def _file_rows(checkpoint: Checkpoint) -> Iterable[tuple[str, ...]]:
         yield file.name, f"{file.stat().st_size:,}", str(files.count(file))
 
 
-def _range(cut: slice) -> str:
+def _range(sharding: slice) -> str:
     """The indices in words: ``0-3``, ``4`` or ``none``."""
-    length = cut.stop - cut.start
+    length = sharding.stop - sharding.start
     if length <= 1:
-        return str(cut.start) if length else "none"
-    return f"{cut.start}-{cut.stop - 1}"
+        return str(sharding.start) if length else "none"
+    return f"{sharding.start}-{sharding.stop - 1}"
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -140,7 +146,7 @@ def stored_bytes(source: Source) -> int:
         return sum(array.nbytes for array in source.arrays.values())
     return sum(
         part.array.nbytes
-        for rank in range(source.cut.ranks)
+        for rank in range(source.sharding.ranks)
         for part in source.parts(rank).values()
     )
 
@@ -158,7 +164,7 @@ def verify(source: Source, progress: Progress = lambda done: None) -> None:
             _refuse_infinite(name, array, finite)
         return
     first: dict[tuple[str, str], Part] = {}
-    for rank in range(source.cut.ranks):
+    for rank in range(source.sharding.ranks):
         for name, part in source.parts(rank).items():
             crc32, finite = _read_through(part.array, progress)
             part.compare(crc32)

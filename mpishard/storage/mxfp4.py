@@ -9,7 +9,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-GROUP = 32  # numbers that share a scale
+BLOCK_SIZE = 32  # numbers that share a scale
 
 SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)  # 2 ** (byte - 127), and 255 is not a number
 
@@ -18,12 +18,12 @@ _NUMBERS = np.concatenate([_MAGNITUDES, -_MAGNITUDES])  # the fourth is the sign
 _PAIRS = np.stack([np.tile(_NUMBERS, 16), np.repeat(_NUMBERS, 16)], axis=1)  # of each byte
 
 
-def widen(blocks: np.ndarray, scales: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+def dequantize(blocks: np.ndarray, scales: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
     """A part of a matrix in float32, from its bytes, (rows, groups, 16), and the scales of its
     groups, (rows, groups), as `SCALE`. Nothing beyond the groups of the part is read."""
-    first, last = columns.start // GROUP, -(-columns.stop // GROUP)
+    first, last = columns.start // BLOCK_SIZE, -(-columns.stop // BLOCK_SIZE)
     pairs = _PAIRS[blocks[rows, first:last]]  # (rows, groups, 16, 2)
-    groups = pairs.reshape(*pairs.shape[:2], GROUP)
+    groups = pairs.reshape(*pairs.shape[:2], BLOCK_SIZE)
     groups *= scales[rows, first:last, np.newaxis].astype(np.float32)
-    wide = groups.reshape(len(groups), GROUP * (last - first))
-    return wide[:, columns.start - first * GROUP : columns.stop - first * GROUP]
+    wide = groups.reshape(len(groups), BLOCK_SIZE * (last - first))
+    return wide[:, columns.start - first * BLOCK_SIZE : columns.stop - first * BLOCK_SIZE]

@@ -26,12 +26,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mpishard.description.config import ModelConfig
-from mpishard.description.cut import Cut
-from mpishard.description.partition import Weight, weights_of
+from mpishard.config.model_config import ModelConfig
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import WeightSpec, specs_of_shard
 from mpishard.errors import UserError, brief
 from mpishard.storage.arrays import DTYPES, StoredArray, checksum
-from mpishard.storage.directory import read_json
+from mpishard.storage.model_dir import read_json
 
 FORMAT_VERSION = 1
 UNSEALED = 0  # the format version of a file that is being written
@@ -63,12 +63,12 @@ class Manifest:
     conversion: str
     source: str
     dtype: str
-    cut: Cut
+    sharding: WeightSharding
 
     @property
     def mapping(self) -> dict[str, int]:
         """How the weights are divided: one file for each of the `ranks`."""
-        return {"tp": self.cut.tp, "ep": self.cut.ep, "ranks": self.cut.ranks}
+        return {"tp": self.sharding.tp, "ep": self.sharding.ep, "ranks": self.sharding.ranks}
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -99,7 +99,7 @@ class Manifest:
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _read_mapping(path: Path, mapping: Any) -> Cut:
+def _read_mapping(path: Path, mapping: Any) -> WeightSharding:
     numbers = mapping if isinstance(mapping, dict) else {}
     sound = numbers.keys() == {"tp", "ep", "ranks"} and all(
         type(number) is int and number > 0 for number in numbers.values()
@@ -109,12 +109,12 @@ def _read_mapping(path: Path, mapping: Any) -> Cut:
             f"{path}: mapping is {brief(str(mapping))}, but must have tp and ep, whole numbers "
             "from 1, and ranks, a multiple of both"
         )
-    return Cut(**numbers)
+    return WeightSharding(**numbers)
 
 
-def dtype_of(weight: Weight, dtype: str) -> np.dtype:
+def dtype_of(weight: WeightSpec, dtype: str) -> np.dtype:
     """The dtype in which shards in `dtype` hold a weight."""
-    return DTYPES["float32" if weight.wide else dtype]
+    return DTYPES["float32" if weight.keep_fp32 else dtype]
 
 
 def _check_version(path: Path, version: Any) -> None:
@@ -170,26 +170,26 @@ def create(
         file.attrs["config"] = _as_text(config.raw)
         return {
             weight.name: _create_dataset(file, weight, config, manifest, rank, allocated)
-            for weight in weights_of(config, manifest.cut, rank)
+            for weight in specs_of_shard(config, manifest.sharding, rank)
         }
 
 
 def _create_dataset(
     file: h5py.File,
-    weight: Weight,
+    weight: WeightSpec,
     config: ModelConfig,
     manifest: Manifest,
     rank: int,
     allocated: h5py.h5p.PropDCID,
 ) -> StoredArray:
     dtype = dtype_of(weight, manifest.dtype)
-    held = weight.slices(config, manifest.cut, rank)
-    shape = weight.shard_shape(config, manifest.cut, rank)
+    held = weight.slices(config, manifest.sharding, rank)
+    shape = weight.shard_shape(config, manifest.sharding, rank)
     dataset = file.create_dataset(weight.name, shape, _stored_dtype(dtype), dcpl=allocated)
     dataset.attrs["names"] = [weight.name]
     dataset.attrs["shape"] = weight.shape
-    dataset.attrs["start"] = [cut.start for cut in held]
-    dataset.attrs["stop"] = [cut.stop for cut in held]
+    dataset.attrs["start"] = [sharding.start for sharding in held]
+    dataset.attrs["stop"] = [sharding.stop for sharding in held]
     dataset.attrs["dtype"] = dtype.name
     dataset.attrs["crc32"] = np.uint32(0)
     return StoredArray(Path(file.filename), dataset.id.get_offset() or 0, dtype, shape)

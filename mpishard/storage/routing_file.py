@@ -27,18 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from mpishard.arithmetic.decisions import POSITIONS, Decisions
-from mpishard.description.config import ModelConfig
+from mpishard.config.model_config import ModelConfig
 from mpishard.errors import UserError, brief
 from mpishard.storage.parsing import parse_json
+from mpishard.storage.routing_trace import POSITIONS, RoutingTrace
 
 FORMAT = "mpishard routing 1"
 ARRAYS = ("request", "position", "token", "experts", "weights")
 
 
-def write_routing(path: Path, decisions: Decisions, config: ModelConfig) -> None:
+def write_routing(path: Path, decisions: RoutingTrace, config: ModelConfig) -> None:
     """Writes the file, which bears another name until it is complete. OSError if it cannot."""
-    about = json.dumps(_about(config) | {"requests": decisions.names})
+    about = json.dumps(_about(config) | {"requests": decisions.request_ids})
     temporary = path.with_name(path.name + ".incomplete")
     try:
         with temporary.open("wb") as file:
@@ -57,7 +57,7 @@ def write_routing(path: Path, decisions: Decisions, config: ModelConfig) -> None
             temporary.unlink()
 
 
-def read_routing(path: Path, config: ModelConfig, where: str) -> Decisions:
+def read_routing(path: Path, config: ModelConfig, where: str) -> RoutingTrace:
     """What the file says; UserError, that begins with `where`, if it is none, damaged, or of
     another model. Whoever wrote it, its tokens and their experts are put in order."""
     about, arrays = _read(path, where)
@@ -66,26 +66,26 @@ def read_routing(path: Path, config: ModelConfig, where: str) -> Decisions:
             of = "it should be" if field == "format" else "but the model's is"
             found = brief(repr(about.get(field)))
             raise UserError(f'{where} has the "{field}" {found}, {of} {right!r}')
-    names = about.get("requests")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        found = brief(repr(names))
+    request_ids = about.get("requests")
+    if not isinstance(request_ids, list) or not all(isinstance(name, str) for name in request_ids):
+        found = brief(repr(request_ids))
         raise UserError(f'{where} must have a list of texts as "requests", not {found}')
-    _check_arrays(arrays, config, len(names), where)
+    _check_arrays(arrays, config, len(request_ids), where)
     ascending = np.argsort(arrays["experts"], axis=2, kind="stable")
-    decisions = Decisions(
+    decisions = RoutingTrace(
         request_T=arrays["request"].astype(np.int64),
         position_T=arrays["position"].astype(np.int64),
         token_T=arrays["token"].astype(np.int64),
         layers=tuple(about["layers"]),
         experts_TLA=np.take_along_axis(arrays["experts"].astype(np.int64), ascending, axis=2),
         weights_TLA=np.take_along_axis(arrays["weights"], ascending, axis=2),
-        names=tuple(names),
+        request_ids=tuple(request_ids),
         where=where,
     )
-    decisions = decisions.sorted_as(decisions.request_T, decisions.names)
+    decisions = decisions.sorted_as(decisions.request_T, decisions.request_ids)
     if (np.diff(decisions.experts_TLA, axis=2) == 0).any():
         raise UserError(f"{where} sends a token to the same expert twice")
-    if decisions.twice():
+    if decisions.has_duplicates():
         raise UserError(f"{where} has a token twice")
     return decisions
 
@@ -101,7 +101,7 @@ def _check_arrays(
         ("request", (T,), "iu", requests),
         ("position", (T,), "iu", POSITIONS),
         ("token", (T,), "iu", config.vocab),
-        ("experts", each, "iu", moe.experts),
+        ("experts", each, "iu", moe.num_experts),
         ("weights", each, "f", np.inf),
     ):
         array = arrays[name]
@@ -121,9 +121,9 @@ def _about(config: ModelConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model_type": config.family,
-        "experts": moe.experts,
+        "experts": moe.num_experts,
         "top_k": moe.top_k,
-        "layers": [layer for layer, is_mixture in enumerate(moe.layers) if is_mixture],
+        "layers": [layer for layer, is_moe_layer in enumerate(moe.layers) if is_moe_layer],
     }
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpishard.description.partition import (
-    Weight,
-    check_cut,
-    uncovered,
-    weight_table,
-    weights_of,
+from mpishard.config.weight_specs import (
+    WeightSpec,
+    check_weight_sharding,
+    missing_weights,
+    specs_of_shard,
+    weight_specs,
 )
 from mpishard.errors import UserError, brief
-from mpishard.storage.directory import read_config
+from mpishard.storage.model_dir import read_config
 from mpishard.storage.rank_file import (
     Manifest,
     Part,
@@ -39,9 +39,9 @@ class ShardDirectory:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
-        self.cut = manifest.cut
+        self.sharding = manifest.sharding
         self.config = read_config(path)
-        self.weights = {weight.name: weight for weight in weight_table(self.config)}
+        self.weights = {weight.name: weight for weight in weight_specs(self.config)}
         self._parts: dict[int, dict[str, Part]] = {}
         self._checked_parts: set[tuple[int, str]] = set()
 
@@ -58,33 +58,35 @@ class ShardDirectory:
         """Refuse missing, surplus, truncated or foreign rank files (UserError)."""
         present = {file.name for file in self.path.glob("rank-*.h5")}
         # The manifest may say any number: of more than there are, one is missing among the first.
-        ranks = range(min(self.cut.ranks, len(present) + 1))
-        expected = [rank_file_name(rank, self.cut.ranks) for rank in ranks]
+        ranks = range(min(self.sharding.ranks, len(present) + 1))
+        expected = [rank_file_name(rank, self.sharding.ranks) for rank in ranks]
         missing = [name for name in expected if name not in present]
         surplus = sorted(present.difference(expected))
         if missing or surplus:
             raise UserError(
-                f"{self.path} should hold {self.cut.ranks} rank files as {MANIFEST} says, but "
+                f"{self.path} should hold {self.sharding.ranks} rank files as {MANIFEST} says, but "
                 f"{len(present)} are there: "
                 + (f"{missing[0]} is missing" if missing else f"{surplus[0]} is not one of them")
             )
-        for rank in range(self.cut.ranks):
+        for rank in range(self.sharding.ranks):
             check_header(self.file(rank), self.manifest, rank, self.config.raw)
-        check_cut(self.config, self.cut)
-        gaps = uncovered(self.config, self.cut)
+        check_weight_sharding(self.config, self.sharding)
+        gaps = missing_weights(self.config, self.sharding)
         if gaps:
-            raise UserError(f"{self.path}: {self.cut} leaves parts of {gaps[0]} on no rank")
+            raise UserError(f"{self.path}: {self.sharding} leaves parts of {gaps[0]} on no rank")
 
     def file(self, rank: int) -> Path:
         """The file of a rank."""
-        return self.path / rank_file_name(rank, self.cut.ranks)
+        return self.path / rank_file_name(rank, self.sharding.ranks)
 
     def parts(self, rank: int) -> dict[str, Part]:
         """What a rank's file holds of each weight, each checked to be the very slice that the
         partition table gives to that rank (UserError)."""
         if rank not in self._parts:
             parts = read_parts(self.file(rank))
-            held = {weight.name: weight for weight in weights_of(self.config, self.cut, rank)}
+            held = {
+                weight.name: weight for weight in specs_of_shard(self.config, self.sharding, rank)
+            }
             self._refuse_strangers(rank, sorted(parts.keys() - held.keys()))
             for name, weight in held.items():
                 if name not in parts:
@@ -98,9 +100,9 @@ class ShardDirectory:
             reason = "belongs to other ranks" if name in self.weights else "the model does not have"
             raise UserError(f"{self.file(rank)} holds {brief(name)}, which {reason}")
 
-    def _check_part(self, rank: int, weight: Weight, part: Part) -> None:
-        held = weight.slices(self.config, self.cut, rank)
-        shape = weight.shard_shape(self.config, self.cut, rank)
+    def _check_part(self, rank: int, weight: WeightSpec, part: Part) -> None:
+        held = weight.slices(self.config, self.sharding, rank)
+        shape = weight.shard_shape(self.config, self.sharding, rank)
         for what, found, right in (
             ("the names", part.names, [weight.name]),
             ("the whole shape", part.whole_shape, weight.shape),
@@ -111,7 +113,7 @@ class ShardDirectory:
             if found != right:
                 raise UserError(
                     f"{self.file(rank)}: {weight.name} has {what} {found}, "
-                    f"but rank {rank} of {self.cut.ranks} should have {right}"
+                    f"but rank {rank} of {self.sharding.ranks} should have {right}"
                 )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -132,10 +134,10 @@ class ShardDirectory:
         axis = weight.axis or 0  # of an uncut weight, the first rank that has it holds all
         start, stop, _ = slices[axis].indices(weight.shape[axis])
         pieces = []
-        for rank in range(self.cut.ranks):
-            if not weight.held(self.config, self.cut, rank):
+        for rank in range(self.sharding.ranks):
+            if not weight.is_held(self.config, self.sharding, rank):
                 continue
-            held = weight.slices(self.config, self.cut, rank)[axis]
+            held = weight.slices(self.config, self.sharding, rank)[axis]
             upto = min(stop, held.stop)
             if held.start <= start < upto:
                 rows = slice(start - held.start, upto - held.start)
@@ -154,9 +156,9 @@ class ShardDirectory:
         return part.array.map()
 
 
-def _with(slices: tuple[slice, ...], axis: int, cut: slice) -> tuple[slice, ...]:
-    return slices[:axis] + (cut,) + slices[axis + 1 :]
+def _with(slices: tuple[slice, ...], axis: int, sharding: slice) -> tuple[slice, ...]:
+    return slices[:axis] + (sharding,) + slices[axis + 1 :]
 
 
 def _bounds(slices: tuple[slice, ...]) -> str:
-    return "[" + ", ".join(f"{cut.start}:{cut.stop}" for cut in slices) + "]"
+    return "[" + ", ".join(f"{sharding.start}:{sharding.stop}" for sharding in slices) + "]"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpishard.errors import UserError
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.storage.directory import COMPANIONS, CONFIG
+from mpishard.storage.model_dir import COMPANIONS, CONFIG
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
 
 Source = Checkpoint | ShardDirectory

@@ -7,8 +7,8 @@ from math import prod
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpishard.description.cut import Cut
-from mpishard.description.partition import Weight, check_cut, weights_of
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import WeightSpec, check_weight_sharding, specs_of_shard
 from mpishard.errors import UserError
 from mpishard.storage.arrays import map_file
 from mpishard.storage.shards import ShardDirectory
@@ -18,23 +18,23 @@ from mpishard.storage.source import Source
 ALIGNMENT = 64
 
 
-def check_fits(source: Source, cut: Cut) -> None:
+def check_fits(source: Source, sharding: WeightSharding) -> None:
     """Refuse a cut that a source cannot be loaded in (UserError): shards are for one, a checkpoint
-    can be cut in any way that `check_cut` lets pass."""
-    check_cut(source.config, cut)
-    if isinstance(source, ShardDirectory) and source.cut != cut:
+    can be cut in any way that `check_weight_sharding` lets pass."""
+    check_weight_sharding(source.config, sharding)
+    if isinstance(source, ShardDirectory) and source.sharding != sharding:
         raise UserError(
-            f"{source.path} holds shards for {source.cut}, not for {cut}: "
-            f"start {source.cut.ranks} ranks with {source.cut}, "
-            f"or make others with `mpishard shard {source.path} OUT {cut}`"
+            f"{source.path} holds shards for {source.sharding}, not for {sharding}: "
+            f"start {source.sharding.ranks} ranks with {source.sharding}, "
+            f"or make others with `mpishard shard {source.path} OUT {sharding}`"
         )
 
 
 def load_weights(
-    source: Source, cut: Cut, index: int, dtype: DTypeLike = np.float32
+    source: Source, sharding: WeightSharding, index: int, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """The parts that set `index` of the weights, cut as `cut` says, has of them, by their Hugging
-    Face names, in `dtype`, wide ones in float32 at least.
+    """The parts that set `index` of the weights, cut as `sharding` says, has of them, by their
+    Hugging Face names, in `dtype`, wide ones in float32 at least.
 
     Shards stored in `dtype` are memory-mapped and read-only: nothing is copied or read before it is
     used, and the processes of a machine share the pages. Other shards are checked and converted,
@@ -42,19 +42,23 @@ def load_weights(
     slices are read and converted. Raises UserError as `check_fits` does, and for damaged shards
     where they are converted.
     """
-    check_fits(source, cut)
-    held = weights_of(source.config, cut, index)
+    check_fits(source, sharding)
+    held = specs_of_shard(source.config, sharding, index)
     if isinstance(source, ShardDirectory):
-        return _load_shards(source, cut, index, held, dtype)
-    weights = _allocate(source, cut, index, held, dtype)
+        return _load_shards(source, sharding, index, held, dtype)
+    weights = _allocate(source, sharding, index, held, dtype)
     for weight in held:
-        slices = weight.slices(source.config, cut, index)
+        slices = weight.slices(source.config, sharding, index)
         weights[weight.name][...] = source.view(weight.name, slices)
     return weights
 
 
 def _load_shards(
-    source: ShardDirectory, cut: Cut, index: int, held: list[Weight], dtype: DTypeLike
+    source: ShardDirectory,
+    sharding: WeightSharding,
+    index: int,
+    held: list[WeightSpec],
+    dtype: DTypeLike,
 ) -> dict[str, np.ndarray]:
     file, parts = map_file(source.file(index)), source.parts(index)
     mapped = {
@@ -63,29 +67,29 @@ def _load_shards(
         if weight.name in parts and source.dtype(weight.name) == _dtype_of(weight, dtype)
     }
     others = [weight for weight in held if weight.name not in mapped]
-    converted = _allocate(source, cut, index, others, dtype)
+    converted = _allocate(source, sharding, index, others, dtype)
     for weight in others:
         if weight.name in parts:
             parts[weight.name].check()
             converted[weight.name][...] = parts[weight.name].array.view(file)
         else:
-            slices = weight.slices(source.config, cut, index)
+            slices = weight.slices(source.config, sharding, index)
             converted[weight.name][...] = source.read(weight.name, slices)
     weights = mapped | converted
     return {weight.name: weights[weight.name] for weight in held}
 
 
-def _dtype_of(weight: Weight, dtype: DTypeLike) -> np.dtype:
-    return np.promote_types(dtype, np.float32) if weight.wide else np.dtype(dtype)
+def _dtype_of(weight: WeightSpec, dtype: DTypeLike) -> np.dtype:
+    return np.promote_types(dtype, np.float32) if weight.keep_fp32 else np.dtype(dtype)
 
 
 def _allocate(
-    source: Source, cut: Cut, index: int, held: list[Weight], dtype: DTypeLike
+    source: Source, sharding: WeightSharding, index: int, held: list[WeightSpec], dtype: DTypeLike
 ) -> dict[str, np.ndarray]:
     """Arrays for these weights, one after the other in a single allocation: NumPy asks the system
     to back a large one with huge pages, from which products read some 4 % faster than from pages
     of 4 KiB."""
-    shapes = {weight.name: weight.shard_shape(source.config, cut, index) for weight in held}
+    shapes = {weight.name: weight.shard_shape(source.config, sharding, index) for weight in held}
     dtypes = {weight.name: _dtype_of(weight, dtype) for weight in held}
     places, stop = {}, 0
     for name, shape in shapes.items():

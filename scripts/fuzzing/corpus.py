@@ -15,7 +15,7 @@ from tiny_text import CHAT_TEMPLATE, write_speaker
 
 from fuzzing.judge import read_logits
 from fuzzing.running import Room
-from mpishard.job.task import Task
+from mpishard.batch.job import BatchJob
 
 FAMILIES = (
     *("llama-gqa", "llama-linear-old", "mistral-window", "qwen2-yarn-new", "qwen3-mixed"),
@@ -141,12 +141,12 @@ class Corpus:
         texts = (json.dumps(line, ensure_ascii=False) for line in REQUESTS)
         self.requests = [text.encode() for text in texts]
         (self.path / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in self.requests))
-        with patch.object(Task, "finish", lambda task: None):
+        with patch.object(BatchJob, "finish", lambda task: None):
             self._batch("unfinished.jsonl")
         journal = self.path / "unfinished.jsonl.journal"
         self.journal = journal.rename(self.path / "journal").read_bytes()
         self._batch("other.jsonl", "--seed", 5)
-        with patch.object(Task, "finish", lambda task: None):
+        with patch.object(BatchJob, "finish", lambda task: None):
             self._batch("foreign.jsonl", "--seed", 6)
         self.foreign = (self.path / "foreign.jsonl.journal").read_bytes()
         self._batch("out.jsonl")
@@ -162,6 +162,6 @@ class Corpus:
         routing = self.path / f"{MIXTURE}.routing.npz"
         self._score(MIXTURE, self.model(MIXTURE), "--record-routing", routing)
         words = ["generate", self.model(MIXTURE), "--prompt", "the in a", *GENERATE]
-        self._run(*words, "--expert-stats", self.path / "load.json", makes=("load.json",))
-        words = ["place", self.path / "load.json", "--ep", EP, "--copies", 2, "-o"]
+        self._run(*words, "--expert-load", self.path / "load.json", makes=("load.json",))
+        words = ["place", self.path / "load.json", "--ep", EP, "--redundant-experts", 2, "-o"]
         self._run(*words, self.path / "places.json", makes=("places.json",))

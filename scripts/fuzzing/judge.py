@@ -1,6 +1,6 @@
 """What the right answer is, as the oracle, the safetensors and the tokenizers library see it.
 
-What a configuration means is for `mpishard.description.config` to say; that the ranks compute what
+What a configuration means is for `mpishard.config.model_config` to say; that the ranks compute what
 it means is checked against `mpishard.reference`, which reads no file itself.
 """
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from fuzzing.running import Finding
 from mpishard.reference import Reference
-from mpishard.storage.directory import read_config
+from mpishard.storage.model_dir import read_config
 
 TOLERANCE = 1e-6  # of the largest logit, in float64, where damage can make numbers large
 FLOAT32_TOLERANCE = 1e-4
@@ -106,7 +106,7 @@ def right_answer(
     oracle: Reference, ids: Sequence[int], most: int, ignore_eos: bool = False
 ) -> tuple[list[int], str]:
     """The greedy answer of at most so many tokens, and why it ends."""
-    room = oracle.config.max_positions - len(ids) + 1
+    room = oracle.config.max_position_embeddings - len(ids) + 1
     answer: list[int] = []
     with np.errstate(all="ignore"):
         while len(answer) < min(most, room):

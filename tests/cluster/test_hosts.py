@@ -87,13 +87,13 @@ LAYOUTS = {
     "tensor, a rank a host": (MODEL, 4, "--tp 4"),
     "sequence": (MODEL, 4, "--tp 4 --sequence-parallel"),
     "flash decoding": (MODEL, 2, "--tp 4 --flash-decoding"),
-    "context, ring": (MODEL, 4, "--cp 4 --prefill-chunk 3"),
+    "context, ring": (MODEL, 4, "--cp 4 --chunked-prefill-size 3"),
     "context, all-gather": (MODEL, 2, "--cp 2 --tp 2 --cp-prefill all-gather"),
     "data": (MODEL, 4, "--dp 4"),
     "data over hosts": (MODEL, 2, "--dp 2 --tp 2"),
     "expert": (MIXTURE, 2, "--tp 2 --dp 2 --ep 4"),
     "expert, a rank a host": (MIXTURE, 4, "--tp 2 --dp 2 --ep 4"),
-    "expert, gather": (MIXTURE, 4, "--cp 4 --ep 4 --expert-dispatch gather"),
+    "expert, gather": (MIXTURE, 4, "--cp 4 --ep 4 --moe-token-dispatcher all-gather"),
 }
 
 

@@ -91,7 +91,16 @@ COMMANDS = {
     + ["--input", "{INPUT}", "--output", "{OUTPUT}", "--seed", "1"],
     "expert": ["generate", "{MODEL}", "--dp", "2", "--tp", "4", "--ep", "8"]
     + ["--prompt", "def f", "--seed", "1"],
-    "long-context": ["generate", "{MODEL}", "--cp", "8", "--tp", "1", "--prefill-chunk", "4096"]
+    "long-context": [
+        "generate",
+        "{MODEL}",
+        "--cp",
+        "8",
+        "--tp",
+        "1",
+        "--chunked-prefill-size",
+        "4096",
+    ]
     + ["--prompt", "-", "--seed", "1", "some text"],
     "chain": ["batch", "{MODEL}", "--dp", "2", "--tp", "4"]
     + ["--input", "{INPUT}", "--output", "{OUTPUT}", "--seed", "1"],
@@ -501,7 +510,7 @@ def requests(cluster: Cluster) -> Path:
 def start_chain(cluster: Cluster, requests: Path, out: Path) -> int:
     """A chain that has answered something, but not all."""
     options = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
-    words = ["--ignore-eos", "--max-sequences", 2]
+    words = ["--ignore-eos", "--max-num-seqs", 2]
     job = cluster.submit("chain", options, *words, MODEL=MODEL, INPUT=requests, OUTPUT=out)
     journal = out.with_name(out.name + ".journal")
     # Not its first line, which is there before every rank listens to signals.

@@ -9,7 +9,7 @@ import pytest
 from tiny_text import write_speaker
 
 from commands.shell import VARIANT, answered
-from mpishard import launch
+from mpishard.runtime import launch
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,13 @@ from commands.shell import answered, completions, mpishard, refusal, refusal_her
 from mpishard import commands
 from mpishard.cli import run_command
 from mpishard.errors import UserError
-from mpishard.text import Text
+from mpishard.tokenizer import Tokenizer
 
 SMALL = Path(__file__).parents[2] / "data" / "cpython-4m"
 PROMPTS = ["the in", "def on(a):\n", "é", "a man, a plan", "0123", "re", "s = (1, 2)", "on the in"]
 GREEDY = ["--max-tokens", "11"]
 SAMPLED = [*GREEDY, "--temperature", "1.3", "--top-p", "0.9", "--top-k", "40", "--seed", "7"]
-NARROW = ["--max-sequences", "2", "--max-batch-tokens", "5"]
+NARROW = ["--max-num-seqs", "2", "--max-num-batched-tokens", "5"]
 
 
 class Job:
@@ -110,11 +110,11 @@ def expected(model: Path):
 LAYOUTS = {
     "": None,
     "--dp 2": 2,
-    "--dp 3 --prefill-chunk 2": 3,
+    "--dp 3 --chunked-prefill-size 2": 3,
     "--tp 3": 3,
     "--tp 2 --dp 2 --sequence-parallel": 4,
     "--cp 2 --tp 2": 4,
-    "--cp 3 --kv-interleave 4": 3,
+    "--cp 3 --cp-kv-cache-interleave-size 4": 3,
     "--tp 8 --flash-decoding": 8,
     "--tp 2 --cp 2 --dp 2 --sequence-parallel --flash-decoding": 8,
 }
@@ -131,7 +131,7 @@ def test_every_layout_answers_as_generate_does(model, job, expected, layout, n):
 def test_with_room_for_all_the_answers_are_the_same(model, job, expected):
     work = job(*asked())
     assert work.run(2, model, *SAMPLED, "--dp", 2) == expected(*SAMPLED)
-    assert work.here(model, *SAMPLED, "--kv-memory", "1 GiB") == expected(*SAMPLED)
+    assert work.here(model, *SAMPLED, "--kv-cache-memory-bytes", "1 GiB") == expected(*SAMPLED)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_one_can_chat_and_give_ids(model, job):
                                  "leave --chat away")  # fmt: skip
     choice = formal["response"]["body"]["choices"][0]
     assert choice["message"]["content"] == right["text"]
-    ids = Text(model).encode("hi")
+    ids = Tokenizer(model).encode("hi")
     (given,) = job({"id": 0, "input_ids": ids}).here(model, *GREEDY)
     assert given == {**completions(None, model, "--prompt", "hi", *GREEDY)[0], "prompt": ids}
 
@@ -194,7 +194,7 @@ def test_damaged_lines_are_answered_in_their_place(model, job, expected, capfd):
     ]
     lines = asked()
     work = job(*lines[:2], *(line for line, _ in damaged), "", "  ", *lines[2:])
-    answers = work.here(model, *GREEDY, "--max-sequences", 3)
+    answers = work.here(model, *GREEDY, "--max-num-seqs", 3)
     assert [answers[0], answers[1], *answers[10:]] == expected(*GREEDY)
     for number, (answer, (line, sentence)) in enumerate(
         zip(answers[2:10], damaged, strict=True), 3
@@ -223,11 +223,12 @@ def test_what_never_fits_the_memory_is_refused_in_its_answer(model, job, expecte
     config = json.loads((model / "config.json").read_text())
     position = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * 4
     position *= config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    answers = work.run(None, model, *GREEDY, "--kv-memory", f"{30 * position}B")
+    answers = work.run(None, model, *GREEDY, "--kv-cache-memory-bytes", f"{30 * position}B")
     assert answers[:8] == expected(*GREEDY)
     assert answers[8]["error"].endswith(
         f"line 9: its 1 prompt tokens and up to 40 more need {40 * position} bytes of KV cache on "
-        f"a rank, but there are {30 * position}; shorten it, or allow more with --kv-memory"
+        f"a rank, but there are {30 * position}; shorten it, or allow more with "
+        "--kv-cache-memory-bytes"
     )
 
 
@@ -238,7 +239,7 @@ def test_what_never_fits_the_memory_is_refused_in_its_answer(model, job, expecte
         ("llama-mha", 4, "--tp 2 --dp 2"),
         ("mistral-full", 2, "--cp 2"),
         ("mixtral-full", 4, "--tp 2 --dp 2 --ep 4"),
-        ("gpt_oss-plain", 2, "--tp 2 --ep 2 --expert-dispatch gather"),
+        ("gpt_oss-plain", 2, "--tp 2 --ep 2 --moe-token-dispatcher all-gather"),
         ("deepseek_v2-lite", 2, "--cp 2 --ep 2"),
     ],
 )
@@ -273,14 +274,14 @@ def test_without_a_tokenizer_ids_are_answered(job, tmp_path_factory):
 def test_what_is_said_on_the_way(model, job, capfd, monkeypatch):
     monkeypatch.setattr(commands, "REPORT_SECONDS", 0.0)
     work = job(*asked())
-    work.here(model, *GREEDY, "--max-sequences", 1)
+    work.here(model, *GREEDY, "--max-num-seqs", 1)
     layout, *paces, summary, conclusion = capfd.readouterr().err.splitlines()
     assert layout.startswith(f"{model}: --tp 1 --dp 1, float32")
     assert [pace.split(",")[0] for pace in paces] == [
         f"{done} of 8 lines answered" for done in range(1, 9)
     ]
     assert all(" tokens/s, about 0:00:0" in pace and pace.endswith(" left") for pace in paces)
-    prompt = sum(len(Text(model).encode(text)) for text in PROMPTS)
+    prompt = sum(len(Tokenizer(model).encode(text)) for text in PROMPTS)
     assert f"prompt: {prompt} tokens, " in summary and "generation: " in summary
     assert "communication: " in summary and "peak memory: at most " in summary
     assert conclusion == f"{work.target}: 8 lines answered"
@@ -301,7 +302,7 @@ LINES = [
     {"id": f"r{place}", "prompt": prompt + " " * (place % 3), "max_tokens": 8 + 5 * (place % 7)}
     for place, prompt in enumerate(["class Queue", "def read(self", "import", "The"] * 10)
 ]
-WORDS = [SMALL, "--temperature", "0.7", "--ignore-eos", "--max-sequences", "3"]
+WORDS = [SMALL, "--temperature", "0.7", "--ignore-eos", "--max-num-seqs", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 SLOW = """
 import runpy, time
 from mpi4py import MPI
-from mpishard import launch
+from mpishard.runtime import launch
 
 start = launch.start
 
@@ -380,7 +381,9 @@ def test_another_layout_may_go_on(job, undisturbed):
         wait_for(work, 10, running)
         kill(running, [0])
     done = len(work.finished())
-    finished = mpishard(4, "batch", *WORDS, "--tp", 2, "--kv-memory", "1MB", *work.files)
+    finished = mpishard(
+        4, "batch", *WORDS, "--tp", 2, "--kv-cache-memory-bytes", "1MB", *work.files
+    )
     assert f"{COUNT} lines answered, {done} of them by an earlier run" in finished.stderr
     assert work.result() == undisturbed
 
@@ -424,7 +427,8 @@ def test_a_job_that_is_told_to_stop_stops_after_a_step(job, undisturbed, notice,
 # Told to stop as it imports a module, on some ranks.
 TOLD = """
 import os, signal, sys
-from mpishard import cli, launch
+from mpishard import cli
+from mpishard.runtime import launch
 
 class Importing:
     def find_spec(self, name, *_):
@@ -486,7 +490,7 @@ def test_replicas_that_share_experts_stop_together(job, tmp_path_factory):
         2,
         "--ep",
         2,
-        "--max-sequences",
+        "--max-num-seqs",
         1,
     ]
     work = job(*asked(PROMPTS * 3))
@@ -528,13 +532,13 @@ def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(job, undisturbed):
 
 def test_a_disk_too_full_for_the_output_alone_loses_nothing(model, job, expected, monkeypatch):
     work = job(*asked())
-    finish = commands.Task.finish
-    monkeypatch.setattr(commands.Task, "finish", Mock(side_effect=UserError("disk full")))
+    finish = commands.BatchJob.finish
+    monkeypatch.setattr(commands.BatchJob, "finish", Mock(side_effect=UserError("disk full")))
     with pytest.raises(UserError):
         work.here(model, *GREEDY)
     assert len(work.finished()) == 8 and not work.target.exists()
-    monkeypatch.setattr(commands.Task, "finish", finish)
-    monkeypatch.setattr("mpishard.job.run.serve", None)  # nothing is computed again
+    monkeypatch.setattr(commands.BatchJob, "finish", finish)
+    monkeypatch.setattr("mpishard.batch.run.serve", None)  # nothing is computed again
     assert work.here(model, *GREEDY) == expected(*GREEDY)
 
 
@@ -549,7 +553,7 @@ def test_an_input_that_changes_meanwhile_ends_the_job(model, job, monkeypatch):
         return load(*arguments, **options)
 
     monkeypatch.setattr(commands, "load", late)
-    message = refusal_here("batch", model, *GREEDY, *work.files, "--max-sequences", "1")
+    message = refusal_here("batch", model, *GREEDY, *work.files, "--max-num-seqs", "1")
     assert message.startswith(f"{work.source} line 4 is not what it was when the job began: ")
     assert 4 not in work.finished()
 
@@ -568,7 +572,7 @@ def test_a_journal_of_another_job_is_refused(model, job, tmp_path_factory):
         ([model, *SAMPLED], "its temperature is 0.0, here it is 1.3"),
         ([model, *GREEDY, "--stop", "a"], 'its stop is [], here it is ["a"]'),
         ([model, *GREEDY, "--compute-dtype", "float64"], 'its compute_dtype is "float32", here'),
-        ([model, *GREEDY, "--max-positions", 9], "its max_positions is 64, here it is 9"),
+        ([model, *GREEDY, "--max-model-len", 9], "its max_model_len is 64, here it is 9"),
         ([model, *GREEDY, "--chat"], "its chat is false, here it is true"),
         ([SMALL, *GREEDY], 'its model is "sha256 '),
     ):
@@ -627,13 +631,31 @@ def test_inputs_that_cannot_be(model, tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ("--max-sequences 9 --max-batch-tokens 8", "--max-sequences 9 is more than --max-batch-to"),
-        ("--prefill-chunk 9 --max-batch-tokens 8", "--prefill-chunk 9 has no effect with --max-b"),
-        ("--max-sequences 0", "argument --max-sequences: 0 must be at least 1"),
-        ("--max-batch-tokens x", "argument --max-batch-tokens: 'x' is not a whole number"),
-        ("--kv-memory 2GX", "argument --kv-memory: '2GX' is not a size in bytes, such as 500MB or"),
-        ("--kv-memory 0", "argument --kv-memory: '0' is not a size in bytes"),
-        ("--kv-memory -1GiB", "argument --kv-memory: expected one argument"),
+        (
+            "--max-num-seqs 9 --max-num-batched-tokens 8",
+            "--max-num-seqs 9 is more than --max-num-ba",
+        ),
+        (
+            "--chunked-prefill-size 9 --max-num-batched-tokens 8",
+            "--chunked-prefill-size 9 has no effect with --max-num",
+        ),
+        ("--max-num-seqs 0", "argument --max-num-seqs: 0 must be at least 1"),
+        (
+            "--max-num-batched-tokens x",
+            "argument --max-num-batched-tokens: 'x' is not a whole number",
+        ),
+        (
+            "--kv-cache-memory-bytes 2GX",
+            "argument --kv-cache-memory-bytes: '2GX' is not a size in bytes, such as 500MB or",
+        ),
+        (
+            "--kv-cache-memory-bytes 0",
+            "argument --kv-cache-memory-bytes: '0' is not a size in bytes",
+        ),
+        (
+            "--kv-cache-memory-bytes -1GiB",
+            "argument --kv-cache-memory-bytes: expected one argument",
+        ),
         ("--stop=", "--stop '' is empty: give the text that ends an answer"),
         ("--top-p 2", "top_p 2.0 is out of range: it must be above 0 and at most 1"),
         ("--json", "unrecognized arguments: --json"),

@@ -36,7 +36,7 @@ def test_answers_do_not_depend_on_who_has_which_expert(mixture, tmp_path):
     answered(None, "inspect", again, "--verify")
     for n, source, how in (
         (2, mixture, "--tp 2 --ep 2"),
-        (2, mixture, "--tp 2 --expert-dispatch gather"),
+        (2, mixture, "--tp 2 --moe-token-dispatcher all-gather"),
         (3, mixture, "--dp 3 --expert-parallel-size 3"),
         (4, mixture, "--tp 2 --cp 2 --ep 2 --sequence-parallel"),
         (4, mixture, "--tp 2 --dp 2 --ep 4"),
@@ -57,17 +57,17 @@ def test_experts_stored_together_are_the_same(mixture, tmp_path):
 def test_answers_where_experts_take_only_so_much(mixture):
     """Tokens alone in their step lose nothing, so that only prompts do."""
     alone = ["--prompt", "d", "--max-tokens", "9"]
-    limited = ["--expert-capacity", "0.1"]
+    limited = ["--expert-capacity-factor", "0.1"]
     expected = completions(None, mixture, *alone)
     assert completions(2, mixture, *alone, *limited, "--ep", 2, "--dp", 2) == expected
     whole = completions(None, mixture, *ASKED)
     assert completions(None, mixture, *ASKED, *limited) != whole
-    assert completions(None, mixture, *ASKED, "--expert-capacity", 6) == whole
+    assert completions(None, mixture, *ASKED, "--expert-capacity-factor", 6) == whole
 
 
 def test_bench_takes_mixtures(mixture):
     how = "--tp 2 --ep 2 --prompt-tokens 8 --max-tokens 2 --batch 2 --repeat 1".split()
-    finished = mpishard(2, "bench", mixture, *how, "--expert-stats")
+    finished = mpishard(2, "bench", mixture, *how, "--expert-load")
     assert "all_to_all" in finished.stdout
     assert re.search(r"^ +1  generation +\d+ +0 +[1-6]\.\d\d ", finished.stderr, re.MULTILINE)
 
@@ -77,7 +77,7 @@ def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
     lines.write_text('{"id": 1, "input_ids": [3, 4, 5]}\n{"id": 2, "input_ids": [6, 7]}\n')
     to = ["--input", lines, "--output", tmp_path / "out.npz"]
     how = ["--tp", 2, "--ep", 2, "--dp", 2]
-    finished = mpishard(4, "logits", mixture, *to, *how, "--expert-stats", file)
+    finished = mpishard(4, "logits", mixture, *to, *how, "--expert-load", file)
     assert "expert load, 2 of 6 experts a token, 4 ranks; most over mean:" in finished.stderr
     assert f"    0  prompt      {2 * 5:>9}  {0:>9}  " in finished.stderr
     report = json.loads(file.read_text())
@@ -99,9 +99,9 @@ def test_experts_placed_by_their_load(mixture, tmp_path):
     """From counting over placing to the same answers, of a checkpoint and of shards, whose other
     files a rank then opens."""
     load, places, shards = tmp_path / "load.json", tmp_path / "places.json", tmp_path / "shards"
-    expected = completions(None, mixture, *ASKED, "--expert-stats", load)
-    how = ["--ep", 4, "--copies", 6]
-    finished = mpishard(None, "place", load, *how, "-o", places)
+    expected = completions(None, mixture, *ASKED, "--expert-load", load)
+    how = ["--ep", 4, "--redundant-experts", 6]
+    finished = mpishard(None, "eplb", load, *how, "-o", places)
     words = "3 experts on each of 4 ranks; most rows of a rank over the mean, mean of the layers: "
     before, after = re.findall(rf"{words}(\S+) in blocks, (\S+) so$", finished.stderr.strip())[0]
     assert float(after) < float(before)
@@ -111,12 +111,12 @@ def test_experts_placed_by_their_load(mixture, tmp_path):
     answered(None, "shard", shards, narrow, "--tp", 4, "--ep", 4, "--dtype", "bfloat16")
     for source, more in (
         (mixture, ["--tp", 4]),
-        (mixture, ["--tp", 2, "--cp", 2, "--expert-dispatch", "gather"]),
+        (mixture, ["--tp", 2, "--cp", 2, "--moe-token-dispatcher", "all-gather"]),
         (shards, ["--dp", 2]),
         (narrow, []),
     ):
         fewer = tmp_path / "fewer.json"
-        asked = [*ASKED, *placed, *more, "--expert-stats", fewer]
+        asked = [*ASKED, *placed, *more, "--expert-load", fewer]
         assert completions(4, source, *asked) == expected, more
         loads = json.loads(fewer.read_text())["loads"]
         assert all(load["imbalance_of_ranks"] < 1.5 for load in loads if load["phase"] == "prompt")
@@ -124,33 +124,31 @@ def test_experts_placed_by_their_load(mixture, tmp_path):
 
 def test_placements_that_do_not_fit(mixture, model, tmp_path):
     load, places, bad = tmp_path / "load.json", tmp_path / "places.json", tmp_path / "bad.json"
-    completions(None, mixture, *ASKED, "--expert-stats", load)
+    completions(None, mixture, *ASKED, "--expert-load", load)
     bad.write_text("{}")
-    assert "equally many of: use --copies 2 or 6" in refusal_here(
-        *("place", load, "--ep", 4, "--copies", 3, "-o", places)
+    assert "equally many of: use --redundant-experts 2 or 6" in refusal_here(
+        *("eplb", load, "--ep", 4, "--redundant-experts", 3, "-o", places)
     )
-    assert refusal_here("place", bad, "--ep", 2, "-o", places) == (
+    assert refusal_here("eplb", bad, "--ep", 2, "-o", places) == (
         f"{bad} has the \"format\" None, not 'mpishard expert load 1': give the file that "
-        "--expert-stats wrote"
+        "--expert-load wrote"
     )
     spoiled = json.loads(load.read_text())
     spoiled["loads"][0]["rows_of_experts"].pop()
     bad.write_text(json.dumps(spoiled))
-    assert f"{bad} is not a load as" in refusal_here("place", bad, "--ep", 2, "-o", places)
+    assert f"{bad} is not a load as" in refusal_here("eplb", bad, "--ep", 2, "-o", places)
     for odd in (float("inf"), 10**400, "5", 1.0, True, -1):
         spoiled = json.loads(load.read_text())
         spoiled["loads"][0]["rows_of_experts"][0] = odd
         bad.write_text(json.dumps(spoiled))
-        message = refusal_here("place", bad, "--ep", 2, "-o", places)
+        message = refusal_here("eplb", bad, "--ep", 2, "-o", places)
         assert message.endswith(
             "layer and rows must be whole numbers from 0 to 4611686018427387904"
         )
     bad.write_text(json.dumps(spoiled | {"loads": []}))
-    assert f"{bad} has no rows" in refusal_here("place", bad, "--ep", 2, "-o", places)
-    assert "is what is read: give another name" in refusal_here(
-        "place", load, "--ep", 2, "-o", load
-    )
-    answered(None, "place", load, "--ep", 3, "-o", places)
+    assert f"{bad} has no rows" in refusal_here("eplb", bad, "--ep", 2, "-o", places)
+    assert "is what is read: give another name" in refusal_here("eplb", load, "--ep", 2, "-o", load)
+    answered(None, "eplb", load, "--ep", 3, "-o", places)
     asked = ["generate", mixture, "--prompt", "a", "--expert-placement", places]
     assert "no effect with --ep 1, where every rank has all experts" in refusal_here(*asked)
     sentence = refusal(2, *asked, "--tp", 2, "--ep", 2)
@@ -189,7 +187,7 @@ def test_routing_is_recorded_and_replayed(mixture, misled, tmp_path):
     lines.write_text("".join(json.dumps(line) + "\n" for line in found))
     again, scores = tmp_path / "again.npz", []
     for n, source, flags in (
-        (3, mixture, ["--dp", 3, "--record-routing", again, "--prefill-chunk", 3]),
+        (3, mixture, ["--dp", 3, "--record-routing", again, "--chunked-prefill-size", 3]),
         (4, misled, ["--tp", 2, "--dp", 2, "--ep", 4, "--replay-routing", routing]),
     ):
         out = tmp_path / f"{n}.npz"
@@ -215,7 +213,7 @@ def test_routing_of_tokens_that_are_routed_again_is_not_recorded(mixture, tmp_pa
     config |= {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 8}
     (dynamic / "config.json").write_text(json.dumps(config))
     asked = ["generate", dynamic, "--prompt", "d", "--json", "--record-routing", tmp_path / "a.npz"]
-    asked += ["--max-positions", 30]
+    asked += ["--max-model-len", 30]
     answered(None, *asked, "--max-tokens", 3)
     sentence = refusal_here(*asked, "--max-tokens", 25)
     assert sentence.startswith(f"the dynamic rope of {dynamic} takes a sequence of 25 tokens in ag")
@@ -248,14 +246,14 @@ def test_routing_that_does_not_fit(mixture, model, tmp_path):
 
 
 def test_a_load_that_cannot_be_counted_or_written(mixture, model, tmp_path):
-    asked = ["generate", mixture, "--prompt", "a", "--expert-stats"]
+    asked = ["generate", mixture, "--prompt", "a", "--expert-load"]
     assert refusal_here(*asked, tmp_path) == (
-        f"--expert-stats {tmp_path} is a directory: give the name of a file"
+        f"--expert-load {tmp_path} is a directory: give the name of a file"
     )
     assert "there is no directory" in refusal_here(*asked, tmp_path / "no" / "load.json")
     for command in ("generate {} --prompt a", "bench {}"):
-        sentence = refusal_here(*command.format(model).split(), "--expert-stats")
-        assert sentence == ("--expert-stats has no effect on a model without experts: leave it out")
+        sentence = refusal_here(*command.format(model).split(), "--expert-load")
+        assert sentence == ("--expert-load has no effect on a model without experts: leave it out")
 
 
 @pytest.mark.parametrize(
@@ -264,11 +262,14 @@ def test_a_load_that_cannot_be_counted_or_written(mixture, model, tmp_path):
         ("--ep 7", "--ep 7 must be 1 to the model's 6 experts: a rank without an expert"),
         ("--ep 2", "--ep 2 does not divide --tp 1 --dp 1: it must divide the 1 ranks of a replica"),
         (
-            "--expert-capacity 0",
-            "--expert-capacity 0.0 must be a number above 0: how many times its",
+            "--expert-capacity-factor 0",
+            "--expert-capacity-factor 0.0 must be a number above 0: how many times its",
         ),
-        ("--expert-capacity inf", "--expert-capacity inf must be a number above 0"),
-        ("--expert-drop position", "position has no effect where nothing is dropped: leave it out"),
+        ("--expert-capacity-factor inf", "--expert-capacity-factor inf must be a number above 0"),
+        (
+            "--token-drop-policy position",
+            "position has no effect where nothing is dropped: leave it out",
+        ),
     ],
 )
 def test_experts_that_cannot_be_divided_so(mixture, flags, sentence):
@@ -281,7 +282,7 @@ def test_ranks_that_do_not_fit_the_experts(mixture):
 
 
 def test_switches_of_experts_have_no_effect_on_a_dense_model(model):
-    for flags in ("--ep 1", "--expert-dispatch gather", "--expert-capacity 1.5"):
+    for flags in ("--ep 1", "--moe-token-dispatcher all-gather", "--expert-capacity-factor 1.5"):
         sentence = refusal_here("generate", model, "--prompt", "a", *flags.split())
         assert sentence == f"{flags} has no effect on a model without experts: leave it out"
 
@@ -294,7 +295,7 @@ def test_sinks_and_latents_on_any_ranks(variant, tmp_path):
     answered(2, "shard", speaker, shards, "--tp", 4, "--ep", 2)
     answered(None, "inspect", shards, "--verify")
     for n, source, how in (
-        (2, speaker, "--cp 2 --ep 2 --prefill-chunk 3"),
+        (2, speaker, "--cp 2 --ep 2 --chunked-prefill-size 3"),
         (3, speaker, "--tp 3 --sequence-parallel"),
         (4, shards, "--flash-decoding" if "deepseek" in variant else ""),
         (4, speaker, "--tp 2 --cp 2 --ep 4 --cp-prefill all-gather --decode-merge all-reduce"),

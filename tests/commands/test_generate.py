@@ -17,11 +17,11 @@ from tiny_models import tiny_config, tiny_weights
 
 from commands.shell import VARIANT, answered, completions, mpishard, refusal
 from mpishard import commands
-from mpishard.arithmetic.packed import Step
 from mpishard.cli import run_command
 from mpishard.model import Decoder
 from mpishard.reference import Reference
-from mpishard.text import Growing, Text
+from mpishard.sequences.step import Step
+from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer
 
 PROMPTS = ["the in", "def on(a):\n", "é", "a man, a plan", "0123"]
 MANY = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
@@ -42,14 +42,14 @@ def expected(model: Path):
 
 
 def test_greedy_answers_are_those_of_the_oracle(model, expected):
-    oracle, text = Reference(tiny_config(VARIANT), tiny_weights(VARIANT)), Text(model)
+    oracle, text = Reference(tiny_config(VARIANT), tiny_weights(VARIANT)), Tokenizer(model)
     for place, (prompt, answer) in enumerate(zip(PROMPTS, expected(*GREEDY), strict=True)):
         ids = text.encode(prompt)
         right = oracle.greedy(ids, 24)
         ends = right.index(2) + 1 if 2 in right else 24
-        growing = Growing(text, ids)
-        growing.follow(right[:ends])
-        growing.finish()
+        growing = IncrementalDetokenizer(text, ids)
+        growing.update(right[:ends])
+        growing.flush()
         assert answer == {
             "id": place,
             "prompt": prompt,
@@ -91,10 +91,11 @@ LONG = {  # ways to divide long sequences, and their ranks
     "--tp=1 --sequence-parallel": 1,
     "--tp 4 --flash-decoding": 4,  # four key/value heads: none is shared
     "--tp 3 --sequence-parallel": 3,
-    "--tp 8 --flash-decoding --decode-merge all-to-all --kv-interleave 2": 8,
+    "--tp 8 --flash-decoding --decode-merge all-to-all --cp-kv-cache-interleave-size 2": 8,
     "--tp 5 --flash-decoding --sequence-parallel": 5,  # only one is shared
     "--cp 3 --cp-prefill all-gather --cp-order contiguous --dp 2": 6,
-    "--cp 2 --tp 2 --dp 2 --sequence-parallel --decode-merge all-reduce --prefill-chunk 3": 8,
+    "--cp 2 --tp 2 --dp 2 --sequence-parallel --decode-merge all-reduce "
+    "--chunked-prefill-size 3": 8,
     "--context-parallel-size 3 --kv-interleave 4 --prefill-chunk 1 --max-positions 60": 3,
     "--data-parallel-size 1 --tensor-parallel-size 2 --context-parallel-size=2": 4,
 }
@@ -107,7 +108,10 @@ def test_every_way_to_divide_sequences_gives_the_same_greedy_answers(model, expe
 
 @pytest.mark.parametrize(
     "n, words",
-    [(4, "--tp 2 --cp 2 --flash-decoding --sequence-parallel"), (3, "--cp 3 --prefill-chunk 2")],
+    [
+        (4, "--tp 2 --cp 2 --flash-decoding --sequence-parallel"),
+        (3, "--cp 3 --chunked-prefill-size 2"),
+    ],
 )
 def test_every_way_to_divide_sequences_draws_the_same_random_numbers(model, expected, n, words):
     assert completions(n, model, *MANY, *SAMPLED, *words.split()) == expected(*SAMPLED)
@@ -127,7 +131,9 @@ def test_context_parallel_ranks_read_the_same_shards(shards, expected, tp, n, wo
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_prompts_may_be_taken_in_by_pieces(model, expected, chunk):
-    assert completions(None, model, *MANY, *SAMPLED, "--prefill-chunk", chunk) == expected(*SAMPLED)
+    assert completions(None, model, *MANY, *SAMPLED, "--chunked-prefill-size", chunk) == expected(
+        *SAMPLED
+    )
 
 
 def test_a_step_takes_in_no_more_of_a_prompt_than_a_piece(model, monkeypatch, capfd):
@@ -141,7 +147,7 @@ def test_a_step_takes_in_no_more_of_a_prompt_than_a_piece(model, monkeypatch, ca
     monkeypatch.setattr(Decoder, "forward", counting)
     for chunk, steps in ((3, [3, 3, 2, 1]), (8, [8, 1]), (None, [8, 1])):
         how = ["--prompt", "a" * 8, "--max-tokens", "2", "--ignore-eos"]
-        how += [] if chunk is None else ["--prefill-chunk", str(chunk)]
+        how += [] if chunk is None else ["--chunked-prefill-size", str(chunk)]
         with ExitStack() as job:
             run_command(["mpishard", "generate", str(model), *how], MPI.COMM_SELF, job)
         assert fed == steps
@@ -149,12 +155,14 @@ def test_a_step_takes_in_no_more_of_a_prompt_than_a_piece(model, monkeypatch, ca
     assert len(set(capfd.readouterr().out.splitlines())) == 1
 
 
-@pytest.mark.parametrize("n, words", [(None, ""), (2, "--cp 2"), (2, "--tp 2 --prefill-chunk 7")])
+@pytest.mark.parametrize(
+    "n, words", [(None, ""), (2, "--cp 2"), (2, "--tp 2 --chunked-prefill-size 7")]
+)
 def test_positions_can_be_added(model, n, words):
     """The configuration has 64 of them."""
-    how = ["--prompt", "a" * 70, "--max-tokens", 40, "--ignore-eos", "--max-positions", 90]
+    how = ["--prompt", "a" * 70, "--max-tokens", 40, "--ignore-eos", "--max-model-len", 90]
     (answer,) = completions(n, model, *how, *words.split())
-    ids = Text(model).encode("a" * 70)
+    ids = Tokenizer(model).encode("a" * 70)
     oracle = Reference(tiny_config(VARIANT), tiny_weights(VARIANT))
     assert answer["output_ids"] == oracle.greedy(ids, 21)
     assert answer["prompt_tokens"] == 70 and answer["finish_reason"] == "length"
@@ -200,7 +208,7 @@ def test_the_text_of_one_prompt_is_streamed(model, expected, place, n):
     ],
 )
 def test_streamed_text_is_printed_once_by_all_that_make_it(model, expected, n, words):
-    how = ["--prompt", PROMPTS[1], *GREEDY, *words.split(), "--prefill-chunk", 2]
+    how = ["--prompt", PROMPTS[1], *GREEDY, *words.split(), "--chunked-prefill-size", 2]
     finished = mpishard(n, "generate", model, *how)
     assert finished.stdout == expected(*GREEDY)[1]["text"] + "\n"
     layout, summary = finished.stderr.splitlines()

@@ -13,7 +13,7 @@ from tiny_models import tiny_config, tiny_weights
 
 from commands.shell import VARIANT, answered, mpishard, refusal, refusal_here
 from mpishard.reference import Reference
-from mpishard.text import Text
+from mpishard.tokenizer import Tokenizer
 
 LINES: list[dict[str, Any]] = [
     {"id": "a", "input_ids": [1, 5, 66, 0, 9, 3]},
@@ -37,7 +37,11 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def right(model) -> dict[str, np.ndarray]:
     """All arrays of the oracle, in double precision."""
-    oracle, text, arrays = Reference(tiny_config(VARIANT), tiny_weights(VARIANT)), Text(model), {}
+    oracle, text, arrays = (
+        Reference(tiny_config(VARIANT), tiny_weights(VARIANT)),
+        Tokenizer(model),
+        {},
+    )
     for name, line in zip(NAMES, LINES, strict=True):
         ids = line.get("input_ids") or text.encode(line["prompt"])
         arrays[name], hidden = oracle.forward(ids)
@@ -115,7 +119,7 @@ def test_positions_can_be_added(model, tmp_path):
     file, out = tmp_path / "in.jsonl", tmp_path / "out.npz"
     ids = [(7 * place) % 67 for place in range(90)]
     file.write_text(json.dumps({"id": "a", "input_ids": ids}))
-    words = ["--input", file, "--output", out, "--max-positions", 90]
+    words = ["--input", file, "--output", out, "--max-model-len", 90]
     answered(2, "logits", model, *words, "--cp", 2)
     logits_SV, _ = Reference(tiny_config(VARIANT), tiny_weights(VARIANT)).forward(ids)
     check(out, {"a": logits_SV}, ["a"], 2e-4)

@@ -38,12 +38,16 @@ def test_bench_prints_a_table(model, n, tp):
         (2, "--tp 1 --cp 2 --dp 1", {"send_receive", "reduce_scatter"}),
         (2, "--tp 1 --cp 2 --dp 1 --cp-prefill all-gather", {"all_gather", "reduce_scatter"}),
         (8, "--tp 8 --dp 1 --flash-decoding --decode-merge all-to-all", {"all_to_all"}),
-        (8, "--tp 2 --cp 2 --dp 2 --sequence-parallel --kv-interleave 4", {"send_receive"}),
+        (
+            8,
+            "--tp 2 --cp 2 --dp 2 --sequence-parallel --cp-kv-cache-interleave-size 4",
+            {"send_receive"},
+        ),
     ],
 )
 def test_bench_measures_every_way_to_divide_sequences(model, n, words, collectives):
     """Beyond the positions of the configuration, too."""
-    how = ["--prompt-tokens", 70, *BENCH[2:], "--max-positions", 80, "--json"]
+    how = ["--prompt-tokens", 70, *BENCH[2:], "--max-model-len", 80, "--json"]
     report = json.loads(answered(n, "bench", model, *how, *words.split()))
     assert report["layout"] == words and report["ranks"] == n
     used = {entry["operation"] for row in report["speeds"] for entry in row["collectives"]}

@@ -15,7 +15,7 @@ from tiny_models import rewrite, write_checkpoint
 from tiny_text import write_speaker
 
 from commands.shell import VARIANT, answered, mpishard, refusal, refusal_here
-from mpishard import launch
+from mpishard.runtime import launch
 
 RUN = "python -m mpishard"
 
@@ -103,7 +103,14 @@ def test_the_line_to_type_has_all_that_was_typed(model):
     """It is typed."""
     flags = ["--tp", 2, "--cp", 2, "--dp=1", "--sequence-parallel", "--flash-decoding"]
     flags += ["--cp-prefill", "all-gather", "--cp-order=contiguous", "--decode-merge", "all-reduce"]
-    flags += ["--kv-interleave", 4, "--max-positions", 50, "--prefill-chunk", 3]
+    flags += [
+        "--cp-kv-cache-interleave-size",
+        4,
+        "--max-model-len",
+        50,
+        "--chunked-prefill-size",
+        3,
+    ]
     flags += ["--compute-dtype", "float64", "--max-tokens", 2, "--json"]
     message = refusal(3, "generate", model, "--prompt", "it's", *flags)
     typed = shlex.join(["generate", str(model), "--prompt", "it's", *map(str, flags)])
@@ -113,7 +120,7 @@ def test_the_line_to_type_has_all_that_was_typed(model):
     program = shlex.split(message.split("`")[1])
     finished = mpishard(int(program[2]), *program[6:])
     assert finished.returncode == 0, finished.stderr
-    assert "--decode-merge all-reduce --kv-interleave 4, float64" in finished.stderr
+    assert "--decode-merge all-reduce --cp-kv-cache-interleave-size 4, float64" in finished.stderr
 
 
 def test_more_ranks_than_query_heads(model, shards):
@@ -148,7 +155,10 @@ def test_ranks_that_tp_and_cp_do_not_divide(model):
             "--decode-merge all-to-all has no effect where every rank has the whole cache of its "
             "heads: leave it out, or divide the cache with --flash-decoding or --cp 2",
         ),
-        ("--kv-interleave 2 --sequence-parallel", "--kv-interleave 2 has no effect where every"),
+        (
+            "--cp-kv-cache-interleave-size 2 --sequence-parallel",
+            "--cp-kv-cache-interleave-size 2 has no effect where every",
+        ),
         ("--flash-decoding --cp-order zigzag", "--cp-order zigzag has no effect with --cp 1"),
         ("--cp-prefill rong --cp 2", "argument --cp-prefill: invalid choice: 'rong' (choose from"),
         ("--tp 9 --cp 2", "--tp 9 is more than the model's 8 query heads"),
@@ -194,9 +204,9 @@ def test_flash_decoding_without_grouped_heads(tmp_path):
         ("--seed 18446744073709551616", "seed 18446744073709551616 is out of range"),
         ("--stop=", "--stop '' is empty"),
         ("--cp 0", "argument --cp/--context-parallel-size: 0 must be at least 1"),
-        ("--prefill-chunk 0", "argument --prefill-chunk: 0 must be at least 1"),
-        ("--max-positions -1", "argument --max-positions: -1 must be at least 1"),
-        ("--max-positions 9999999999", "max_positions 9999999999 must be 1 to 2147483647"),
+        ("--chunked-prefill-size 0", "argument --chunked-prefill-size: 0 must be at least 1"),
+        ("--max-model-len -1", "argument --max-model-len: -1 must be at least 1"),
+        ("--max-model-len 9999999999", "max_model_len 9999999999 must be 1 to 2147483647"),
     ],
 )
 def test_options_out_of_range(model, words, sentence):
@@ -225,7 +235,7 @@ def test_help_is_printed_once():
         (
             ["a" * 65],
             "prompt 1 has 65 tokens, but the model has only 64 positions; "
-            "shorten it, or allow more with --max-positions",
+            "shorten it, or allow more with --max-model-len",
         ),
         (["a", "\udcff"], "is not valid text: character 0 is no character of Unicode"),
     ],

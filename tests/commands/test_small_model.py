@@ -11,7 +11,7 @@ import pytest
 from commands.shell import answered, completions
 from mpishard.reference import Reference
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.text import Text
+from mpishard.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[2] / "data"
 MODEL, MIXTURE = DATA / "cpython-4m", DATA / "cpython-moe-7m"
@@ -27,7 +27,7 @@ def right() -> list[list[int]]:
 
 
 def continuations(model: Path) -> list[list[int]]:
-    checkpoint, text = Checkpoint.open(model), Text(model)
+    checkpoint, text = Checkpoint.open(model), Tokenizer(model)
     weights = {name: np.array(array.map()) for name, array in checkpoint.arrays.items()}
     oracle = Reference(checkpoint.config, weights, np.float32)
     return [oracle.greedy(text.encode(prompt), TOKENS) for prompt in PROMPTS]

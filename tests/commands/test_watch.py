@@ -15,10 +15,10 @@ from mpi4py import MPI
 from mpi_runner import Launch, run_mpi
 
 from commands.shell import Finished, answered, refusal, refusal_here
-from mpishard import launch
 from mpishard.cli import make_parser
 from mpishard.errors import UserError
-from mpishard.watch import Watch, Whereabouts, _merged
+from mpishard.runtime import launch
+from mpishard.runtime.watchdog import RankStatus, Watchdog, _merged
 
 # Seconds for collectives that never end, and for jobs that end long before.
 TIMEOUT, PATIENCE = 4, 90
@@ -247,10 +247,10 @@ def test_arithmetic_of_any_length_in_which_no_rank_waits(model):
 STOPPED = """
 import sys, time
 from mpishard.communication.collectives import barrier
-from mpishard.launch import run
+from mpishard.runtime.launch import run
 
 def main(world):
-    from mpishard.watch import Watch
+    from mpishard.runtime.watchdog import Watch
     with Watch(world, timeout=4) as watch:
         barrier(watch.world)
         if world.rank == 1:
@@ -300,14 +300,14 @@ def test_every_command_with_collectives_is_watched(words):
 
 def test_half_an_hour_unless_told_otherwise():
     assert launch.TIMEOUT == 1800
-    with Watch(MPI.COMM_SELF) as watch:
+    with Watchdog(MPI.COMM_SELF) as watch:
         assert watch.timeout == 1800
 
 
 def test_0_watches_nothing():
-    with Watch(MPI.COMM_SELF, 0) as watch:
+    with Watchdog(MPI.COMM_SELF, 0) as watch:
         assert watch._thread is None
-    with Watch(MPI.COMM_SELF, 1) as watch:
+    with Watchdog(MPI.COMM_SELF, 1) as watch:
         thread = watch._thread
         assert thread is not None and thread.is_alive()
     assert not thread.is_alive()
@@ -320,9 +320,9 @@ def test_a_timeout_is_a_number_of_seconds(model, timeout):
     words = ["generate", model, "--prompt", "a", f"--timeout={timeout}"]
     assert refusal_here(*words) == right
     with pytest.raises(UserError, match="must be the seconds"):
-        Watch(MPI.COMM_SELF, float("nan"))
+        Watchdog(MPI.COMM_SELF, float("nan"))
     with pytest.raises(UserError, match="must be the seconds"):
-        Watch(MPI.COMM_SELF, float(timeout))
+        Watchdog(MPI.COMM_SELF, float(timeout))
 
 
 def test_a_timeout_that_is_no_number_and_flags_without_effect(model):
@@ -404,9 +404,9 @@ def test_the_watchdog_speaks_where_a_comparison_waits_for_ever(model):
 
 
 def test_ranks_are_merged_by_what_they_say():
-    waits = Whereabouts("waits", 2.0, ("a.py:1 in f", "b.py:2 in g"))
-    places = {2: waits, 0: waits, 1: Whereabouts("is gone", 0.0), 3: Whereabouts("waits", 1.0)}
-    places[4] = Whereabouts("waits", 3.25, ("a.py:1 in f", "b.py:2 in g"))
+    waits = RankStatus("waits", 2.0, ("a.py:1 in f", "b.py:2 in g"))
+    places = {2: waits, 0: waits, 1: RankStatus("is gone", 0.0), 3: RankStatus("waits", 1.0)}
+    places[4] = RankStatus("waits", 3.25, ("a.py:1 in f", "b.py:2 in g"))
     assert list(_merged(places)) == [
         "ranks 0, 2, 4: waits; for 3.2 s",
         "    a.py:1 in f",

@@ -15,8 +15,8 @@ from tiny_text import write_speaker
 from toys import layouts, oracle
 
 import mpishard
-from mpishard.api import together
-from mpishard.description.layout import SWITCHES, Layout
+from mpishard.api import raise_on_all
+from mpishard.config.layout import LAYOUT_OPTIONS, Layout
 from mpishard.engine.generate import Timing
 
 pytestmark = pytest.mark.ranks
@@ -46,14 +46,14 @@ def each_layout(
 
 def load_as(layout: Layout, path: Path, comm: MPI.Intracomm, **options: Any) -> mpishard.Model:
     return mpishard.load(
-        path, comm, layout.tp, layout.dp, cp=layout.cp, **switches(layout), **options
+        path, comm, layout.tp, layout.dp, cp=layout.cp, **layout_options(layout), **options
     )
 
 
-def switches(layout: Layout) -> dict[str, Any]:
+def layout_options(layout: Layout) -> dict[str, Any]:
     """What is to be said of `layout` beside its degrees."""
-    values = {name: getattr(layout, name) for name in SWITCHES}
-    return {name: value for name, value in values.items() if value != SWITCHES[name][1]}
+    values = {name: getattr(layout, name) for name in LAYOUT_OPTIONS}
+    return {name: value for name, value in values.items() if value != LAYOUT_OPTIONS[name][1]}
 
 
 def same_everywhere(value: object, comm: MPI.Intracomm) -> bool:
@@ -87,7 +87,7 @@ def test_prompts_taken_in_by_pieces_are_answered_the_same(path, comm, chunk):
     for model in each_layout(path, comm, every=2, compute_dtype="float64"):
         timing = Timing()
         answers = model.generate(
-            prompts, max_tokens=4, ignore_eos=True, prefill_chunk=chunk, timing=timing
+            prompts, max_tokens=4, ignore_eos=True, chunked_prefill_size=chunk, timing=timing
         )
         assert [answer.output_ids for answer in answers] == right
         mine = prompts[model.mesh.dp.rank :: model.mesh.dp.size]
@@ -97,7 +97,7 @@ def test_prompts_taken_in_by_pieces_are_answered_the_same(path, comm, chunk):
 @pytest.mark.ranks(1, 2, 3)
 def test_a_model_can_be_given_more_positions_or_fewer(path, comm):
     long = [(7 * place) % 67 for place in range(80)]
-    longer = mpishard.load(path, comm, cp=comm.size, compute_dtype="float64", max_positions=100)
+    longer = mpishard.load(path, comm, cp=comm.size, compute_dtype="float64", max_model_len=100)
     (answer,) = longer.generate([long], max_tokens=30, ignore_eos=True)
     assert answer.output_ids == oracle(VARIANT).greedy(long, 21), "the last token has no position"
     assert answer.finish_reason == "length"
@@ -105,7 +105,7 @@ def test_a_model_can_be_given_more_positions_or_fewer(path, comm):
     if score is not None:
         right_SV, _ = oracle(VARIANT).forward(long)
         np.testing.assert_allclose(score.logits, right_SV, rtol=0, atol=1e-9)
-    shorter = mpishard.load(path, comm, max_positions=8)
+    shorter = mpishard.load(path, comm, max_model_len=8)
     with pytest.raises(mpishard.UserError, match="prompt 1 has 9 tokens, .* only 8 positions"):
         shorter.generate([[1] * 9])
 
@@ -221,10 +221,10 @@ def test_what_fails_on_one_rank_fails_on_all(path, comm):
 
 @pytest.mark.ranks(1, 4)
 def test_of_several_failures_the_lowest_ranks_is_raised(comm):
-    with pytest.raises(mpishard.UserError, match=f"rank {comm.size // 2}"), together(comm):
+    with pytest.raises(mpishard.UserError, match=f"rank {comm.size // 2}"), raise_on_all(comm):
         if comm.rank >= comm.size // 2:
             raise mpishard.UserError(f"rank {comm.rank}")
-    with together(comm):
+    with raise_on_all(comm):
         pass
 
 
@@ -236,7 +236,10 @@ def test_of_several_failures_the_lowest_ranks_is_raised(comm):
         (lambda model: model.generate([[1, 67]]), "prompt 1 has token id 67"),
         (lambda model: model.generate([[1] * 65]), "prompt 1 has 65 tokens"),
         (lambda model: model.generate(["a"], max_tokens=0), "max_tokens 0 must be at least 1"),
-        (lambda model: model.generate(["a"], prefill_chunk=0), "prefill_chunk 0 must be at least"),
+        (
+            lambda model: model.generate(["a"], chunked_prefill_size=0),
+            "prefill_chunk 0 must be at least",
+        ),
         (lambda model: model.generate(["a"], stop=["b", ""]), "none of them empty"),
         (lambda model: model.generate(["a"], stop="b"), "stop 'b' must be a list"),
         (lambda model: model.generate([[1]], chat=True), "not token ids"),
@@ -271,16 +274,19 @@ def test_the_compute_dtype_is_one_of_two(path, comm):
     [
         ({"cp": 0}, "--cp 0 must be at least 1"),
         ({"tp": 1, "dp": 0}, "--dp 0 must be at least 1"),
-        ({"cp": 2, "prefill": "rong"}, "--cp-prefill rong must be one of ring, all-gather"),
-        ({"cp": 2, "order": "zag"}, "--cp-order zag must be one of zigzag, contiguous"),
-        ({"cp": 2, "merge": "sum"}, "--decode-merge sum must be one of"),
-        ({"cp": 2, "interleave": 0}, "--kv-interleave 0 must be 1 to 2147483647"),
-        ({"tp": 2, "prefill": "ring"}, "--cp-prefill ring has no effect with --cp 1"),
-        ({"tp": 2, "merge": "all-reduce"}, "--decode-merge all-reduce has no effect where"),
+        ({"cp": 2, "cp_prefill": "rong"}, "--cp-prefill rong must be one of ring, all-gather"),
+        ({"cp": 2, "cp_order": "zag"}, "--cp-order zag must be one of zigzag, contiguous"),
+        ({"cp": 2, "decode_merge": "sum"}, "--decode-merge sum must be one of"),
+        (
+            {"cp": 2, "cp_kv_cache_interleave_size": 0},
+            "--cp-kv-cache-interleave-size 0 must be 1 to 2147483647",
+        ),
+        ({"tp": 2, "cp_prefill": "ring"}, "--cp-prefill ring has no effect with --cp 1"),
+        ({"tp": 2, "decode_merge": "all-reduce"}, "--decode-merge all-reduce has no effect where"),
         ({"cp": 3}, "--tp 1 --cp 3 makes replicas of 3 ranks, .* run `mpirun -n 3 python …`"),
         ({"tp": 2, "cp": 2, "dp": 1}, "needs 4 ranks but 2 were started: run `mpirun -n 4 python"),
-        ({"max_positions": 0}, "max_positions 0 must be 1 to 2147483647"),
-        ({"max_positions": 2**31}, "max_positions 2147483648 must be 1 to 2147483647"),
+        ({"max_model_len": 0}, "max_model_len 0 must be 1 to 2147483647"),
+        ({"max_model_len": 2**31}, "max_model_len 2147483648 must be 1 to 2147483647"),
     ],
 )
 def test_a_wrong_layout_is_refused(path, comm, wrong: dict[str, Any], sentence: str):
@@ -297,7 +303,12 @@ def test_an_argument_that_does_not_exist_is_named(path, comm, value):
 
 @pytest.mark.ranks(1)
 @pytest.mark.parametrize(
-    "wrong", [{"sequence_parallel": "no"}, {"flash_decoding": 1}, {"cp": 2, "interleave": "2"}]
+    "wrong",
+    [
+        {"sequence_parallel": "no"},
+        {"flash_decoding": 1},
+        {"cp": 2, "cp_kv_cache_interleave_size": "2"},
+    ],
 )
 def test_an_argument_of_another_type_is_refused(path, comm, wrong):
     with pytest.raises(TypeError, match=" must be of type (bool|int)"):

@@ -14,10 +14,10 @@ from mpi4py import MPI
 from tiny_models import tiny_config, tiny_weights
 from toys import mesh_of, tokens_of_ranks, toy, whole_logits
 
-from mpishard.arithmetic.packed import pack
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import DISPATCHES, DROPS, Layout, block_sizes
+from mpishard.config.layout import TOKEN_DISPATCHERS, TOKEN_DROP_POLICIES, Layout, block_sizes
 from mpishard.reference import Reference, Routing
+from mpishard.sequences.step import pack
 
 pytestmark = pytest.mark.ranks(1, 2, 4)
 
@@ -30,10 +30,10 @@ LAYOUTS = {
         Layout(tp=2, cp=2, ep=2, sequence_parallel=True),
         Layout(tp=4, ep=4),
         Layout(tp=2, dp=2, ep=4),
-        Layout(cp=2, dp=2, ep=1, order="contiguous"),
+        Layout(cp=2, dp=2, ep=1, cp_order="contiguous"),
     ],
 }
-by_both = pytest.mark.parametrize("drop", DROPS)
+by_both = pytest.mark.parametrize("drop", TOKEN_DROP_POLICIES)
 
 
 class Dropping(Reference):
@@ -57,13 +57,13 @@ class Dropping(Reference):
         moe = self.config.moe
         assert moe is not None
         for group in self.groups:
-            limit = ceil(self.factor * len(group) * moe.top_k / moe.experts)
-            for expert in range(moe.experts):
+            limit = ceil(self.factor * len(group) * moe.top_k / moe.num_experts)
+            for expert in range(moe.num_experts):
                 rows = []
                 for token in sorted(group.tolist()):
                     for choice in np.flatnonzero(routing.experts_SA[token] == expert):
                         rows.append((-routing.weights_SA[token, choice], token))
-                if self.drop == "probability":
+                if self.drop == "probs":
                     rows.sort()
                 yield from ((token, expert) for _, token in rows[:limit])
 
@@ -71,8 +71,13 @@ class Dropping(Reference):
 def meshes(comm: MPI.Intracomm, factor: str, drop: str) -> Iterator[Mesh]:
     """A mesh of each layout and dispatch of the ranks of `comm`, with this capacity."""
     for layout in LAYOUTS[comm.size]:
-        for dispatch in DISPATCHES:
-            layout = replace(layout, dispatch=dispatch, capacity=float(factor), drop=drop)
+        for dispatch in TOKEN_DISPATCHERS:
+            layout = replace(
+                layout,
+                moe_token_dispatcher=dispatch,
+                expert_capacity_factor=float(factor),
+                token_drop_policy=drop,
+            )
             with mesh_of(comm, VARIANT, layout) as mesh:
                 yield mesh
 
@@ -85,8 +90,8 @@ def prompt() -> np.ndarray:
 def forward(mesh: Mesh) -> np.ndarray:
     """The logits of the prompt, whole on the ranks of the first replica."""
     model = toy(VARIANT, mesh)
-    feeds = [(prompt(), model.new_cache(TOKENS))] if mesh.dp.rank == 0 else []
-    step = pack(feeds, model.division, all_logits=True)
+    feeds = [(prompt(), model.allocate_cache(TOKENS))] if mesh.dp.rank == 0 else []
+    step = pack(feeds, model.sequence_sharding, all_logits=True)
     mesh.ledger.clear()
     return whole_logits(model.forward(step), model, step)
 
@@ -106,8 +111,8 @@ def test_rows_above_the_capacity_add_nothing(comm: MPI.Intracomm, factor: str, d
 def groups_of(mesh: Mesh) -> list[np.ndarray]:
     """The tokens of the prompt that each rank of the first replicas routes, none left out."""
     groups = tokens_of_ranks(mesh, toy(VARIANT, mesh), TOKENS)
-    if mesh.layout.together == 1:  # with experts of the replica's own
-        groups = groups[: mesh.layout.replica]
+    if mesh.layout.replicas_per_ep_group == 1:  # with experts of the replica's own
+        groups = groups[: mesh.layout.replica_size]
     assert sorted(np.concatenate(groups).tolist()) == list(range(TOKENS))
     return groups
 
@@ -119,20 +124,20 @@ def test_only_what_is_kept_is_sent(comm: MPI.Intracomm, drop: str):
     row = config.hidden * 8
     for mesh in meshes(comm, "0.6", drop):
         forward(mesh)
-        if mesh.world.rank >= max(mesh.layout.replica, mesh.layout.ep):
+        if mesh.world.rank >= max(mesh.layout.replica_size, mesh.layout.ep):
             continue  # it shares no experts with the first replica
         groups = groups_of(mesh)
         reference = Dropping("0.6", drop, groups)
         reference.forward(prompt().tolist())
-        if mesh.layout.dispatch == "gather":  # in which every token goes everywhere
+        if mesh.layout.moe_token_dispatcher == "all-gather":  # in which every token goes everywhere
             entry = mesh.ledger["reduce_scatter", "experts"]
-            away = TOKENS - len(groups[mesh.experts.rank])
+            away = TOKENS - len(groups[mesh.moe.rank])
             assert entry.wire_bytes == away * row * config.layers
             continue
         ep, etp = mesh.ep, mesh.etp
         column = groups[etp.rank :: etp.size]  # of the ranks that send to each other
         home = {int(token): rank for rank, group in enumerate(column) for token in group}
-        sizes = block_sizes(config.moe.experts, ep.size)
+        sizes = block_sizes(config.moe.num_experts, ep.size)
         owners = np.repeat(np.arange(ep.size), sizes)
         rows = [
             (home[token], owners[expert])
@@ -150,5 +155,5 @@ def test_a_capacity_for_all_rows_is_none_at_all(comm: MPI.Intracomm, drop: str):
     """Bit for bit."""
     for mesh in meshes(comm, "7", drop):
         logits_SV = forward(mesh)
-        with mesh_of(comm, VARIANT, replace(mesh.layout, capacity=0.0)) as dropless:
+        with mesh_of(comm, VARIANT, replace(mesh.layout, expert_capacity_factor=0.0)) as dropless:
             np.testing.assert_array_equal(logits_SV, forward(dropless))

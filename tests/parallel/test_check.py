@@ -15,7 +15,7 @@ from toys import layouts
 
 import mpishard
 from mpishard.communication import check
-from mpishard.communication.check import compare
+from mpishard.communication.check import check_collective
 from mpishard.communication.collectives import (
     MAX,
     SUM,
@@ -25,13 +25,13 @@ from mpishard.communication.collectives import (
     barrier,
     broadcast,
     gather,
+    isendrecv,
     reduce_scatter,
-    send_receive,
 )
-from mpishard.communication.group import Call, Calls, Group
+from mpishard.communication.group import CallTracker, CollectiveCall, Group
 from mpishard.communication.ledger import Ledger
-from mpishard.description.layout import SWITCHES
-from mpishard.errors import Mismatch
+from mpishard.config.layout import LAYOUT_OPTIONS
+from mpishard.errors import CollectiveMismatch
 
 pytestmark = pytest.mark.ranks(2, 3, timeout=30)
 
@@ -43,7 +43,7 @@ X = np.arange(12, dtype=np.float32).reshape(6, 2)
 @pytest.fixture
 def group(comm) -> Group:
     members = tuple(10 + rank for rank in range(comm.size))
-    return Group(comm, "tp", Ledger(), Calls(compare), members)
+    return Group(comm, "tp", Ledger(), CallTracker(check_collective), members)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def odd(group) -> bool:
 
 
 def mismatch(act: Callable[[], object]) -> str:
-    with pytest.raises(Mismatch) as raised:
+    with pytest.raises(CollectiveMismatch) as raised:
         act()
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -76,8 +76,8 @@ def exercise(group: Group) -> list[np.ndarray | None]:
     sizes = list(range(p))
     near = (rank + 1) % p, (rank - 1) % p
     barrier(group)
-    pending = send_receive(X[:rank], group, near[0], X[: near[1]].shape, near[1])
-    empty = send_receive(X[:0], group, near[0], None, near[1])
+    pending = isendrecv(X[:rank], group, near[0], X[: near[1]].shape, near[1])
+    empty = isendrecv(X[:0], group, near[0], None, near[1])
     return [
         all_reduce(X, group),
         all_reduce(X[:, ::-1], group, MAX),
@@ -223,7 +223,7 @@ def test_an_exchange_round_a_ring_that_does_not_fit(group, odd, x, shape, sent, 
     to, source = (rank + 1) % p, (rank - 1) % p
     mine = x if rank == 0 else X
     coming = shape if rank == 1 else X.shape
-    message = mismatch(lambda: send_receive(mine, group, to, coming, source, np.float32))
+    message = mismatch(lambda: isendrecv(mine, group, to, coming, source, np.float32))
     assert re.fullmatch(
         rf"send_receive, on all ranks at \S*test_check.py:\d+: rank 10 sends {sent} to rank 11, "
         f"which expects {expected}",
@@ -235,7 +235,7 @@ def test_a_ring_in_which_one_rank_turns_the_other_way(group, odd):
     if group.size == 3:
         step = -1 if odd else 1
         to, source = (group.rank + step) % 3, (group.rank - step) % 3
-        message = mismatch(lambda: send_receive(X, group, to, X.shape, source))
+        message = mismatch(lambda: isendrecv(X, group, to, X.shape, source))
         assert message.endswith("rank 10 sends nothing to rank 12, which expects 12 float32") or (
             message.endswith("rank 11 sends 12 float32 to rank 12, which expects nothing")
         )
@@ -245,7 +245,7 @@ def test_a_long_list_of_blocks_is_shortened(group, odd):
     """But compared to its end."""
     sizes = [10**70, *[0] * (group.size - 1)]
     what = "+".join(map(str, sizes * 6)) + ("0" if odd else "")
-    message = mismatch(lambda: Call("all_gather", group, lambda: what).__enter__())
+    message = mismatch(lambda: CollectiveCall("all_gather", group, lambda: what).__enter__())
     assert message.count("…") == 2 and len(message) < 1000
 
 
@@ -253,14 +253,16 @@ def ways(ranks: int, variant: str) -> Iterator[dict[str, Any]]:
     """Arguments of `load` that divide a model over so many ranks: over all axes, in many forms."""
     if variant == MIXTURE:
         yield {"tp": 2, "ep": 2, "sequence_parallel": True}
-        yield {"cp": 2, "ep": ranks, "dispatch": "gather"}
+        yield {"cp": 2, "ep": ranks, "moe_token_dispatcher": "all-gather"}
         yield {"tp": ranks, "ep": 2}
         yield {"dp": ranks, "ep": ranks}
     else:
         for layout in layouts(ranks, variant):
-            values = {name: getattr(layout, name) for name in SWITCHES}
-            switches = {name: one for name, one in values.items() if one != SWITCHES[name][1]}
-            yield {"tp": layout.tp, "dp": layout.dp, "cp": layout.cp} | switches
+            values = {name: getattr(layout, name) for name in LAYOUT_OPTIONS}
+            layout_options = {
+                name: one for name, one in values.items() if one != LAYOUT_OPTIONS[name][1]
+            }
+            yield {"tp": layout.tp, "dp": layout.dp, "cp": layout.cp} | layout_options
 
 
 @pytest.mark.ranks(2, 4, timeout=60)
@@ -269,7 +271,7 @@ def test_every_layout_makes_the_same_collectives_on_all_ranks(comm, variant, tmp
     """From the same lines: nothing that this package does is refused."""
     path = write_speaker(variant, tmp_path / "model")
     prompts = [[1, 5, 6, 0, 9, 3], [2], [3, 3, 3]]
-    with mpishard.Watch(comm, timeout=0, check_collectives=True) as watch:
+    with mpishard.Watchdog(comm, timeout=0, check_collectives=True) as watch:
         for how in ways(comm.size, variant):
             model = mpishard.load(path, comm, watch=watch, **how)
             unchecked = mpishard.load(path, comm, **how)

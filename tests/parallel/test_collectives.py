@@ -19,8 +19,8 @@ from mpishard.communication.collectives import (
     all_to_all,
     broadcast,
     gather,
+    isendrecv,
     reduce_scatter,
-    send_receive,
 )
 from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Group
@@ -197,7 +197,7 @@ def test_no_call_carries_more_than_the_limit(comm, limit: int):
     for collective in (all_reduce, all_gather, reduce_scatter, gather, broadcast):
         collective(x, group, limit=limit)
     all_to_all(x, group, [1] * p, [1] * p, limit)
-    send_receive(x, group, (comm.rank + 1) % p, x.shape, (comm.rank - 1) % p, limit=limit).wait()
+    isendrecv(x, group, (comm.rank + 1) % p, x.shape, (comm.rank - 1) % p, limit=limit).wait()
     assert max(counting.elements) <= limit
 
 

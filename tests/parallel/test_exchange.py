@@ -9,7 +9,7 @@ from time import sleep
 import numpy as np
 import pytest
 
-from mpishard.communication.collectives import LIMIT, all_reduce, all_to_all, send_receive
+from mpishard.communication.collectives import LIMIT, all_reduce, all_to_all, isendrecv
 from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Group
 
@@ -118,7 +118,7 @@ def test_send_receive_round_the_ring(group):
             source = (group.rank - step) % p
             coming = everyones[source]
             to, before = (group.rank + 1) % p, (group.rank - 1) % p
-            received = send_receive(x, group, to, coming.shape, before, limit=limit).wait()
+            received = isendrecv(x, group, to, coming.shape, before, limit=limit).wait()
             assert received is not None
             assert received.dtype == dtype and received.shape == coming.shape
             np.testing.assert_array_equal(received, coming)
@@ -131,8 +131,8 @@ def test_send_receive_of_large_arrays_hides_behind_other_work(group):
     p = group.size
     after, before = (group.rank + 1) % p, (group.rank - 1) % p
     base = data(group.rank, (500, 1001), np.float64)
-    up = send_receive(base[:, 1:], group, after, (500, 1000), before)
-    down = send_receive(base[:250].astype(np.int64), group, before, (250, 1001), after)
+    up = isendrecv(base[:, 1:], group, after, (500, 1000), before)
+    down = isendrecv(base[:250].astype(np.int64), group, before, (250, 1001), after)
     base[...] = -1  # what was sent are copies: neither of the two was one run of the base's memory
     assert all_reduce(np.ones(5), group)[0] == p
     assert isinstance(up.progress(), bool)
@@ -143,7 +143,7 @@ def test_send_receive_of_large_arrays_hides_behind_other_work(group):
 def test_send_receive_progresses_to_the_end(group):
     p = group.size
     x = data(group.rank, (300_000,), np.float32)
-    pending = send_receive(x, group, (group.rank + 1) % p, x.shape, (group.rank - 1) % p)
+    pending = isendrecv(x, group, (group.rank + 1) % p, x.shape, (group.rank - 1) % p)
     while not pending.progress():
         pass
     assert pending.progress()  # and stays there
@@ -154,7 +154,7 @@ def test_send_receive_one_way(group):
     """Down a line: the first rank receives nothing, the last sends nothing."""
     rank, last = group.rank, group.size - 1
     for shape, limit in product(((), (5,), (2, 3), (0, 4)), LIMITS):
-        pending = send_receive(
+        pending = isendrecv(
             data(rank, shape, np.float32) if rank < last else None,
             group,
             rank + 1,
@@ -174,8 +174,8 @@ def test_send_receive_one_way(group):
 
 def test_send_receive_needs_a_dtype_from_somewhere(group):
     with pytest.raises(ValueError, match="dtype"):
-        send_receive(None, group, 0, (3,), 0)
-    assert send_receive(None, group, 0, None, 0).wait() is None
+        isendrecv(None, group, 0, (3,), 0)
+    assert isendrecv(None, group, 0, None, 0).wait() is None
 
 
 def test_the_type_received_may_be_another_than_the_type_sent(group):
@@ -183,7 +183,7 @@ def test_the_type_received_may_be_another_than_the_type_sent(group):
     x = np.full(3, rank, np.int64 if rank % 2 else np.float32)
     before = (rank - 1) % p
     dtype = np.int64 if before % 2 else np.float32
-    received = send_receive(x, group, (rank + 1) % p, (3,), before, dtype).wait()
+    received = isendrecv(x, group, (rank + 1) % p, (3,), before, dtype).wait()
     assert received is not None and received.dtype == dtype
     np.testing.assert_array_equal(received, np.full(3, before))
 
@@ -191,10 +191,10 @@ def test_the_type_received_may_be_another_than_the_type_sent(group):
 def test_send_receive_in_the_ledger(group):
     p, rank = group.size, group.rank
     x = np.zeros((3, 5), np.float32)
-    pending = send_receive(x, group, (rank + 1) % p, (3, 5), (rank - 1) % p, limit=4)
+    pending = isendrecv(x, group, (rank + 1) % p, (3, 5), (rank - 1) % p, limit=4)
     assert not list(group.ledger)  # entered when it ends
     pending.wait()
-    send_receive(x if rank == 0 else None, group, p - 1, (3, 5) if rank == p - 1 else None, 0,
+    isendrecv(x if rank == 0 else None, group, p - 1, (3, 5) if rank == p - 1 else None, 0,
                  np.float32).wait()  # fmt: skip
     entry = group.ledger["send_receive", "test"]
     payload = x.nbytes + (x.nbytes if rank == 0 else 0)
@@ -207,7 +207,7 @@ def test_send_receive_in_the_ledger(group):
 def test_the_arithmetic_between_is_not_counted(group):
     p, rank = group.size, group.rank
     x = np.zeros(4, np.float32)
-    pending = send_receive(x, group, (rank + 1) % p, (4,), (rank - 1) % p)
+    pending = isendrecv(x, group, (rank + 1) % p, (4,), (rank - 1) % p)
     while not pending.progress():
         pass
     seconds = pending.seconds

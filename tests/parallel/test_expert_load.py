@@ -14,13 +14,13 @@ from toys import mesh_of, oracle, toy
 
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import DISPATCHES, Layout, block
+from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block
 from mpishard.engine.generate import generate
-from mpishard.engine.schedule import Answer, Limits, Request
+from mpishard.engine.scheduler import Request, RequestOutput, SchedulerConfig
 from mpishard.model import Decoder
-from mpishard.parallel.data import deal
-from mpishard.parallel.expert import Mixture
-from mpishard.parallel.expert_load import PHASES, Load, imbalance
+from mpishard.parallel.data import assign_requests
+from mpishard.parallel.expert import MoELayer
+from mpishard.parallel.expert_load import PHASES, ExpertLoad, imbalance
 
 VARIANT = "qwen2_moe-mixed"  # experts in one of four layers
 LAYOUTS = {
@@ -39,11 +39,11 @@ def requests() -> list[Request]:
     ]
 
 
-def answers_of(model: Decoder) -> list[Answer]:
+def answers_of(model: Decoder) -> list[RequestOutput]:
     """The answers to this replica's requests, prompts in chunks of which the last may be a single
     token."""
-    mine = [requests()[place] for place in deal(len(requests()), model.mesh)]
-    return generate(model, mine, limits=Limits(chunk=4))
+    mine = [requests()[place] for place in assign_requests(len(requests()), model.mesh)]
+    return generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=4))
 
 
 def expected_rows() -> dict[tuple[int, str, int], int]:
@@ -59,41 +59,41 @@ def expected_rows() -> dict[tuple[int, str, int], int]:
 
 
 @pytest.mark.ranks(1, 2, 4)
-@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("dispatch", TOKEN_DISPATCHERS)
 def test_the_rows_of_experts_and_ranks(comm: MPI.Intracomm, dispatch: str, monkeypatch):
     expected, moe = expected_rows(), tiny_config(VARIANT).moe
     assert moe is not None
     computed = [0]
-    right = Mixture.partial
+    right = MoELayer.partial
 
-    def counted(self: Mixture, rows_MD: np.ndarray, expert_M: np.ndarray) -> np.ndarray:
+    def counted(self: MoELayer, rows_MD: np.ndarray, expert_M: np.ndarray) -> np.ndarray:
         computed[0] += len(rows_MD)
         return right(self, rows_MD, expert_M)
 
-    monkeypatch.setattr(Mixture, "partial", counted)
+    monkeypatch.setattr(MoELayer, "partial", counted)
     for layout in LAYOUTS[comm.size]:
-        with mesh_of(comm, VARIANT, replace(layout, dispatch=dispatch)) as mesh:
-            computed[0], load = 0, Load()
-            answers_of(toy(VARIANT, mesh).with_mixtures(load.watching))
+        with mesh_of(comm, VARIANT, replace(layout, moe_token_dispatcher=dispatch)) as mesh:
+            computed[0], load = 0, ExpertLoad()
+            answers_of(toy(VARIANT, mesh).map_moe_layers(load.attach))
             mesh.ledger.clear()
             totals = load.totals(mesh)
             assert {(rows.layer, rows.phase) for rows in totals} == {
                 (layer, phase) for layer in np.flatnonzero(moe.layers) for phase in PHASES
             }
             for rows in totals:
-                found = dict(enumerate(rows.of_experts))
-                right_E = {e: expected[rows.layer, rows.phase, e] for e in range(moe.experts)}
+                found = dict(enumerate(rows.tokens_per_expert))
+                right_E = {e: expected[rows.layer, rows.phase, e] for e in range(moe.num_experts)}
                 assert found == right_E, f"{layout}, {rows.phase}"
                 assert rows.dropped == 0
             everyone = all_gather(np.array([computed[0]]), mesh.world).tolist()
-            assert np.sum([rows.of_ranks for rows in totals], axis=0).tolist() == everyone
+            assert np.sum([rows.tokens_per_rank for rows in totals], axis=0).tolist() == everyone
 
 
 @pytest.mark.ranks(2)
 def test_counting_communicates_nothing_before_the_end(comm: MPI.Intracomm):
     with mesh_of(comm, VARIANT, Layout(tp=2, ep=2)) as mesh:
         model = toy(VARIANT, mesh)
-        calls = [_calls(mesh, model), _calls(mesh, model.with_mixtures(Load().watching))]
+        calls = [_calls(mesh, model), _calls(mesh, model.map_moe_layers(ExpertLoad().attach))]
         assert calls[0] == calls[1]
 
 
@@ -108,18 +108,20 @@ def test_dropped_rows_are_counted_apart(comm: MPI.Intracomm):
     expected, moe = expected_rows(), tiny_config(VARIANT).moe
     assert moe is not None
     for layout in (Layout(tp=comm.size, ep=comm.size), Layout(dp=comm.size)):
-        with mesh_of(comm, VARIANT, replace(layout, capacity=0.5)) as mesh:
-            load = Load()
-            answers_of(toy(VARIANT, mesh).with_mixtures(load.watching))
+        with mesh_of(comm, VARIANT, replace(layout, expert_capacity_factor=0.5)) as mesh:
+            load = ExpertLoad()
+            answers_of(toy(VARIANT, mesh).map_moe_layers(load.attach))
             dropped = 0
             for rows in load.totals(mesh):
                 if rows.phase == "prompt":  # generated tokens may be others where rows are dropped
-                    of_all = sum(expected[rows.layer, "prompt", e] for e in range(moe.experts))
-                    assert sum(rows.of_experts) + rows.dropped == of_all
+                    of_all = sum(expected[rows.layer, "prompt", e] for e in range(moe.num_experts))
+                    assert sum(rows.tokens_per_expert) + rows.dropped == of_all
                     dropped += rows.dropped
-                owners = [block(moe.experts, mesh.ep.size, r) for r in range(mesh.ep.size)]
+                owners = [block(moe.num_experts, mesh.ep.size, r) for r in range(mesh.ep.size)]
                 if mesh.layout.dp == 1:
-                    assert rows.of_ranks == [sum(rows.of_experts[own]) for own in owners]
+                    assert rows.tokens_per_rank == [
+                        sum(rows.tokens_per_expert[own]) for own in owners
+                    ]
             assert dropped > 0
 
 

@@ -23,14 +23,14 @@ from toys import (
     whole_logits,
 )
 
-from mpishard.arithmetic.packed import pack
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import DISPATCHES, Layout, block, check_experts
+from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block, check_experts
 from mpishard.engine.generate import generate
-from mpishard.engine.schedule import Limits, Request
+from mpishard.engine.scheduler import Request, SchedulerConfig
 from mpishard.errors import UserError
-from mpishard.parallel.data import deal
-from mpishard.parallel.expert import Mixture
+from mpishard.parallel.data import assign_requests
+from mpishard.parallel.expert import MoELayer
+from mpishard.sequences.step import pack
 
 pytestmark = pytest.mark.ranks
 
@@ -46,7 +46,9 @@ def expert_layouts(ranks: int, variant: str) -> list[Layout]:
     for place, plain in enumerate(degrees(ranks)):
         for ep in range(1, ranks + 1):
             layout = switched(plain, config, 37 * number + 29 * place + 7 * ep)
-            layout = replace(layout, ep=ep, dispatch=DISPATCHES[(place + ep) % 2])
+            layout = replace(
+                layout, ep=ep, moe_token_dispatcher=TOKEN_DISPATCHERS[(place + ep) % 2]
+            )
             if plain.tp <= config.heads and _fits(config, layout):
                 found.append(layout)
     return found if ranks <= 2 else found[number % 3 :: 3]
@@ -73,8 +75,8 @@ def test_float32_agrees_with_transformers(comm: MPI.Intracomm, variant: str):
     prompts = [golden["ids_0"], golden["ids_1"]]
     for mesh in expert_meshes(comm, variant):
         model = toy(variant, mesh, np.float32)
-        feeds = [(ids_S, model.new_cache(len(ids_S))) for ids_S in prompts]
-        step = pack(feeds, model.division, all_logits=True)
+        feeds = [(ids_S, model.allocate_cache(len(ids_S))) for ids_S in prompts]
+        step = pack(feeds, model.sequence_sharding, all_logits=True)
         logits_WV = whole_logits(model.forward(step), model, step)
         for place, new in enumerate(slices(step)):
             expected = golden[f"logits_{place}"]
@@ -95,8 +97,8 @@ def test_every_step_is_the_references(comm: MPI.Intracomm, variant: str, chunk: 
     ]
     for mesh in expert_meshes(comm, variant):
         model = Recorder(toy(variant, mesh))
-        mine = [requests[place] for place in deal(len(requests), mesh)]
-        answers = generate(model, mine, limits=Limits(chunk=chunk))
+        mine = [requests[place] for place in assign_requests(len(requests), mesh)]
+        answers = generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=chunk))
         for request, answer in zip(mine, answers, strict=True):
             assert answer.ids == reference.greedy(request.ids, request.max_tokens), mesh.layout
         segments = [segment for step in model.steps for segment in step.segments]
@@ -120,14 +122,14 @@ def test_what_is_sent(comm: MPI.Intracomm, variant: str):
     for mesh in expert_meshes(comm, variant):
         layout = mesh.layout
         model = toy(variant, mesh)
-        feeds = [(ids, model.new_cache(len(ids)))] if mesh.dp.rank == 0 else []
+        feeds = [(ids, model.allocate_cache(len(ids)))] if mesh.dp.rank == 0 else []
         mesh.ledger.clear()
-        model.forward(pack(feeds, model.division))
+        model.forward(pack(feeds, model.sequence_sharding))
         tokens = tokens_of_ranks(mesh, model, len(ids))  # of every rank that shares the experts
         row, e = config.hidden * 8, 8
-        mine = tokens[mesh.experts.rank]
-        if layout.dispatch == "gather":
-            per_layer = (8 + len(mine) * (row + moe.top_k * (8 + e))) * (mesh.experts.size - 1)
+        mine = tokens[mesh.moe.rank]
+        if layout.moe_token_dispatcher == "all-gather":
+            per_layer = (8 + len(mine) * (row + moe.top_k * (8 + e))) * (mesh.moe.size - 1)
             entry = mesh.ledger["all_gather", "experts"]
             assert entry.calls == 4 * len(chosen)
             assert entry.wire_bytes == per_layer * len(chosen)
@@ -136,9 +138,9 @@ def test_what_is_sent(comm: MPI.Intracomm, variant: str):
             assert entry.wire_bytes == (everyone - len(mine)) * row * len(chosen)
             continue
         assert mesh.ledger["all_gather", "experts"].calls == len(chosen)
-        counts = 8 * moe.experts * (mesh.experts.size - 1) * len(chosen)
+        counts = 8 * moe.num_experts * (mesh.moe.size - 1) * len(chosen)
         assert mesh.ledger["all_gather", "experts"].wire_bytes == counts
-        own = range(moe.experts)[block(moe.experts, mesh.ep.size, mesh.ep.rank)]
+        own = range(moe.num_experts)[block(moe.num_experts, mesh.ep.size, mesh.ep.rank)]
         etp = mesh.etp.size
         column = [tokens[rank * etp + mesh.etp.rank] for rank in range(mesh.ep.size)]
         wire = came = 0
@@ -158,12 +160,12 @@ def test_what_is_sent(comm: MPI.Intracomm, variant: str):
 def test_all_tokens_for_one_expert_and_none_for_the_others(comm: MPI.Intracomm):
     """A router that always chooses the same: other ranks have nothing to do, and take part."""
     variant = "mixtral-full"
-    for dispatch in DISPATCHES:
+    for dispatch in TOKEN_DISPATCHERS:
         for layout in (Layout(tp=2, ep=2), Layout(tp=2, ep=1), Layout(dp=2, ep=2)):
-            with mesh_of(comm, variant, replace(layout, dispatch=dispatch)) as mesh:
+            with mesh_of(comm, variant, replace(layout, moe_token_dispatcher=dispatch)) as mesh:
                 model = toy(variant, mesh)
                 for layer in model.layers:
-                    assert isinstance(layer.ffn, Mixture)
+                    assert isinstance(layer.ffn, MoELayer)
                     layer.ffn.router[:] = 0  # equal scores: the lowest experts are taken
                 reference = oracle(variant)
                 for name in reference.weights:

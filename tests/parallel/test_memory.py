@@ -15,17 +15,17 @@ from mpi4py import MPI
 from tiny_models import tiny_config
 from toys import mesh_of, meshes, toy
 
-from mpishard.arithmetic.packed import pack
-from mpishard.description.config import ModelConfig
-from mpishard.description.layout import (
-    ORDERS,
+from mpishard.config.layout import (
+    CP_ORDERS,
     Layout,
     block_sizes,
     kv_heads_of,
+    kv_replica_ranks,
     query_heads_of,
-    sharers_of,
 )
-from mpishard.model import Decoder, Observer
+from mpishard.config.model_config import ModelConfig
+from mpishard.model import Decoder, HiddenStateHook
+from mpishard.sequences.step import pack
 
 pytestmark = pytest.mark.ranks
 
@@ -83,7 +83,7 @@ def positions_kept(config: ModelConfig, layout: Layout, rank: int, first: int, l
     _, cp_rank, tp_rank = layout.coordinates(rank)
     ranks = range(tp_rank, tp_rank + 1)
     if layout.flash_decoding:
-        ranks = sharers_of(config, layout.tp, tp_rank)[1]
+        ranks = kv_replica_ranks(config, layout.tp, tp_rank)[1]
     kept = Counter(keepers(layout, len(ranks), first, length))
     return kept[cp_rank, tp_rank - ranks.start]
 
@@ -91,11 +91,11 @@ def positions_kept(config: ModelConfig, layout: Layout, rank: int, first: int, l
 def keepers(layout: Layout, sharers: int, first: int, length: int) -> Iterator[tuple[int, int]]:
     """For each position the cp rank that computes its token, and which of the `sharers` of a
     key/value head keeps it there."""
-    contiguous = layout.order == "contiguous"
+    contiguous = layout.cp_order == "contiguous"
     pieces = layout.cp if contiguous else 2 * layout.cp
     ends = list(accumulate(block_sizes(first, pieces)))
     for position in range(length):
-        turn = position // layout.interleave
+        turn = position // layout.cp_kv_cache_interleave_size
         cp_rank = turn % layout.cp
         if position < first:
             piece = bisect_right(ends, position)
@@ -152,40 +152,42 @@ def test_caches(comm: MPI.Intracomm, variant: str):
     for mesh in meshes(comm, variant):
         model = toy(variant, mesh)
         for first, length in ((1, 1), (1, 50), (2, 3), (7, 50), (43, 50), (50, 50)):
-            cache = model.new_cache(length, first)
+            cache = model.allocate_cache(length, first)
             expected = cache_bytes(model.config, mesh.layout, comm.rank, first, length, 8)
             assert cache.k.nbytes + cache.v.nbytes == expected, mesh.layout
             assert mesh.kv.comm.allreduce(len(cache.positions)) == length
 
 
 @pytest.mark.parametrize("variant", HEADS[1:])
-@pytest.mark.parametrize("interleave", [1, 3, 16])
+@pytest.mark.parametrize("interleave_size", [1, 3, 16])
 def test_flash_decoding_divides_the_cache_by_the_ranks_that_share_a_head(
-    comm: MPI.Intracomm, variant: str, interleave: int
+    comm: MPI.Intracomm, variant: str, interleave_size: int
 ):
     """Within one interleave block of even, whatever the length."""
-    layout = Layout(tp=comm.size, flash_decoding=True, interleave=interleave)
+    layout = Layout(tp=comm.size, flash_decoding=True, cp_kv_cache_interleave_size=interleave_size)
     with mesh_of(comm, variant, layout) as mesh:
         model, sharers = toy(variant, mesh), mesh.kv.size
         for length in (1, 5, 48, 61, 200):
-            rooms = mesh.kv.comm.allgather(len(model.new_cache(length).positions))
+            rooms = mesh.kv.comm.allgather(len(model.allocate_cache(length).positions))
             assert sum(rooms) == length
-            assert max(rooms) - min(rooms) <= interleave
-            if length % (interleave * sharers) == 0:
+            assert max(rooms) - min(rooms) <= interleave_size
+            if length % (interleave_size * sharers) == 0:
                 assert set(rooms) == {length // sharers}
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("interleave", [1, 3])
-def test_context_parallelism_divides_the_cache(comm: MPI.Intracomm, order: str, interleave: int):
+@pytest.mark.parametrize("order", CP_ORDERS)
+@pytest.mark.parametrize("interleave_size", [1, 3])
+def test_context_parallelism_divides_the_cache(
+    comm: MPI.Intracomm, order: str, interleave_size: int
+):
     """A prompt evenly, and what follows within one interleave block of even."""
-    layout = Layout(cp=comm.size, order=order, interleave=interleave)
+    layout = Layout(cp=comm.size, cp_order=order, cp_kv_cache_interleave_size=interleave_size)
     with mesh_of(comm, "llama-mha", layout) as mesh:
         model = toy("llama-mha", mesh)
         for first, length in product((1, 16, 45, 190), (1, 200)):
-            rooms = comm.allgather(len(model.new_cache(length, min(first, length)).positions))
+            rooms = comm.allgather(len(model.allocate_cache(length, min(first, length)).positions))
             assert sum(rooms) == length
-            assert max(rooms) - min(rooms) <= interleave + 1
+            assert max(rooms) - min(rooms) <= interleave_size + 1
 
 
 def test_both_divide_one_cache(comm: MPI.Intracomm):
@@ -193,7 +195,7 @@ def test_both_divide_one_cache(comm: MPI.Intracomm):
     for cp in (cp for cp in range(1, comm.size + 1) if comm.size % cp == 0):
         layout = Layout(tp=comm.size // cp, cp=cp, flash_decoding=True)
         with mesh_of(comm, "llama-mqa", layout) as mesh:
-            room = len(toy("llama-mqa", mesh).new_cache(480, 240).positions)
+            room = len(toy("llama-mqa", mesh).allocate_cache(480, 240).positions)
             assert mesh.kv.size == comm.size and room == 480 // comm.size
 
 
@@ -203,10 +205,10 @@ def test_a_cache_fed_to_its_end_is_full(comm: MPI.Intracomm):
     for mesh in meshes(comm, "llama-gqa"):
         model = toy("llama-gqa", mesh)
         length, first = 27, 13
-        cache = model.new_cache(length, first)
+        cache = model.allocate_cache(length, first)
         for new in (first, 8, 1, 5):
-            model.forward(pack([(np.ones(new, np.int64), cache)], model.division))
-        assert cache.held == len(cache.positions) == cache.v.shape[2]
+            model.forward(pack([(np.ones(new, np.int64), cache)], model.sequence_sharding))
+        assert cache.num_local == len(cache.positions) == cache.v.shape[2]
         kept = [position for at in mesh.kv.comm.allgather(cache.positions) for position in at]
         assert sorted(kept) == list(range(length)), mesh.layout
 
@@ -221,12 +223,12 @@ def test_rotary_frequencies_of_the_length_leave_the_cache_divided(
     start, length = config.rope.original_positions, 200
     for mesh in meshes(comm, variant):
         layout = mesh.layout
-        room = len(toy(variant, mesh).new_cache(length, start).positions)
+        room = len(toy(variant, mesh).allocate_cache(length, start).positions)
         needed = max(
             positions_kept(config, layout, comm.rank, once, once)
             for once in (*range(start + 1, length, 20), length)
         )
-        assert needed <= room <= needed + 4 * layout.cp * layout.interleave, layout
+        assert needed <= room <= needed + 4 * layout.cp * layout.cp_kv_cache_interleave_size, layout
 
 
 # Residual stream
@@ -239,15 +241,15 @@ def test_residual_streams(comm: MPI.Intracomm, variant: str):
     for mesh in meshes(comm, variant):
         model = toy(variant, mesh, np.float32)
         layers, hidden = model.config.layers, model.config.hidden
-        caches = [model.new_cache(24, first) for first in (17, 1, 4)]
+        caches = [model.allocate_cache(24, first) for first in (17, 1, 4)]
         for lengths in ((17, 1, 4), (1, 2)):
             feeds = [
                 (np.ones(n, np.int64), cache) for n, cache in zip(lengths, caches, strict=False)
             ]
-            step = pack(feeds, model.division)
+            step = pack(feeds, model.sequence_sharding)
             seen: list[int] = []
             model.forward(step, observing(seen))
-            tokens = len(step.places[mesh.cp.rank])
+            tokens = len(step.global_index[mesh.cp.rank])
             expected = residual_bytes(model.config, mesh.layout, comm.rank, tokens, 4)
             assert seen == [expected] * (layers + 1), mesh.layout
             copies = 1 if mesh.layout.sequence_parallel else mesh.tp.size
@@ -255,6 +257,6 @@ def test_residual_streams(comm: MPI.Intracomm, variant: str):
             assert together == mesh.dp.size * copies * sum(lengths) * hidden * 4
 
 
-def observing(seen: list[int]) -> Observer:
+def observing(seen: list[int]) -> HiddenStateHook:
     """Adds to `seen` the bytes of every layer's residual stream."""
     return lambda _, x_nD: seen.append(x_nD.nbytes)

@@ -10,8 +10,8 @@ from tiny_models import tiny_config
 from toys import degrees, layouts, mesh_of
 
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig
-from mpishard.description.layout import Layout, kv_heads_of, query_heads_of
+from mpishard.config.layout import Layout, kv_heads_of, query_heads_of
+from mpishard.config.model_config import ModelConfig
 
 pytestmark = pytest.mark.ranks
 
@@ -45,9 +45,9 @@ def test_tensor_parallel_ranks_are_neighbours_and_then_those_of_a_replica(comm):
         with mesh_of(comm, "llama-uneven", layout) as mesh:
             first = comm.rank - comm.rank % layout.tp
             assert members(mesh.tp.comm, comm) == list(range(first, first + layout.tp))
-            first = comm.rank - comm.rank % layout.replica
+            first = comm.rank - comm.rank % layout.replica_size
             replica = mesh.tp.comm.allgather(members(mesh.cp.comm, comm))
-            assert sorted(sum(replica, [])) == list(range(first, first + layout.replica))
+            assert sorted(sum(replica, [])) == list(range(first, first + layout.replica_size))
 
 
 def kv_heads(config: ModelConfig, layout: Layout, rank: int) -> tuple[int, range]:

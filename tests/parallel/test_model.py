@@ -12,11 +12,11 @@ from mpi4py import MPI
 from tiny_models import VARIANTS, tiny_config
 from toys import Recorder, meshes, oracle, slices, toy, whole_logits
 
-from mpishard.arithmetic.packed import pack
 from mpishard.engine.generate import generate
-from mpishard.engine.schedule import Limits, Request
+from mpishard.engine.scheduler import Request, SchedulerConfig
 from mpishard.model import Decoder
-from mpishard.parallel.data import collect, deal
+from mpishard.parallel.data import assign_requests, gather_results
+from mpishard.sequences.step import pack
 
 pytestmark = pytest.mark.ranks
 
@@ -30,12 +30,12 @@ def score(
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
     """For each prompt, all fed in one step: the logits at every position, and the residual streams
     entering each layer and after the final norm."""
-    feeds = [(ids_S, model.new_cache(len(ids_S))) for ids_S in prompts]
-    step = pack(feeds, model.division, all_logits=True)
+    feeds = [(ids_S, model.allocate_cache(len(ids_S))) for ids_S in prompts]
+    step = pack(feeds, model.sequence_sharding, all_logits=True)
     streams: list[np.ndarray] = []
 
     def observe(_: int, x_nD: np.ndarray) -> None:
-        streams.append(model.whole(x_nD, step))
+        streams.append(model.gather_sequence(x_nD, step))
 
     logits_WV = whole_logits(model.forward(step, observe), model, step)
     return (
@@ -103,14 +103,18 @@ def test_every_step_of_the_generate_loop_is_the_references(
     ]
     for mesh in meshes(comm, variant):
         model = Recorder(toy(variant, mesh))
-        mine = [requests[place] for place in deal(len(requests), mesh)]
-        answers = generate(model, mine, limits=Limits(chunk=chunk))
+        mine = [requests[place] for place in assign_requests(len(requests), mesh)]
+        answers = generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=chunk))
         assert [answer.index for answer in answers] == [request.index for request in mine]
         for request, answer in zip(mine, answers, strict=True):
             assert answer.ids == reference.greedy(request.ids, request.max_tokens)
             assert answer.finish_reason == "length"
-        if chunk and not model.depends_on_length(14):
-            fed = [len(np.concatenate(s.tokens)) for step in model.steps for s in step.segments]
+        if chunk and not model.uses_dynamic_rope(14):
+            fed = [
+                len(np.concatenate(s.positions_by_rank))
+                for step in model.steps
+                for s in step.segments
+            ]
             assert max(fed, default=0) <= chunk
         segments = [segment for step in model.steps for segment in step.segments]
         caches = list({id(segment.cache): segment.cache for segment in segments}.values())
@@ -127,15 +131,15 @@ def test_answers_come_back_in_the_order_of_the_requests(comm: MPI.Intracomm):
     for mesh in meshes(comm, "llama-mha"):
         for count in (0, 1, 2, 7, 11):
             everything = [b"%d" % index * (index % 4) for index in range(count)]
-            mine = [everything[place] for place in deal(count, mesh)]
-            assert collect(mine, count, mesh) == everything
+            mine = [everything[place] for place in assign_requests(count, mesh)]
+            assert gather_results(mine, count, mesh) == everything
 
 
 def test_each_replica_takes_its_share(comm: MPI.Intracomm):
     for mesh in meshes(comm, "llama-mha"):
-        shares = comm.allgather(list(deal(10, mesh)))
+        shares = comm.allgather(list(assign_requests(10, mesh)))
         dealt = sorted(place for share in shares for place in share)
-        assert dealt == sorted(list(range(10)) * mesh.layout.replica)
+        assert dealt == sorted(list(range(10)) * mesh.layout.replica_size)
         sizes = [len(share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
 
@@ -144,19 +148,19 @@ def test_ends_of_answers(comm: MPI.Intracomm):
     """End-of-sequence ids, a stop of the caller's and the last position each end one answer."""
     ids = [3, 1, 4, 1, 5]
     greedy = oracle("qwen3-mixed").greedy(ids, 12)
-    room = tiny_config("qwen3-mixed").max_positions
+    room = tiny_config("qwen3-mixed").max_position_embeddings
     for mesh in meshes(comm, "qwen3-mixed"):
         model = toy("qwen3-mixed", mesh)
         requests = [
             Request(0, ids, 12),
             Request(1, ids, 12, eos_ids=frozenset([greedy[2]])),
-            Request(2, ids, 12, stopped=lambda ids: len(ids) == 5),
+            Request(2, ids, 12, stop_fn=lambda ids: len(ids) == 5),
             Request(3, [1] * room, 9),
         ]
         told, finished = Mock(), Mock()
         answers = generate(model, requests, on_token=told, on_finish=finished)
-        cut = greedy.index(greedy[2]) + 1
-        assert [answer.ids for answer in answers[:3]] == [greedy, greedy[:cut], greedy[:5]]
+        sharding = greedy.index(greedy[2]) + 1
+        assert [answer.ids for answer in answers[:3]] == [greedy, greedy[:sharding], greedy[:5]]
         reasons = [answer.finish_reason for answer in answers]
         assert reasons == ["length", "stop", "stop", "length"]
         assert len(answers[3].ids) == 1  # the prompt has taken every position
@@ -168,7 +172,7 @@ def test_ends_of_answers(comm: MPI.Intracomm):
 
 
 def test_more_requests_than_run_at_once(comm: MPI.Intracomm):
-    limits = Limits(step_tokens=8, sequences=3)
+    limits = SchedulerConfig(max_num_batched_tokens=8, max_num_seqs=3)
     reference = oracle("llama-gqa")
     random = np.random.RandomState(11)
     requests = [

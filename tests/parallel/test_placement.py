@@ -10,13 +10,13 @@ from mpi4py import MPI
 from tiny_models import tiny_config, tiny_weights
 from toys import mesh_of, oracle, tokens_of_ranks, toy, whole_logits
 
-from mpishard.arithmetic.balancing import place_experts
-from mpishard.arithmetic.packed import pack
+from mpishard.arithmetic.eplb import rebalance_experts
 from mpishard.communication.mesh import Mesh
-from mpishard.description.expert_placement import ExpertPlacement
-from mpishard.description.layout import DISPATCHES, Layout
+from mpishard.config.expert_placement import ExpertPlacement
+from mpishard.config.layout import TOKEN_DISPATCHERS, Layout
 from mpishard.parallel import expert, tensor
-from mpishard.parallel.expert_load import Load
+from mpishard.parallel.expert_load import ExpertLoad
+from mpishard.sequences.step import pack
 
 pytestmark = pytest.mark.ranks(2, 4)
 
@@ -31,7 +31,7 @@ LAYOUTS = {
         Layout(dp=4, ep=2),
     ],
 }
-by_both = pytest.mark.parametrize("dispatch", DISPATCHES)
+by_both = pytest.mark.parametrize("dispatch", TOKEN_DISPATCHERS)
 
 
 def prompt() -> list[int]:
@@ -52,18 +52,18 @@ def placement(ep: int) -> ExpertPlacement:
     assert moe is not None
     layers = {}
     for layer, experts_SA in routings().items():
-        loads_E = np.bincount(experts_SA.reshape(-1), minlength=moe.experts)
-        layers[layer] = place_experts(loads_E.tolist(), ep, moe.experts // ep + 1)
-    return ExpertPlacement(moe.experts, layers)
+        loads_E = np.bincount(experts_SA.reshape(-1), minlength=moe.num_experts)
+        layers[layer] = rebalance_experts(loads_E.tolist(), ep, moe.num_experts // ep + 1)
+    return ExpertPlacement(moe.num_experts, layers)
 
 
-def forward(mesh: Mesh, load: Load | None = None) -> np.ndarray:
+def forward(mesh: Mesh, load: ExpertLoad | None = None) -> np.ndarray:
     """The logits of the prompt, whole on the ranks of the first replica."""
     model = toy(VARIANT, mesh)
     if load is not None:
-        model = model.with_mixtures(load.watching)
-    feeds = [(np.array(prompt()), model.new_cache(TOKENS))] if mesh.dp.rank == 0 else []
-    step = pack(feeds, model.division, all_logits=True)
+        model = model.map_moe_layers(load.attach)
+    feeds = [(np.array(prompt()), model.allocate_cache(TOKENS))] if mesh.dp.rank == 0 else []
+    step = pack(feeds, model.sequence_sharding, all_logits=True)
     mesh.ledger.clear()
     return whole_logits(model.forward(step), model, step)
 
@@ -72,7 +72,7 @@ def forward(mesh: Mesh, load: Load | None = None) -> np.ndarray:
 def test_copies_change_nothing_but_who_computes(comm: MPI.Intracomm, dispatch: str):
     expected_SV = oracle(VARIANT).forward(prompt())[0]
     for layout in LAYOUTS[comm.size]:
-        layout = replace(layout, dispatch=dispatch)
+        layout = replace(layout, moe_token_dispatcher=dispatch)
         with mesh_of(comm, VARIANT, layout, placement(layout.ep)) as mesh:
             logits_SV = forward(mesh)
             if mesh.dp.rank == 0:
@@ -91,7 +91,7 @@ def test_to_the_bit_where_products_are_row_by_row(comm: MPI.Intracomm, monkeypat
 
     for module in (expert, tensor):
         monkeypatch.setattr(module, "linear", by_rows)
-    monkeypatch.setattr(tensor, "goes_by_columns", lambda rows: False)
+    monkeypatch.setattr(tensor, "use_small_gemm", lambda rows: False)
     for layout in LAYOUTS[comm.size]:
         with mesh_of(comm, VARIANT, layout) as mesh:
             expected_SV = forward(mesh)
@@ -121,8 +121,8 @@ def test_copies_share_the_rows_in_turn(comm: MPI.Intracomm, dispatch: str):
     row = tiny_config(VARIANT).hidden * 8
     for layout in LAYOUTS[comm.size]:
         placed = placement(layout.ep)
-        with mesh_of(comm, VARIANT, replace(layout, dispatch=dispatch), placed) as mesh:
-            load = Load()
+        with mesh_of(comm, VARIANT, replace(layout, moe_token_dispatcher=dispatch), placed) as mesh:
+            load = ExpertLoad()
             forward(mesh, load)
             entry = mesh.ledger["all_to_all", "ep"]
             groups = tokens_of_ranks(mesh, toy(VARIANT, mesh), TOKENS)
@@ -137,12 +137,12 @@ def test_copies_share_the_rows_in_turn(comm: MPI.Intracomm, dispatch: str):
                     np.fill_diagonal(away, 0)
                     wire += away[mesh.ep.rank].sum() + away[:, mesh.ep.rank].sum()
                 assert entry.wire_bytes == wire * row
-            first = range(max(layout.replica, layout.ep))  # the ranks that share its experts
+            first = range(max(layout.replica_size, layout.ep))  # the ranks that share its experts
             for counted in load.totals(mesh):
                 if counted.phase == "prompt" and mesh.world.rank in first:
                     computed = rows[counted.layer].sum(axis=0)
                     expected = np.repeat(computed, mesh.etp.size).tolist()
-                    assert counted.of_ranks == expected + [0] * (comm.size - len(first))
+                    assert counted.tokens_per_rank == expected + [0] * (comm.size - len(first))
 
 
 @by_both
@@ -151,12 +151,12 @@ def test_what_is_dropped_does_not_depend_on_copies(comm: MPI.Intracomm, dispatch
     for layout in LAYOUTS[comm.size]:
         found, dropped = [], []
         for placed in (None, placement(layout.ep)):
-            limited = replace(layout, dispatch=dispatch, capacity=0.6)
+            limited = replace(layout, moe_token_dispatcher=dispatch, expert_capacity_factor=0.6)
             with mesh_of(comm, VARIANT, limited, placed) as mesh:
-                load = Load()
+                load = ExpertLoad()
                 found.append(forward(mesh, load))
                 totals = load.totals(mesh)
-                dropped.append([(rows.of_experts, rows.dropped) for rows in totals])
+                dropped.append([(rows.tokens_per_expert, rows.dropped) for rows in totals])
         assert dropped[0] == dropped[1] and any(number for _, number in dropped[0])
         np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-9)
 
@@ -166,11 +166,13 @@ def test_the_fullest_rank_has_less_to_do(comm: MPI.Intracomm):
     most = []
     for placed in (None, placement(layout.ep)):
         with mesh_of(comm, VARIANT, layout, placed) as mesh:
-            load = Load()
+            load = ExpertLoad()
             forward(mesh, load)
             totals = [rows for rows in load.totals(mesh) if rows.phase == "prompt"]
-            most.append(sum(max(rows.of_ranks) for rows in totals))
-            assert {sum(rows.of_ranks) for rows in totals} == {TOKENS * routings()[0].shape[1]}
+            most.append(sum(max(rows.tokens_per_rank) for rows in totals))
+            assert {sum(rows.tokens_per_rank) for rows in totals} == {
+                TOKENS * routings()[0].shape[1]
+            }
     assert most[1] < most[0]
 
 
@@ -179,7 +181,7 @@ def test_every_rank_holds_the_weights_of_its_experts_and_no_others(comm: MPI.Int
     placed = placement(comm.size)
     with mesh_of(comm, VARIANT, Layout(tp=comm.size, ep=comm.size), placed) as mesh:
         for number, layer in enumerate(toy(VARIANT, mesh).layers):
-            if isinstance(layer.ffn, expert.Mixture):
+            if isinstance(layer.ffn, expert.MoELayer):
                 own = placed.layers[number][mesh.ep.rank]
                 assert sorted(layer.ffn.experts) == own
                 for chosen in own:

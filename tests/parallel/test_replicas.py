@@ -17,13 +17,13 @@ from tiny_text import write_speaker
 from toys import degrees
 
 import mpishard
-from mpishard.api import batch_limits
-from mpishard.arithmetic.packed import Step
-from mpishard.communication.post import Post
+from mpishard.api import scheduler_config
+from mpishard.batch.dispatch import Progress, ReplicaClient
+from mpishard.batch.requests import Wishes
+from mpishard.communication.mailbox import Mailbox
 from mpishard.engine.sampling import Sampling
-from mpishard.job.desk import Desk, Progress
-from mpishard.job.lines import Wishes
 from mpishard.model import Decoder
+from mpishard.sequences.step import Step
 
 pytestmark = pytest.mark.ranks
 
@@ -68,9 +68,9 @@ def result(target: Path, comm: MPI.Intracomm) -> list[dict[str, Any]]:
 def watched(monkeypatch: pytest.MonkeyPatch, comm: MPI.Intracomm, slow: int) -> Iterator[list[int]]:
     """How many answers each rank has given, of which one is slow."""
     given = [0]
-    answer, forward = Desk.answer, Decoder.forward
+    answer, forward = ReplicaClient.answer, Decoder.forward
 
-    def counting(desk: Desk, *arguments: Any) -> None:
+    def counting(desk: ReplicaClient, *arguments: Any) -> None:
         given[0] += 1
         answer(desk, *arguments)
 
@@ -79,7 +79,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, comm: MPI.Intracomm, slow: int) -> 
         return forward(decoder, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Desk, "answer", counting)
+        patch.setattr(ReplicaClient, "answer", counting)
         patch.setattr(Decoder, "forward", dragging)
         yield given
 
@@ -109,8 +109,8 @@ def test_a_replica_draws_as_it_becomes_free(path, files, comm, monkeypatch, slow
         if dp.size < 2:
             continue
         with watched(monkeypatch, comm, slow) as given:
-            assert model.batch(*files, WISHES, batch_limits(max_sequences=2)).complete
-        shares = comm.allgather(given[0])[:: model.mesh.layout.replica]
+            assert model.batch(*files, WISHES, scheduler_config(max_num_seqs=2)).complete
+        shares = comm.allgather(given[0])[:: model.mesh.layout.replica_size]
         assert sum(shares) == 24 and shares[slow] == min(shares) < 24 / dp.size - 1
         result(files[1], comm)
 
@@ -121,7 +121,7 @@ def test_a_small_job_is_shared_from_the_beginning(path, files, comm, monkeypatch
     for model in loaded(path, comm):
         with watched(monkeypatch, comm, -1) as given:
             assert model.batch(*files, WISHES).complete
-        shares = comm.allgather(given[0])[:: model.mesh.layout.replica]
+        shares = comm.allgather(given[0])[:: model.mesh.layout.replica_size]
         assert sum(shares) == 24 and max(shares) - min(shares) <= 6, shares
         result(files[1], comm)
 
@@ -135,7 +135,7 @@ def test_one_rank_that_is_told_stops_all_and_the_job_goes_on(path, files, comm):
         def told(steps=steps) -> bool:
             return comm.rank == comm.size - 1 and next(steps) > 9
 
-        report = model.batch(*files, WISHES, batch_limits(max_sequences=1), told, seen.append)
+        report = model.batch(*files, WISHES, scheduler_config(max_num_seqs=1), told, seen.append)
         assert not report.complete and 0 < report.answered < 24
         assert comm.allgather(report.answered) == [report.answered] * comm.size
         assert [progress.total for progress in seen] == [24] * len(seen)
@@ -149,7 +149,7 @@ def test_one_rank_that_is_told_stops_all_and_the_job_goes_on(path, files, comm):
 @pytest.mark.ranks(1, 2)
 def test_nothing_is_done_when_told_before_it_begins(path, files, comm):
     model = mpishard.load(path, comm, tp=comm.size)
-    report = model.batch(*files, WISHES, told_to_stop=lambda: True)
+    report = model.batch(*files, WISHES, should_stop=lambda: True)
     assert report.answered == 0 and not report.complete
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_job_is_refused_on_all_ranks(path, files, comm):
 
 
 def test_messages_arrive_in_their_order_at_whoever_has_time(comm):
-    post = Post(comm)
+    post = Mailbox(comm)
     everyone = range(comm.size)
     large = bytes(range(256)) * 4000
     for to in everyone:
@@ -182,11 +182,11 @@ def test_messages_arrive_in_their_order_at_whoever_has_time(comm):
     got: dict[int, list[bytes]] = {rank: [] for rank in everyone}
     packets: list[bytes] = []
     while sum(map(len, got.values())) < 6 * comm.size or len(packets) < comm.size:
-        for source, message in post.arrived(1):
+        for source, message in post.poll(1):
             got[source].append(message)
-        packets += [message for _, message in post.arrived(2)]
+        packets += [message for _, message in post.poll(2)]
     for rank, messages in got.items():
         assert messages == [*(b"%d %d" % (rank, number) for number in range(5)), b""]
     assert packets == [large] * comm.size
-    assert list(post.arrived(1)) == []
+    assert list(post.poll(1)) == []
     post.close()

@@ -10,10 +10,10 @@ import pytest
 from mpi4py import MPI
 from toys import meshes
 
-from mpishard.arithmetic.choice import gumbel
+from mpishard.arithmetic.sampling import gumbel
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import block
-from mpishard.engine.sampling import NO_TOKEN, Draw, Sampling, choose
+from mpishard.config.layout import block
+from mpishard.engine.sampling import NO_TOKEN, Sampling, SamplingRow, sample
 
 pytestmark = pytest.mark.ranks
 
@@ -32,7 +32,7 @@ def shards(comm: MPI.Intracomm, logits_MV: np.ndarray) -> Iterator[tuple[Mesh, n
         yield mesh, np.ascontiguousarray(logits_MV[:, mine])
 
 
-def plain_choice(logits_V: np.ndarray, draw: Draw) -> int:
+def plain_choice(logits_V: np.ndarray, draw: SamplingRow) -> int:
     """The token of one draw from whole logits: each filter a pass over sorted probabilities."""
     how = draw.sampling
     if how.greedy:
@@ -73,10 +73,10 @@ def test_the_choice_is_that_of_the_whole_vocabulary(
     comm: MPI.Intracomm, sampling: Sampling, flatness: float
 ):
     logits_MV = logits(flatness)
-    draws = [Draw(sampling, request, 40 + request) for request in range(len(logits_MV))]
-    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, draws, strict=True)]
+    rows = [SamplingRow(sampling, request, 40 + request) for request in range(len(logits_MV))]
+    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, rows, strict=True)]
     for mesh, logits_Mv in shards(comm, logits_MV):
-        assert choose(logits_Mv, draws, VOCAB, mesh) == expected
+        assert sample(logits_Mv, rows, VOCAB, mesh) == expected
 
 
 def test_sequences_of_one_step_may_be_sampled_differently(comm: MPI.Intracomm):
@@ -89,10 +89,10 @@ def test_sequences_of_one_step_may_be_sampled_differently(comm: MPI.Intracomm):
         Sampling(temperature=0.1, min_p=0.5),
         Sampling(),
     ]
-    draws = [Draw(sampling, 0, position) for position, sampling in enumerate(ways)]
-    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, draws, strict=True)]
+    rows = [SamplingRow(sampling, 0, position) for position, sampling in enumerate(ways)]
+    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, rows, strict=True)]
     for mesh, logits_Mv in shards(comm, logits_MV):
-        assert choose(logits_Mv, draws, VOCAB, mesh) == expected
+        assert sample(logits_Mv, rows, VOCAB, mesh) == expected
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, top_k=1)])
@@ -100,9 +100,9 @@ def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: Samplin
     logits_MV = np.zeros((3, VOCAB), np.float32)
     logits_MV[1, [100, 200, 300]] = 1
     logits_MV[2, -1] = 1
-    draws = [Draw(sampling, 0, 0)] * 3
+    rows = [SamplingRow(sampling, 0, 0)] * 3
     for mesh, logits_Mv in shards(comm, logits_MV):
-        assert choose(logits_Mv, draws, VOCAB, mesh) == [0, 100, VOCAB - 1]
+        assert sample(logits_Mv, rows, VOCAB, mesh) == [0, 100, VOCAB - 1]
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_there_is_no_token_where_logits_are_not_finite(comm: MPI.Intracomm, samp
         [(np.nan, [7]), (np.inf, [VOCAB - 1]), (np.nan, range(VOCAB)), (-np.inf, range(VOCAB))]
     ):
         logits_MV[row, columns] = odd
-    draws = [Draw(sampling, request, 40) for request in range(len(logits_MV))]
-    usual = [plain_choice(logits_MV[row], draws[row]) for row in (4, 5)]
+    rows = [SamplingRow(sampling, request, 40) for request in range(len(logits_MV))]
+    usual = [plain_choice(logits_MV[row], rows[row]) for row in (4, 5)]
     for mesh, logits_Mv in shards(comm, logits_MV):
-        assert choose(logits_Mv, draws, VOCAB, mesh) == [NO_TOKEN] * 4 + usual
+        assert sample(logits_Mv, rows, VOCAB, mesh) == [NO_TOKEN] * 4 + usual
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
@@ -136,16 +136,16 @@ def test_a_vocabulary_smaller_than_the_ranks(comm: MPI.Intracomm, top_k: int):
     logits_MV = np.array([[0.0, 3.0, 1.0]])
     sampling = Sampling(temperature=1e-3, top_k=top_k)
     for mesh, logits_Mv in shards(comm, logits_MV):
-        assert choose(logits_Mv, [Draw(sampling, 0, 0)], 3, mesh) == [1]
-        assert choose(logits_Mv, [Draw(Sampling(), 0, 0)], 3, mesh) == [1]
+        assert sample(logits_Mv, [SamplingRow(sampling, 0, 0)], 3, mesh) == [1]
+        assert sample(logits_Mv, [SamplingRow(Sampling(), 0, 0)], 3, mesh) == [1]
 
 
 def test_frequencies_of_sampled_tokens_are_the_softmax(comm: MPI.Intracomm):
     """4,000 draws from five tokens: each frequency within five standard deviations."""
     logits_V = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
-    draws = [Draw(Sampling(temperature=1, seed=9), 1, position) for position in range(4000)]
-    for mesh, logits_Mv in shards(comm, np.tile(logits_V, (len(draws), 1))):
-        counts = np.bincount(choose(logits_Mv, draws, 5, mesh), minlength=5)
+    rows = [SamplingRow(Sampling(temperature=1, seed=9), 1, position) for position in range(4000)]
+    for mesh, logits_Mv in shards(comm, np.tile(logits_V, (len(rows), 1))):
+        counts = np.bincount(sample(logits_Mv, rows, 5, mesh), minlength=5)
         p = np.exp(logits_V)
-        spread = 5 * np.sqrt(p * (1 - p) * len(draws))
-        assert (np.abs(counts - p * len(draws)) < spread).all(), counts
+        spread = 5 * np.sqrt(p * (1 - p) * len(rows))
+        assert (np.abs(counts - p * len(rows)) < spread).all(), counts

@@ -21,15 +21,15 @@ from mpi4py import MPI
 from test_memory import cache_bytes, heads_of, residual_bytes, weight_bytes
 from toys import Recorder, mesh_of, meshes, toy
 
-from mpishard.arithmetic.packed import Division, Feed, KVCache, Segment, Step, pack
 from mpishard.communication.mesh import Mesh
-from mpishard.description.config import ModelConfig
-from mpishard.description.layout import MERGES, ORDERS, PREFILLS, Layout, sharers_of
+from mpishard.config.layout import CP_ORDERS, CP_PREFILLS, DECODE_MERGES, Layout, kv_replica_ranks
+from mpishard.config.model_config import ModelConfig
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.schedule import Limits, Request
+from mpishard.engine.scheduler import Request, SchedulerConfig
 from mpishard.model import Decoder
-from mpishard.parallel.data import deal
+from mpishard.parallel.data import assign_requests
+from mpishard.sequences.step import KVCache, ScheduledChunk, Segment, SequenceSharding, Step, pack
 
 pytestmark = pytest.mark.ranks
 
@@ -39,7 +39,7 @@ PROMPTS = ([3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5])
 FAMILIES = ("llama-gqa", "llama-mqa", "mistral-window", "qwen3-mixed")
 
 
-class Call(NamedTuple):
+class CollectiveCall(NamedTuple):
     operation: str
     group: str
     payload: int
@@ -49,7 +49,7 @@ class Call(NamedTuple):
 Totals = dict[tuple[str, str], tuple[int, int, float]]  # calls, payload and wire by what and where
 
 
-def totals(calls: list[Call]) -> Totals:
+def totals(calls: list[CollectiveCall]) -> Totals:
     """The sum of `calls`, as a ledger keeps it."""
     found: Totals = {}
     for operation, group, payload, wire in calls:
@@ -82,27 +82,29 @@ def sent(mesh: Mesh, group: str) -> float:
 # What a forward pass calls
 
 
-def all_reduce(group: str, p: int, payload: int) -> Call:
-    return Call("all_reduce", group, payload, 2 * (p - 1) / p * payload)
+def all_reduce(group: str, p: int, payload: int) -> CollectiveCall:
+    return CollectiveCall("all_reduce", group, payload, 2 * (p - 1) / p * payload)
 
 
-def all_gather(group: str, p: int, payload: int) -> Call:
-    return Call("all_gather", group, payload, (p - 1) * payload)
+def all_gather(group: str, p: int, payload: int) -> CollectiveCall:
+    return CollectiveCall("all_gather", group, payload, (p - 1) * payload)
 
 
-def reduce_scatter(group: str, payload: int, kept: int) -> Call:
-    return Call("reduce_scatter", group, payload, payload - kept)
+def reduce_scatter(group: str, payload: int, kept: int) -> CollectiveCall:
+    return CollectiveCall("reduce_scatter", group, payload, payload - kept)
 
 
-def all_to_all(group: str, payload: int, kept: int) -> Call:
-    return Call("all_to_all", group, payload, payload - kept)
+def all_to_all(group: str, payload: int, kept: int) -> CollectiveCall:
+    return CollectiveCall("all_to_all", group, payload, payload - kept)
 
 
-def send_receive(group: str, payload: int) -> Call:
-    return Call("send_receive", group, payload, payload)
+def isendrecv(group: str, payload: int) -> CollectiveCall:
+    return CollectiveCall("send_receive", group, payload, payload)
 
 
-def forward_calls(layout: Layout, rank: int, config: ModelConfig, step: Step, e: int) -> list[Call]:
+def forward_calls(
+    layout: Layout, rank: int, config: ModelConfig, step: Step, e: int
+) -> list[CollectiveCall]:
     """Every call of world rank `rank` in a forward pass."""
     _, cp, tp = layout.coordinates(rank)
     _, embedding = around(layout, rank, config, step, e)
@@ -110,15 +112,15 @@ def forward_calls(layout: Layout, rank: int, config: ModelConfig, step: Step, e:
     for window in config.windows:
         calls += layer_calls(layout, rank, config, step, e, window)
     if layout.sequence_parallel:
-        mine = np.array_split(np.arange(len(step.places[cp])), layout.tp)[tp]
-        wanted = int(np.isin(step.wanted_M, mine).sum())
+        mine = np.array_split(np.arange(len(step.global_index[cp])), layout.tp)[tp]
+        wanted = int(np.isin(step.logits_indices_M, mine).sum())
         calls.append(all_gather("tp", layout.tp, wanted * config.hidden * e))
     return calls
 
 
 def layer_calls(
     layout: Layout, rank: int, config: ModelConfig, step: Step, e: int, window: int | None
-) -> list[Call]:
+) -> list[CollectiveCall]:
     """The calls of one layer: attention, then the feed-forward network."""
     before, after = around(layout, rank, config, step, e)
     attention = attention_calls(layout, rank, config, step, e, window)
@@ -127,10 +129,10 @@ def layer_calls(
 
 def around(
     layout: Layout, rank: int, config: ModelConfig, step: Step, e: int
-) -> tuple[list[Call], list[Call]]:
+) -> tuple[list[CollectiveCall], list[CollectiveCall]]:
     """The calls before a sub-layer and after it, of the tokens of one cp rank."""
     _, cp, tp = layout.coordinates(rank)
-    tokens, row = len(step.places[cp]), config.hidden * e
+    tokens, row = len(step.global_index[cp]), config.hidden * e
     if not layout.sequence_parallel:
         return [], [all_reduce("tp", layout.tp, tokens * row)]
     mine = len(np.array_split(np.arange(tokens), layout.tp)[tp])
@@ -142,21 +144,21 @@ def around(
 
 def attention_calls(
     layout: Layout, rank: int, config: ModelConfig, step: Step, e: int, window: int | None
-) -> list[Call]:
+) -> list[CollectiveCall]:
     """The calls between a layer's queries, keys and values and its output."""
-    calls: list[Call] = []
-    if not layout.divides_cache:
+    calls: list[CollectiveCall] = []
+    if not layout.shards_kv_positions:
         return calls
-    if step.fresh:
-        calls += prefill_calls(layout, rank, config, step.fresh, e, window)
-    if step.continued:
-        calls += decode_calls(layout, rank, config, step.continued, e)
+    if step.first_chunks:
+        calls += prefill_calls(layout, rank, config, step.first_chunks, e, window)
+    if step.extends:
+        calls += decode_calls(layout, rank, config, step.extends, e)
     return calls
 
 
 def prefill_calls(
     layout: Layout, rank: int, config: ModelConfig, fresh: list[Segment], e: int, window: int | None
-) -> list[Call]:
+) -> list[CollectiveCall]:
     """Keys and values, 2 g K numbers a position, from rank to rank or to all ranks at once."""
     _, cp, tp = layout.coordinates(rank)
     _, g = heads_of(config, layout.tp, tp)
@@ -164,11 +166,15 @@ def prefill_calls(
 
     def rows(source: int, readers: list[int]) -> int:
         return sum(
-            rows_needed(segment.tokens[source], [segment.tokens[r] for r in readers], window)
+            rows_needed(
+                segment.positions_by_rank[source],
+                [segment.positions_by_rank[r] for r in readers],
+                window,
+            )
             for segment in fresh
         )
 
-    if layout.prefill == "all-gather":
+    if layout.cp_prefill == "all-gather":
         others = [other for other in range(layout.cp) if other != cp]
         return [all_gather("cp", layout.cp, rows(cp, others) * position)]
 
@@ -180,7 +186,7 @@ def prefill_calls(
 
     hops = [(passed(cp, hop), passed(cp - 1, hop)) for hop in range(layout.cp - 1)]
     # Where nothing goes on and nothing comes there is no call.
-    return [send_receive("cp", mine * position) for mine, coming in hops if mine or coming]
+    return [isendrecv("cp", mine * position) for mine, coming in hops if mine or coming]
 
 
 def rows_needed(keys: np.ndarray, readers: list[np.ndarray], window: int | None) -> int:
@@ -194,20 +200,27 @@ def rows_needed(keys: np.ndarray, readers: list[np.ndarray], window: int | None)
 
 def decode_calls(
     layout: Layout, rank: int, config: ModelConfig, continued: list[Segment], e: int
-) -> list[Call]:
+) -> list[CollectiveCall]:
     """The merge over the ranks that divide a cache: each rank's (token, head) pairs are one block
     of all ranks'."""
     _, cp, tp = layout.coordinates(rank)
-    sharers = sharers_of(config, layout.tp, tp)[1] if layout.flash_decoding else [tp]
-    heads = {sharer: heads_of(config, layout.tp, sharer)[0] for sharer in sharers}
-    tokens = [sum(len(segment.tokens[c]) for segment in continued) for c in range(layout.cp)]
+    sharers = kv_replica_ranks(config, layout.tp, tp)[1] if layout.flash_decoding else [tp]
+    heads = {
+        kv_replica_rank: heads_of(config, layout.tp, kv_replica_rank)[0]
+        for kv_replica_rank in sharers
+    }
+    tokens = [
+        sum(len(segment.positions_by_rank[c]) for segment in continued) for c in range(layout.cp)
+    ]
     pairs, everyones = tokens[cp] * heads[tp], sum(tokens) * sum(heads.values())
-    return merge_calls(layout.merge, layout.cp * len(heads), pairs, everyones, config.head_dim, e)
+    return merge_calls(
+        layout.decode_merge, layout.cp * len(heads), pairs, everyones, config.head_dim, e
+    )
 
 
 def merge_calls(
     merge: str, p: int, pairs: int, everyones: int, K: int, e: int, statistics: int | None = None
-) -> list[Call]:
+) -> list[CollectiveCall]:
     """Queries to all, partial outputs and their log-sum-exps back, with `statistics` bytes for the
     latter unless they are a number as others are."""
     lse = e if statistics is None else statistics
@@ -223,9 +236,9 @@ def merge_calls(
     return [queries, all_reduce("kv", p, peak), all_reduce("kv", p, sums)]
 
 
-def choice_calls(layout: Layout, step: Step, e: int) -> list[Call]:
+def choice_calls(layout: Layout, step: Step, e: int) -> list[CollectiveCall]:
     """Greedy choice: a candidate, key and id, of each rank, and the ids chosen."""
-    wanted = len(step.wanted_M)
+    wanted = len(step.logits_indices_M)
     return [
         all_gather("tp", layout.tp, wanted * (e + 8)),
         all_gather("cp", layout.cp, wanted * 8),
@@ -259,15 +272,15 @@ MERGE_BYTES: dict[str, Callable[[int, int, int, int], float]] = {
 def steps(model: Decoder) -> Iterator[Step]:
     """Ragged prompts; a token each; the rest of a prompt, a prompt that begins and one that is to
     be continued beside a token, all logits; and a single token."""
-    caches = [model.new_cache(24, len(ids)) for ids in (*PROMPTS, range(9), range(2))]
+    caches = [model.allocate_cache(24, len(ids)) for ids in (*PROMPTS, range(9), range(2))]
 
     def step(*lengths: int, **options: bool) -> Step:
         feeds = [
-            Feed(np.arange(length), cache, remaining=int(cache is caches[4]))
+            ScheduledChunk(np.arange(length), cache, remaining=int(cache is caches[4]))
             for length, cache in zip(lengths, caches, strict=False)
             if length
         ]
-        return pack(feeds, model.division, **options)
+        return pack(feeds, model.sequence_sharding, **options)
 
     yield step(*map(len, PROMPTS))
     yield step(1, 1, 1)
@@ -299,7 +312,7 @@ def divisors(number: int) -> list[int]:
 
 def fed(model: Decoder, *lengths: int) -> Step:
     """A step of prompts of `lengths`, new ones each time."""
-    return pack([(np.arange(n), model.new_cache(n)) for n in lengths], model.division)
+    return pack([(np.arange(n), model.allocate_cache(n)) for n in lengths], model.sequence_sharding)
 
 
 @pytest.mark.parametrize("dtype, e", [(np.float32, 4), (np.float64, 8)])
@@ -358,17 +371,17 @@ def test_sequence_parallelism_sends_what_tensor_parallelism_sends(comm: MPI.Intr
 # Flash decoding
 
 
-def dividing(ranks: int, **switches: str) -> list[Layout]:
+def dividing(ranks: int, **layout_options: str) -> list[Layout]:
     """Every cp * tp of `ranks` with flash decoding."""
     return [
-        Layout(tp=ranks // cp, cp=cp, flash_decoding=True, **switches)  # type: ignore[arg-type]
+        Layout(tp=ranks // cp, cp=cp, flash_decoding=True, **layout_options)  # type: ignore[arg-type]
         for cp in divisors(ranks)
     ]
 
 
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("merge", DECODE_MERGES)
 def test_a_prompt_needs_nothing_of_those_who_divide_the_cache(comm: MPI.Intracomm, merge: str):
-    for layout in dividing(comm.size, merge=merge):
+    for layout in dividing(comm.size, decode_merge=merge):
         with mesh_of(comm, "llama-mqa", layout) as mesh:
             model = toy("llama-mqa", mesh)
             mesh.ledger.clear()
@@ -392,20 +405,20 @@ def test_decode_sends_what_is_published_at_every_length(
     """Ragged batches, one token each and several: all ranks that divide a cache together, and where
     all have as many heads each of them."""
     bytes_of = MERGE_BYTES[merge]
-    for layout in dividing(comm.size, merge=merge):
+    for layout in dividing(comm.size, decode_merge=merge):
         with mesh_of(comm, variant, layout) as mesh:
             model = toy(variant, mesh, np.float32)
             p, layers, K = mesh.kv.size, model.config.layers, model.config.head_dim
-            heads = model.division.heads
+            heads = model.sequence_sharding.heads
             for length in (2, 120):
                 lengths = (length, length // 2, 1)
-                caches = [model.new_cache(n + 4, n) for n in lengths]
+                caches = [model.allocate_cache(n + 4, n) for n in lengths]
                 for news in (lengths, (1, 1, 1), (3, 1, 2)):
                     feeds = [(np.arange(n), cache) for n, cache in zip(news, caches, strict=True)]
-                    step = pack(feeds, model.division)
+                    step = pack(feeds, model.sequence_sharding)
                     mesh.ledger.clear()
                     model.forward(step)
-                    if step.fresh:
+                    if step.first_chunks:
                         continue
                     assert {
                         operation: number
@@ -438,13 +451,13 @@ def test_the_bytes_of_a_large_model_published():
 # Context parallelism
 
 
-@pytest.mark.parametrize("prefill", PREFILLS)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("prefill", CP_PREFILLS)
+@pytest.mark.parametrize("order", CP_ORDERS)
 def test_context_parallelism_sends_what_is_published(comm: MPI.Intracomm, prefill: str, order: str):
     """The same for ring and all-gather, in either order: of each rank where lengths divide, of all
     together where they do not."""
     for cp in divisors(comm.size):
-        layout = Layout(tp=comm.size // cp, cp=cp, prefill=prefill, order=order)
+        layout = Layout(tp=comm.size // cp, cp=cp, cp_prefill=prefill, cp_order=order)
         with mesh_of(comm, "llama-mha", layout) as mesh:
             model = toy("llama-mha", mesh, np.float32)
             layers, g, K = model.config.layers, model.kv_heads, model.config.head_dim
@@ -461,15 +474,15 @@ def test_context_parallelism_sends_what_is_published(comm: MPI.Intracomm, prefil
                     assert mesh.ledger["all_gather", "cp"].calls == layers * gathers
 
 
-@pytest.mark.parametrize("prefill", PREFILLS)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("prefill", CP_PREFILLS)
+@pytest.mark.parametrize("order", CP_ORDERS)
 def test_only_what_a_window_reaches_is_sent(comm: MPI.Intracomm, prefill: str, order: str):
     """Of a block of 8 positions the next block's queries see the last 4, with windows of 5. In
     contiguous order the next block is the next rank's, and nothing goes further than one hop. In
     zigzag it is that of the next rank and, of the blocks on the way back, of the rank before: to
     which it takes the ring as many hops as there are other ranks."""
     cp = comm.size
-    with mesh_of(comm, "mistral-window", Layout(cp=cp, prefill=prefill, order=order)) as mesh:
+    with mesh_of(comm, "mistral-window", Layout(cp=cp, cp_prefill=prefill, cp_order=order)) as mesh:
         model = toy("mistral-window", mesh, np.float32)
         layers, reach = model.config.layers, 5 - 1
         position = 2 * model.kv_heads * model.config.head_dim * 4
@@ -500,7 +513,7 @@ def test_a_greedy_token_costs_two_all_gathers_beside_the_forward_pass(comm: MPI.
     for mesh in meshes(comm, "llama-gqa"):
         model = Recorder(toy("llama-gqa", mesh, np.float32))
         mesh.ledger.clear()
-        generate(model, requests, limits=Limits(chunk=3))
+        generate(model, requests, limits=SchedulerConfig(chunked_prefill_size=3))
         expected = [
             call
             for step in model.steps
@@ -551,7 +564,7 @@ def test_replicas_never_meet(comm: MPI.Intracomm):
     for mesh in meshes(comm, "qwen3-mixed"):
         model = toy("qwen3-mixed", mesh)
         requests = [Request(index, [1 + index], 3) for index in range(9)]
-        generate(model, [requests[place] for place in deal(len(requests), mesh)])
+        generate(model, [requests[place] for place in assign_requests(len(requests), mesh)])
         assert {group for _, group in seen(mesh)} <= {"tp", "cp", "kv"}
 
 
@@ -580,7 +593,7 @@ LAYOUTS = {
         tp=16, sequence_parallel=True, flash_decoding=True
     ),
     "--cp 16": Layout(cp=16),
-    "--cp 16 --cp-prefill all-gather": Layout(cp=16, prefill="all-gather"),
+    "--cp 16 --cp-prefill all-gather": Layout(cp=16, cp_prefill="all-gather"),
     "--tp 4 --cp 4 --sequence-parallel": Layout(tp=4, cp=4, sequence_parallel=True),
     "--dp 16": Layout(dp=16),
 }
@@ -624,24 +637,26 @@ def steps_of(layout: Layout, rank: int, config: ModelConfig) -> tuple[Step, Step
     """The steps of the prompt and of the token after it on world rank `rank`, without any arrays
     of a model."""
     _, cp, tp = layout.coordinates(rank)
-    sharers = sharers_of(config, layout.tp, tp)[1] if layout.flash_decoding else range(tp, tp + 1)
-    heads = tuple(heads_of(config, layout.tp, sharer)[0] for sharer in sharers)
-    division = Division(layout.cp, cp, layout.order, heads, tp - sharers.start)
+    sharers = (
+        kv_replica_ranks(config, layout.tp, tp)[1] if layout.flash_decoding else range(tp, tp + 1)
+    )
+    heads = tuple(heads_of(config, layout.tp, kv_replica_rank)[0] for kv_replica_rank in sharers)
+    sequence_sharding = SequenceSharding(layout.cp, cp, layout.cp_order, heads, tp - sharers.start)
     cache = KVCache(0, 0, LENGTH + 1, 0, np.dtype(np.float32))
-    prompt = pack([(np.zeros(LENGTH, np.int64), cache)], division)
-    return prompt, pack([(np.zeros(1, np.int64), cache)], division)
+    prompt = pack([(np.zeros(LENGTH, np.int64), cache)], sequence_sharding)
+    return prompt, pack([(np.zeros(1, np.int64), cache)], sequence_sharding)
 
 
-def calls_of_a_layer(layout: Layout, config: ModelConfig) -> tuple[list[list[Call]], ...]:
+def calls_of_a_layer(layout: Layout, config: ModelConfig) -> tuple[list[list[CollectiveCall]], ...]:
     """Those of every rank, in the prompt's step and in the token's."""
-    every = [steps_of(layout, rank, config) for rank in range(layout.world)]
+    every = [steps_of(layout, rank, config) for rank in range(layout.world_size)]
     return tuple(
         [layer_calls(layout, rank, config, step, 4, None) for rank, step in enumerate(steps)]
         for steps in zip(*every, strict=True)
     )
 
 
-def in_words(calls: list[list[Call]]) -> str:
+def in_words(calls: list[list[CollectiveCall]]) -> str:
     """The calls of a layer in which some rank sends something."""
     sending = [
         together[0] for together in zip(*calls, strict=True) if any(c.wire for c in together)

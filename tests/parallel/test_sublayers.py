@@ -9,11 +9,11 @@ from mpi4py import MPI
 from tiny_models import VARIANTS
 from toys import meshes, oracle, slices, toy, whole_logits
 
-from mpishard.arithmetic.packed import Step, pack
 from mpishard.communication.mesh import Mesh
-from mpishard.description.layout import block
+from mpishard.config.layout import block
 from mpishard.model import Decoder
 from mpishard.parallel import tensor
+from mpishard.sequences.step import Step, pack
 
 pytestmark = [pytest.mark.ranks, pytest.mark.parametrize("variant", VARIANTS)]
 
@@ -36,20 +36,22 @@ def attend_in_steps(model: Decoder, layer: int) -> list[np.ndarray]:
     once)."""
     x = streams(model)
     weights = model.layers[layer].attention
-    at_once = any(model.depends_on_length(length) for length in LENGTHS)
+    at_once = any(model.uses_dynamic_rope(length) for length in LENGTHS)
     cuts = [slice(None)] if at_once else [slice(0, -3), slice(-3, -1), slice(-1, None)]
     fed = [[len(x_SD[new]) for x_SD in x] for new in cuts]
     firsts = [next(filter(None, counts)) for counts in zip(*fed, strict=True)]
-    caches = [model.new_cache(length, first) for length, first in zip(LENGTHS, firsts, strict=True)]
+    caches = [
+        model.allocate_cache(length, first) for length, first in zip(LENGTHS, firsts, strict=True)
+    ]
     outputs: list[list[np.ndarray]] = [[] for _ in LENGTHS]
     for new, counts in zip(cuts, fed, strict=True):
         here = [place for place, count in enumerate(counts) if count]
         feeds = [(np.zeros(counts[place], int), caches[place]) for place in here]
-        step = pack(feeds, model.division)
+        step = pack(feeds, model.sequence_sharding)
         x_nD = mine(np.concatenate([x[place][new] for place in here]), step, model.mesh)
-        turn = model.turn(step)
-        y_nD = model.stream.attention(x_nD, weights, layer, step, turn, model.mesh)
-        y_WD = model.whole(y_nD, step)
+        rope = model.rope(step)
+        y_nD = model.stream.attention(x_nD, weights, layer, step, rope, model.mesh)
+        y_WD = model.gather_sequence(y_nD, step)
         for place, tokens in zip(here, slices(step), strict=True):
             outputs[place].append(y_WD[tokens])
     return [np.concatenate(parts) for parts in outputs]
@@ -57,7 +59,7 @@ def attend_in_steps(model: Decoder, layer: int) -> list[np.ndarray]:
 
 def mine(x_WD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
     """This rank's rows of the residual stream of all tokens of a step."""
-    x_ND = x_WD[step.places[mesh.cp.rank]]
+    x_ND = x_WD[step.global_index[mesh.cp.rank]]
     if not mesh.layout.sequence_parallel:
         return x_ND
     return x_ND[block(len(x_ND), mesh.tp.size, mesh.tp.rank)]
@@ -67,10 +69,10 @@ def test_embedding(comm: MPI.Intracomm, variant: str):
     for mesh in meshes(comm, variant):
         model = toy(variant, mesh)
         ids_W = np.arange(model.config.vocab)[::-1]
-        step = pack([(ids_W, model.new_cache(len(ids_W)))], model.division)
-        x_nD = model.stream.embed(step.ids_N, model.embedding_vD, model.first_id, mesh)
+        step = pack([(ids_W, model.allocate_cache(len(ids_W)))], model.sequence_sharding)
+        x_nD = model.stream.embed(step.ids_N, model.embedding_vD, model.vocab_start, mesh)
         expected = oracle(variant).weights["model.embed_tokens.weight"][ids_W]
-        agree(model.whole(x_nD, step), expected)
+        agree(model.gather_sequence(x_nD, step), expected)
 
 
 def test_attention(comm: MPI.Intracomm, variant: str):
@@ -89,12 +91,14 @@ def test_feed_forward(comm: MPI.Intracomm, variant: str):
     for mesh in meshes(comm, variant):
         model = toy(variant, mesh)
         x_WD = np.concatenate(streams(model))
-        step = pack([(np.zeros(len(x_WD), int), model.new_cache(len(x_WD)))], model.division)
+        step = pack(
+            [(np.zeros(len(x_WD), int), model.allocate_cache(len(x_WD)))], model.sequence_sharding
+        )
         x_nD = mine(x_WD, step, mesh)
         for layer, weights in enumerate(model.layers):
             y_nD = model.stream.feed_forward(x_nD, weights.ffn, step, mesh)
             expected = reference.feed_forward(x_WD, f"model.layers.{layer}.mlp")
-            agree(model.whole(y_nD, step), expected)
+            agree(model.gather_sequence(y_nD, step), expected)
 
 
 def test_logits(comm: MPI.Intracomm, variant: str):
@@ -104,9 +108,9 @@ def test_logits(comm: MPI.Intracomm, variant: str):
     for mesh in meshes(comm, variant):
         model = toy(variant, mesh)
         x = streams(model)
-        feeds = [(np.zeros(len(x_SD), int), model.new_cache(len(x_SD))) for x_SD in x]
-        step = pack(feeds, model.division)
-        x_MD = model.stream.pick(mine(np.concatenate(x), step, mesh), step, mesh)
+        feeds = [(np.zeros(len(x_SD), int), model.allocate_cache(len(x_SD))) for x_SD in x]
+        step = pack(feeds, model.sequence_sharding)
+        x_MD = model.stream.select_logits_rows(mine(np.concatenate(x), step, mesh), step, mesh)
         logits_MV = whole_logits(tensor.logits(x_MD, model.head_vD), model, step)
         last_MD = np.array([x_SD[-1] for x_SD in x])
         agree(logits_MV, last_MD @ reference.weights[f"{head}.weight"].T)

@@ -21,7 +21,7 @@ for _ in range(6):
     last = faults() - start
 print(last)
 """
-KEPT = "from mpishard.allocator import keep_freed_memory\nkeep_freed_memory()"
+KEPT = "from mpishard.runtime.malloc import keep_freed_memory\nkeep_freed_memory()"
 
 
 def faults_of_the_last_round(before: str) -> int:

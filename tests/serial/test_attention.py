@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mpishard.arithmetic import attention
-from mpishard.arithmetic.attention import attend, merge, shares
+from mpishard.arithmetic.attention import attend, merge_attn_states, merge_weights
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-BLOCKS = ("QUERY_ROWS", "KEY_BLOCK", "DIAGONAL_BLOCK", "CACHED_SCORES", "SMALL_PRODUCT")
+BLOCKS = ("QUERY_ROWS", "KEY_BLOCK", "DIAGONAL_BLOCK", "CACHED_SCORES", "SMALL_GEMM_SIZE")
 
 # Name: (positions of the queries, positions of the keys).
 POSITIONS = {
@@ -40,12 +40,12 @@ POSITIONS = {
 }
 
 
-def plain(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, window):
+def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, scale, window):
     """One query, one head, one key at a time."""
     S, h, _ = q_ShK.shape
     out_ShK, lse_Sh = np.zeros_like(q_ShK), np.full((S, h), -np.inf)
-    for s, p in enumerate(q_at_S):
-        seen = [i for i, t in enumerate(k_at_T) if t <= p and (not window or t > p - window)]
+    for s, p in enumerate(q_pos_S):
+        seen = [i for i, t in enumerate(k_pos_T) if t <= p and (not window or t > p - window)]
         if not seen:
             continue
         for head in range(h):
@@ -66,9 +66,9 @@ def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None) -> Any:
     return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), 0.4, window
 
 
-def in_float32(q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, window) -> Any:
+def in_float32(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, scale, window) -> Any:
     q_ShK, k_gTK, v_gTK = (array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK))
-    return q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, np.float64(scale), window
+    return q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, np.float64(scale), window
 
 
 def assert_close(found, expected, rtol=0.0, atol=1e-12):
@@ -99,7 +99,7 @@ def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, windo
 
 
 def test_several_heads_of_a_single_query_over_more_keys_than_one_small_product(monkeypatch):
-    monkeypatch.setattr(attention, "SMALL_PRODUCT", 6 * 5 * 4)
+    monkeypatch.setattr(attention, "SMALL_GEMM_SIZE", 6 * 5 * 4)
     case = arrays([50], range(47), h=6, g=1)
     assert_close(attend(*case), plain(*case))
 
@@ -175,30 +175,35 @@ def test_keys_between_what_two_queries_see_are_not_read(monkeypatch):
 @pytest.mark.parametrize("S", [1, 12])
 def test_merge_of_any_split_of_the_keys_is_the_whole(window, S):
     case = arrays(range(24 - S, 24), range(24), window=window)
-    q_ShK, q_at_S, k_gTK, v_gTK, k_at_T, scale, _ = case
+    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, scale, _ = case
     random = np.random.RandomState(1)
-    splits = [k_at_T < cut for cut in (0, 1, 11, 23, 24)] + [k_at_T % 4 == 1]
+    splits = [k_pos_T < cut for cut in (0, 1, 11, 23, 24)] + [k_pos_T % 4 == 1]
     splits += [random.rand(24) < 0.5 for _ in range(4)]
     for ours_T in splits:
         parts = [
-            attend(q_ShK, q_at_S, k_gTK[:, some], v_gTK[:, some], k_at_T[some], scale, window)
+            attend(q_ShK, q_pos_S, k_gTK[:, some], v_gTK[:, some], k_pos_T[some], scale, window)
             for some in (ours_T, ~ours_T)
         ]
-        assert_close(merge(*parts[0], *parts[1]), attend(*case))
+        assert_close(merge_attn_states(*parts[0], *parts[1]), attend(*case))
 
 
 def test_merge_with_nothing_changes_no_bit():
     out_ShK, lse_Sh = attend(*arrays(range(6), range(6)))
     nothing = np.zeros_like(out_ShK), np.full_like(lse_Sh, -np.inf)
-    for merged in (merge(out_ShK, lse_Sh, *nothing), merge(*nothing, out_ShK, lse_Sh)):
+    for merged in (
+        merge_attn_states(out_ShK, lse_Sh, *nothing),
+        merge_attn_states(*nothing, out_ShK, lse_Sh),
+    ):
         assert_close(merged, (out_ShK, lse_Sh), atol=0)
-    assert_close(merge(*nothing, *nothing), nothing, atol=0)
+    assert_close(merge_attn_states(*nothing, *nothing), nothing, atol=0)
 
 
 def test_merge_of_far_apart_log_sum_exps():
     one, far = np.ones((1, 1, 1), np.float32), np.full((1, 1), 3e4, np.float32)
-    assert_close(merge(one, far, 2 * one, -far), (one, far), atol=0)
-    assert_close(merge(one, far, 2 * one, far), (1.5 * one, far + np.float32(np.log(2))))
+    assert_close(merge_attn_states(one, far, 2 * one, -far), (one, far), atol=0)
+    assert_close(
+        merge_attn_states(one, far, 2 * one, far), (1.5 * one, far + np.float32(np.log(2)))
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -206,7 +211,7 @@ def test_shares(dtype):
     lse_RSh = np.array(
         [[[0.0, 500, -np.inf]], [[np.log(3), 500, -np.inf]], [[-np.inf, -500, -np.inf]]]
     )
-    share_RSh, lse_Sh = shares(lse_RSh.astype(dtype))
+    share_RSh, lse_Sh = merge_weights(lse_RSh.astype(dtype))
     assert share_RSh.dtype == lse_Sh.dtype == dtype
     eps = np.finfo(dtype).eps
     np.testing.assert_allclose(share_RSh[:, 0, 0], [0.25, 0.75, 0], atol=eps)
@@ -217,7 +222,7 @@ def test_shares(dtype):
 
 def test_shares_of_one_set_are_its_own():
     lse_1Sh = np.array([[[3.5, -np.inf]]])
-    share_1Sh, lse_Sh = shares(lse_1Sh)
+    share_1Sh, lse_Sh = merge_weights(lse_1Sh)
     np.testing.assert_array_equal(share_1Sh, [[[1, 0]]])
     np.testing.assert_array_equal(lse_Sh, lse_1Sh[0])
 

@@ -17,13 +17,13 @@ from mpi_runner import run_mpi
 from tiny_models import tiny_config, tiny_weights, write_checkpoint
 
 import mpishard
-from mpishard.arithmetic.packed import pack
 from mpishard.bench import counts, measure, rounds, table
 from mpishard.cli import make_parser
-from mpishard.description.cut import Cut
-from mpishard.description.layout import Layout
+from mpishard.config.layout import Layout
+from mpishard.config.weight_sharding import WeightSharding
 from mpishard.model import Decoder
-from mpishard.parallel import heads, tensor
+from mpishard.parallel import qkv, tensor
+from mpishard.sequences.step import pack
 
 PROMPTS, TOKENS, BATCHES = [7, 20], 3, [1, 4]
 PROMPT = PROMPTS[0]
@@ -55,11 +55,13 @@ def load(variant: str, directory: Path) -> mpishard.Model:
 def ranks_of(layout: Layout, variant: str) -> list[Decoder]:
     """`variant` on every rank of `layout`, in float64: enough of a mesh to count with."""
     decoders = []
-    for rank in range(layout.world):
+    for rank in range(layout.world_size):
         places = zip((layout.dp, layout.cp, layout.tp), layout.coordinates(rank), strict=True)
         dp, cp, tp = (SimpleNamespace(size=size, rank=rank) for size, rank in places)
-        cut = Cut(layout.tp)
-        mesh: Any = SimpleNamespace(layout=layout, dp=dp, cp=cp, tp=tp, cut=cut, weights=tp.rank)
+        sharding = WeightSharding(layout.tp)
+        mesh: Any = SimpleNamespace(
+            layout=layout, dp=dp, cp=cp, tp=tp, weight_sharding=sharding, shard_index=tp.rank
+        )
         decoders.append(toys.toy(variant, mesh))
     return decoders
 
@@ -119,7 +121,7 @@ def test_speeds_and_limits_agree_with_each_other(report):
 
 
 def test_the_slower_of_reading_and_multiplying_is_the_limit():
-    work = counts.Work(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
+    work = counts.StepCost(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
     fast, slow = 1e9, 1.0
     assert work.seconds(bandwidth=slow, rate=fast) == 50
     assert work.seconds(bandwidth=fast, rate=slow) == 600
@@ -204,7 +206,7 @@ def test_the_peak_is_not_that_of_what_came_before(model):
 def test_activations_are_those_of_a_step_through_all_layers(variant, tmp_path):
     model = load(variant, tmp_path)
     decoder = model.decoder
-    step = pack([(np.zeros(30, np.int64), decoder.new_cache(30)) for _ in range(2)])
+    step = pack([(np.zeros(30, np.int64), decoder.allocate_cache(30)) for _ in range(2)])
     tracemalloc.start()
     decoder.forward(step)
     _, peak = tracemalloc.get_traced_memory()
@@ -221,22 +223,22 @@ def test_a_mixture_computes_a_row_for_each_expert_of_each_token(tmp_path):
     assert prompt["fewest_expert_rows"] == prompt["most_expert_rows"] == rows
     assert prompt["expert_rows_sent"] == prompt["expert_rows_sent_if_even"] == 0
     flops = prompt["mixture_limit_seconds"] * prompt["product_flops_per_second"]
-    assert flops == pytest.approx(rows * 2 * 3 * hidden * moe.ffn)
+    assert flops == pytest.approx(rows * 2 * 3 * hidden * moe.moe_intermediate_size)
     assert prompt["mixture_seconds"] > 0 and "mixture_seconds" not in generation
     assert "mixtures of a step" in table(report)
 
 
 def test_a_watched_model_answers_as_it_would_unwatched(model):
     decoder = model.decoder
-    watched = rounds.Watched(decoder)
-    steps = [pack([(np.arange(PROMPT), decoder.new_cache(PROMPT))]) for _ in range(2)]
+    watched = rounds.TimedDecoder(decoder)
+    steps = [pack([(np.arange(PROMPT), decoder.allocate_cache(PROMPT))]) for _ in range(2)]
     expected = decoder.forward(steps[0])
     np.testing.assert_array_equal(watched.forward(steps[1]), expected)
     assert watched.attention_seconds > 0
 
 
 def test_a_tied_embedding_is_read_whole():
-    assert counts.read_bytes(tiny_config(TIED), Cut(1), 0, FLOAT32) == sum(
+    assert counts.read_bytes(tiny_config(TIED), WeightSharding(1), 0, FLOAT32) == sum(
         array.nbytes for array in tiny_weights(TIED).values()
     )
 
@@ -252,12 +254,12 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
         return y_NO
 
     decoder = load(variant, tmp_path).decoder
-    for module in (heads, tensor):
+    for module in (qkv, tensor):
         monkeypatch.setattr(module, "linear", counting)
-    monkeypatch.setattr(tensor, "goes_by_columns", lambda rows: False)
+    monkeypatch.setattr(tensor, "use_small_gemm", lambda rows: False)
     ids_S = np.arange(PROMPT)
-    decoder.forward(pack([(ids_S, decoder.new_cache(PROMPT)) for _ in range(2)]))
-    assert counts.product_flops(decoder.config, Cut(1), 0, 2 * PROMPT, 2) == sum(flops)
+    decoder.forward(pack([(ids_S, decoder.allocate_cache(PROMPT)) for _ in range(2)]))
+    assert counts.product_flops(decoder.config, WeightSharding(1), 0, 2 * PROMPT, 2) == sum(flops)
 
 
 def test_reports_count_the_flops_of_their_own_steps(report):
@@ -265,7 +267,7 @@ def test_reports_count_the_flops_of_their_own_steps(report):
     per_key = 4 * config.heads * config.head_dim * config.layers
     for row in report["speeds"]:
         prompt, length = row["phase"] == "prompt", row["prompt_tokens"]
-        flops = counts.product_flops(config, Cut(1), 0, tokens_of(row), row["batch"])
+        flops = counts.product_flops(config, WeightSharding(1), 0, tokens_of(row), row["batch"])
         assert row["product_flops"] == flops
         # A query at position p sees p + 1 keys; the middle one after the prompt sees two more.
         keys = sum(range(1, length + 1)) if prompt else length + (TOKENS + 1) // 2
@@ -287,8 +289,8 @@ def test_visible_keys_are_neither_later_nor_before_the_window(queries, keys):
 @pytest.mark.parametrize("tp", [1, 2, 3, 6])
 def test_the_product_flops_of_all_ranks_are_those_of_one_where_no_head_is_held_twice(tp):
     config = replace(tiny_config(WINDOWED), kv_heads=6)
-    parts = [counts.product_flops(config, Cut(tp), rank, 5, 2) for rank in range(tp)]
-    assert sum(parts) == counts.product_flops(config, Cut(1), 0, 5, 2)
+    parts = [counts.product_flops(config, WeightSharding(tp), rank, 5, 2) for rank in range(tp)]
+    assert sum(parts) == counts.product_flops(config, WeightSharding(1), 0, 5, 2)
 
 
 LAYOUTS = [
@@ -296,8 +298,8 @@ LAYOUTS = [
     Layout(tp=2, sequence_parallel=True),
     Layout(tp=4, flash_decoding=True),
     Layout(cp=2),
-    Layout(cp=3, order="contiguous", interleave=2),
-    Layout(tp=4, cp=2, flash_decoding=True, interleave=3),
+    Layout(cp=3, cp_order="contiguous", cp_kv_cache_interleave_size=2),
+    Layout(tp=4, cp=2, flash_decoding=True, cp_kv_cache_interleave_size=3),
 ]
 
 
@@ -306,7 +308,7 @@ LAYOUTS = [
 def test_ranks_share_the_attention_of_a_prompt(layout, variant):
     """A query head of a token is one rank's, with all the keys that it sees."""
     config, tokens = tiny_config(variant), 13
-    works = [counts.prompt_work(rank, 3, tokens) for rank in ranks_of(layout, variant)]
+    works = [counts.prefill_cost(rank, 3, tokens) for rank in ranks_of(layout, variant)]
     whole = seen(config, range(tokens), range(tokens))
     flops = 3 * 4 * config.heads * config.head_dim * whole
     assert sum(work.attention_flops for work in works) == flops
@@ -320,7 +322,7 @@ def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
     undivided one by each that holds it."""
     config, start, stop = tiny_config(variant), 11, 12
     ranks = ranks_of(layout, variant)
-    works = [counts.generation_work(rank, 3, start, stop) for rank in ranks]
+    works = [counts.decode_cost(rank, 3, start, stop) for rank in ranks]
     whole = 3 * seen(config, [start], range(stop))
     flops = 4 * config.heads * config.head_dim * whole
     assert sum(work.attention_flops for work in works) == flops
@@ -332,26 +334,26 @@ def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
 
 def test_zigzag_divides_the_work_of_a_prompt_evenly_and_contiguous_blocks_do_not():
     def flops(layout: Layout) -> list[int]:
-        return [counts.prompt_work(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)]
+        return [counts.prefill_cost(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)]
 
     even, zigzag = flops(Layout(cp=2))
     assert even == zigzag
-    first, second = flops(Layout(cp=2, order="contiguous"))
+    first, second = flops(Layout(cp=2, cp_order="contiguous"))
     assert second > 2.5 * first
 
 
 def test_the_tokens_of_a_prompt_are_divided_over_context_parallel_ranks():
-    first, second = [counts.prompt_work(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
+    first, second = [counts.prefill_cost(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
     # Zigzag: blocks of 3, 2, 2, 2; the first rank has the first and the last, which is answered.
     config = tiny_config(UNTIED)
-    assert first.product_flops == counts.product_flops(config, Cut(1), 0, 2 * 5, 2)
-    assert second.product_flops == counts.product_flops(config, Cut(1), 0, 2 * 4, 0)
+    assert first.product_flops == counts.product_flops(config, WeightSharding(1), 0, 2 * 5, 2)
+    assert second.product_flops == counts.product_flops(config, WeightSharding(1), 0, 2 * 4, 0)
 
 
 def test_the_mean_generation_step_stands_for_all():
     rank = ranks_of(Layout(), UNTIED)[0]
-    steps = [counts.generation_work(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
-    assert counts.generation_work(rank, 2, 7, 10).attention_flops == sum(steps) / 3
+    steps = [counts.decode_cost(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
+    assert counts.decode_cost(rank, 2, 7, 10).attention_flops == sum(steps) / 3
 
 
 def test_collectives_are_those_of_one_step(report):
@@ -441,7 +443,7 @@ def test_the_table_names_the_kernels_if_blas_tells_them(report):
         (
             {"prompt_tokens": [62, 8]},
             "--prompt-tokens 62 and --max-tokens 3 need 65 positions, but .* has only 64; "
-            "--max-positions 65 allows them",
+            "--max-model-len 65 allows them",
         ),
     ],
 )
@@ -480,8 +482,8 @@ def test_ranks_report_as_one(tmp_path):
     assert prompt["tokens_per_second"] * prompt["seconds_per_step"] == pytest.approx(4 * PROMPT)
     assert generation["tokens_per_second"] * generation["seconds_per_step"] == pytest.approx(4)
     config = tiny_config(UNTIED)
-    assert report["weight_bytes"] == counts.weight_bytes(config, Cut(2), 0, FLOAT32)
-    assert counts.weight_bytes(config, Cut(1), 0, FLOAT32) // 2 < report["weight_bytes"]
+    assert report["weight_bytes"] == counts.weight_bytes(config, WeightSharding(2), 0, FLOAT32)
+    assert counts.weight_bytes(config, WeightSharding(1), 0, FLOAT32) // 2 < report["weight_bytes"]
     payload = (2 * config.layers + 1) * 2 * config.hidden * FLOAT32
     reduced = generation["collectives"][0]
     assert (reduced["operation"], reduced["group"]) == ("all_reduce", "tp")

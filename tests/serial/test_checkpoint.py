@@ -23,9 +23,9 @@ from tiny_models import (
     write_checkpoint,
 )
 
-from mpishard.description.config import ModelConfig
-from mpishard.description.cut import Cut
-from mpishard.description.partition import weight_table, weights_of
+from mpishard.config.model_config import ModelConfig
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import specs_of_shard, weight_specs
 from mpishard.errors import UserError
 from mpishard.storage.checkpoint import Checkpoint
 from mpishard.storage.inspection import describe, stored_bytes, verify
@@ -54,14 +54,14 @@ def test_slices_are_read_in_the_stored_dtype(tmp_path, dtype, shards):
     checkpoint = open_source(write_checkpoint(VARIANT, tmp_path, dtype, shards))
     assert isinstance(checkpoint, Checkpoint)
     whole = tiny_weights(VARIANT, DTYPES[dtype])
-    for weight in weight_table(checkpoint.config):
+    for weight in weight_specs(checkpoint.config):
         assert checkpoint.shape(weight.name) == weight.shape
         assert checkpoint.dtype(weight.name) == DTYPES[dtype]
         for rank in range(5):
-            cut = weight.slices(checkpoint.config, Cut(5), rank)
-            part = checkpoint.read(weight.name, cut)
+            sharding = weight.slices(checkpoint.config, WeightSharding(5), rank)
+            part = checkpoint.read(weight.name, sharding)
             assert part.dtype == DTYPES[dtype] and part.flags.c_contiguous
-            np.testing.assert_array_equal(part, whole[weight.name][cut])
+            np.testing.assert_array_equal(part, whole[weight.name][sharding])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
@@ -71,12 +71,12 @@ def test_weights_are_loaded_cut_and_converted(tmp_path, stored, dtype):
     whole = tiny_weights(VARIANT, DTYPES[stored])
     for tp in (1, 4, 7):
         for rank in range(tp):
-            loaded = load_weights(source, Cut(tp), rank, dtype)
-            for weight in weight_table(source.config):
+            loaded = load_weights(source, WeightSharding(tp), rank, dtype)
+            for weight in weight_specs(source.config):
                 part = loaded[weight.name]
                 assert type(part) is np.ndarray and part.dtype == dtype and part.flags.c_contiguous
-                cut = weight.slices(source.config, Cut(tp), rank)
-                np.testing.assert_array_equal(part, whole[weight.name][cut].astype(dtype))
+                sharding = weight.slices(source.config, WeightSharding(tp), rank)
+                np.testing.assert_array_equal(part, whole[weight.name][sharding].astype(dtype))
 
 
 def test_what_is_read_belongs_to_the_caller(directory):
@@ -88,7 +88,7 @@ def test_what_is_read_belongs_to_the_caller(directory):
 
 def test_more_ranks_than_query_heads_are_refused(directory):
     with pytest.raises(UserError, match=r"--tp 13 .* 12 query heads"):
-        check_fits(open_source(directory), Cut(13))
+        check_fits(open_source(directory), WeightSharding(13))
 
 
 def test_generation_settings_are_read(directory):
@@ -291,14 +291,14 @@ def test_a_tensor_that_is_only_in_the_file_and_not_in_the_index(tmp_path):
 def test_rotary_frequencies_are_let_pass(directory):
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     rewrite(directory / "model.safetensors", lambda tensors: tensors.update(more))
-    assert more.keys().isdisjoint(load_weights(open_source(directory), Cut(), 0))
+    assert more.keys().isdisjoint(load_weights(open_source(directory), WeightSharding(), 0))
 
 
 def test_a_tied_head_is_let_pass_where_it_is_the_embedding(tmp_path):
     path = write_checkpoint(TIED, tmp_path) / "model.safetensors"
     head = {"lm_head.weight": tiny_weights(TIED)["model.embed_tokens.weight"]}
     rewrite(path, lambda tensors: tensors.update(head))
-    assert "lm_head.weight" not in load_weights(open_source(tmp_path), Cut(), 0)
+    assert "lm_head.weight" not in load_weights(open_source(tmp_path), WeightSharding(), 0)
     head["lm_head.weight"] = head["lm_head.weight"] + 1
     rewrite(path, lambda tensors: tensors.update(head))
     message = refusal(tmp_path)
@@ -309,7 +309,7 @@ def test_a_tied_head_is_let_pass_where_it_is_the_embedding(tmp_path):
 def test_loading_keeps_no_file_open(tmp_path):
     source = open_source(write_checkpoint(VARIANT, tmp_path, shards=3))
     before = len(os.listdir("/dev/fd"))
-    weights = load_weights(source, Cut(), 0)
+    weights = load_weights(source, WeightSharding(), 0)
     assert len(os.listdir("/dev/fd")) == before and len(weights) > 20
 
 
@@ -328,10 +328,10 @@ def one_by_one(variant: str) -> dict[str, np.ndarray]:
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}.mlp.experts"
         stored = {name: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
-        for expert in range(config.moe.experts):
+        for expert in range(config.moe.num_experts):
             name = f"{prefix}.{expert}"
             for part, first in (("gate", 0), ("up", 1)):
-                columns = range(first, 2 * config.moe.ffn, 2)
+                columns = range(first, 2 * config.moe.moe_intermediate_size, 2)
                 rows = [stored[f"{prefix}.gate_up_proj"][expert][:, i] for i in columns]
                 weights[f"{name}.{part}_proj.weight"] = np.stack(rows)
                 bias = [stored[f"{prefix}.gate_up_proj_bias"][expert][i] for i in columns]
@@ -341,19 +341,25 @@ def one_by_one(variant: str) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.parametrize("cut", [Cut(), Cut(2, 3), Cut(4, 2), Cut(1, 1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "sharding",
+    [WeightSharding(), WeightSharding(2, 3), WeightSharding(4, 2), WeightSharding(1, 1, 3)],
+    ids=str,
+)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("variant", MOE_VARIANTS)
-def test_experts_are_loaded_one_by_one_however_they_are_stored(tmp_path, variant, stacked, cut):
+def test_experts_are_loaded_one_by_one_however_they_are_stored(
+    tmp_path, variant, stacked, sharding
+):
     source = open_source(write_checkpoint(variant, tmp_path, "bfloat16", shards=2, stacked=stacked))
     whole = tiny_weights(variant) if variant in STACKABLE else one_by_one(variant)
-    assert whole.keys() == {weight.name for weight in weight_table(source.config)}
-    for index in range(cut.ranks):
-        loaded = load_weights(source, cut, index)
-        held = weights_of(source.config, cut, index)
+    assert whole.keys() == {weight.name for weight in weight_specs(source.config)}
+    for index in range(sharding.ranks):
+        loaded = load_weights(source, sharding, index)
+        held = specs_of_shard(source.config, sharding, index)
         assert list(loaded) == [weight.name for weight in held]
         for weight in held:
-            part = whole[weight.name][weight.slices(source.config, cut, index)]
+            part = whole[weight.name][weight.slices(source.config, sharding, index)]
             assert loaded[weight.name].flags.c_contiguous
             np.testing.assert_array_equal(loaded[weight.name], part, weight.name)
 
@@ -362,8 +368,8 @@ def test_experts_are_loaded_one_by_one_however_they_are_stored(tmp_path, variant
 def test_a_part_of_stacked_experts_is_looked_at_where_it_lies(tmp_path, variant, stacked):
     source = open_source(write_checkpoint(variant, tmp_path, stacked=stacked))
     assert isinstance(source, Checkpoint)
-    for weight in weight_table(source.config):
-        view = source.view(weight.name, weight.slices(source.config, Cut(2, 2), 0))
+    for weight in weight_specs(source.config):
+        view = source.view(weight.name, weight.slices(source.config, WeightSharding(2, 2), 0))
         assert not view.flags.owndata and not view.flags.writeable
         assert source.shape(weight.name) == weight.shape
     names = stacked_weights(variant)
@@ -378,7 +384,7 @@ def test_layers_may_store_their_experts_in_different_ways(tmp_path):
     mixed |= {name: array for name, array in stacked.items() if "layers.1." in name}
     path = write_checkpoint(MIXTURE, tmp_path) / "model.safetensors"
     save_file(mixed, path)
-    loaded = load_weights(open_source(tmp_path), Cut(), 0)
+    loaded = load_weights(open_source(tmp_path), WeightSharding(), 0)
     assert loaded.keys() == whole.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(loaded[name], array)
@@ -416,13 +422,19 @@ def test_layers_that_predict_several_tokens_are_let_pass(tmp_path):
     path = write_checkpoint(variant, tmp_path) / "model.safetensors"
     more = {"model.layers.3.eh_proj.weight": np.ones((3, 3), np.float32)}
     rewrite(path, lambda tensors: tensors.update(more))
-    assert load_weights(open_source(tmp_path), Cut(), 0).keys() == tiny_weights(variant).keys()
+    assert (
+        load_weights(open_source(tmp_path), WeightSharding(), 0).keys()
+        == tiny_weights(variant).keys()
+    )
     rewrite(
         tmp_path / "config.json", lambda content: content.update(num_nextn_predict_layers=2**60)
     )
     more = {"model.layers.9.eh_proj.weight": np.ones((3, 3), np.float32)}
     rewrite(path, lambda tensors: tensors.update(more))
-    assert load_weights(open_source(tmp_path), Cut(), 0).keys() == tiny_weights(variant).keys()
+    assert (
+        load_weights(open_source(tmp_path), WeightSharding(), 0).keys()
+        == tiny_weights(variant).keys()
+    )
     more = {"model.layers.x.eh_proj.weight": np.ones((3, 3), np.float32)}
     rewrite(path, lambda tensors: tensors.update(more))
     assert "model.layers.x.eh_proj.weight" in refusal(tmp_path)  # soon: nothing counts to 2**60
@@ -460,7 +472,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     random = np.random.default_rng(11)
     weights = {
         weight.name: random.standard_normal(weight.shape, np.float32)
-        for weight in weight_table(config)
+        for weight in weight_specs(config)
         if weight.expert is None
     }
     prefix, expected = "model.layers.0.mlp.experts", {}
@@ -486,12 +498,17 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def test_four_bits_are_widened_as_the_specification_says(quantized):
     directory, expected = quantized
     source = open_source(directory)
-    for cut in (Cut(), Cut(2, 3), Cut(6, 2), Cut(1, 1, 5)):
-        for index in range(cut.ranks):
-            loaded = load_weights(source, cut, index)
-            for weight in weights_of(source.config, cut, index):
+    for sharding in (
+        WeightSharding(),
+        WeightSharding(2, 3),
+        WeightSharding(6, 2),
+        WeightSharding(1, 1, 5),
+    ):
+        for index in range(sharding.ranks):
+            loaded = load_weights(source, sharding, index)
+            for weight in specs_of_shard(source.config, sharding, index):
                 if weight.name in expected:
-                    part = expected[weight.name][weight.slices(source.config, cut, index)]
+                    part = expected[weight.name][weight.slices(source.config, sharding, index)]
                     np.testing.assert_array_equal(loaded[weight.name], part, weight.name)
     assert isinstance(source, Checkpoint)
     name = "model.layers.0.mlp.experts.4.down_proj.weight"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpishard.arithmetic.choice import best_of_each_row, gumbel, kept, log_sum_exp
+from mpishard.arithmetic.sampling import gumbel, logsumexp, num_kept, row_topk
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
 
@@ -16,7 +16,7 @@ from mpishard.errors import UserError
 @pytest.mark.parametrize("count", [1, 3, 9, 12])
 def test_best_of_each_row(columns: int, count: int):
     keys_Mv = np.random.RandomState(2).randint(0, 4, (20, columns)).astype(float)  # many ties
-    best_MC, column_MC = best_of_each_row(keys_Mv, count)
+    best_MC, column_MC = row_topk(keys_Mv, count)
     for keys_v, best_C, column_C in zip(keys_Mv, best_MC, column_MC, strict=True):
         order = np.argsort(-keys_v, kind="stable")[:count]
         missing = count - len(order)
@@ -25,7 +25,7 @@ def test_best_of_each_row(columns: int, count: int):
 
 
 def test_best_of_rows_without_columns():
-    best_MC, column_MC = best_of_each_row(np.empty((2, 0)), 3)
+    best_MC, column_MC = row_topk(np.empty((2, 0)), 3)
     assert (best_MC == -np.inf).all() and (column_MC == 0).all()
 
 
@@ -34,7 +34,7 @@ def test_best_of_rows_without_columns():
 def test_a_row_with_keys_that_are_not_numbers_says_so_at_once(odd: int, count: int):
     keys_Mv = np.arange(18.0).reshape(2, 9)
     keys_Mv[1, 9 - odd :] = np.nan
-    best_MC, column_MC = best_of_each_row(keys_Mv, count)
+    best_MC, column_MC = row_topk(keys_Mv, count)
     assert best_MC[0, 0] == 8 and column_MC[0, 0] == 8
     assert np.isnan(best_MC[1, 0]) and np.isnan(keys_Mv[1, column_MC[1, 0]])
 
@@ -42,8 +42,8 @@ def test_a_row_with_keys_that_are_not_numbers_says_so_at_once(odd: int, count: i
 def test_log_sum_exp():
     keys_Mv = np.array([[0.0, 0.0], [1000.0, 1000.0], [-np.inf, 3.0], [-np.inf, -np.inf]])
     expected = [np.log(2), 1000 + np.log(2), 3, -np.inf]
-    np.testing.assert_allclose(log_sum_exp(keys_Mv), expected)
-    np.testing.assert_array_equal(log_sum_exp(np.empty((2, 0))), [-np.inf, -np.inf])
+    np.testing.assert_allclose(logsumexp(keys_Mv), expected)
+    np.testing.assert_array_equal(logsumexp(np.empty((2, 0))), [-np.inf, -np.inf])
 
 
 PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
@@ -67,7 +67,7 @@ PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.06, 0.04])
     ],
 )
 def test_kept(top_k: int, top_p: float, min_p: float, number: int):
-    assert kept(np.log(PROBABILITIES), 0.0, top_k, top_p, min_p, complete=True) == number
+    assert num_kept(np.log(PROBABILITIES), 0.0, top_k, top_p, min_p, complete=True) == number
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_kept(top_k: int, top_p: float, min_p: float, number: int):
 )
 def test_kept_of_only_the_first_keys(top_k, top_p, min_p, number):
     """None where it depends on keys that are not there."""
-    assert kept(np.log(PROBABILITIES[:2]), 0.0, top_k, top_p, min_p, complete=False) == number
+    assert num_kept(np.log(PROBABILITIES[:2]), 0.0, top_k, top_p, min_p, complete=False) == number
 
 
 def test_noise_belongs_to_the_token():

@@ -11,7 +11,14 @@ import pytest
 
 import mpishard
 from mpishard.cli import make_parser, retyped
-from mpishard.description.layout import MERGES, ORDERS, PREFILLS, SWITCHES, Layout, make_layout
+from mpishard.config.layout import (
+    CP_ORDERS,
+    CP_PREFILLS,
+    DECODE_MERGES,
+    LAYOUT_OPTIONS,
+    Layout,
+    make_layout,
+)
 from mpishard.errors import UserError
 
 GENERATE = ["generate", "M", "--prompt", "a"]
@@ -37,8 +44,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "seed": 0,
         "stop": [],
         "ignore_eos": False,
-        "prefill_chunk": None,
-        "expert_stats": None,
+        "chunked_prefill_size": None,
+        "expert_load": None,
         "record_routing": None,
         "replay_routing": None,
         "tp": None,
@@ -46,16 +53,16 @@ def test_what_a_command_does_unless_told_otherwise():
         "dp": None,
         "sequence_parallel": False,
         "flash_decoding": False,
-        "prefill": None,
-        "order": None,
-        "merge": None,
-        "interleave": None,
+        "cp_prefill": None,
+        "cp_order": None,
+        "decode_merge": None,
+        "cp_kv_cache_interleave_size": None,
         "ep": None,
-        "dispatch": None,
-        "capacity": None,
-        "drop": None,
-        "placement": None,
-        "max_positions": None,
+        "moe_token_dispatcher": None,
+        "expert_capacity_factor": None,
+        "token_drop_policy": None,
+        "expert_placement": None,
+        "max_model_len": None,
         "compute_dtype": "float32",
         "timeout": 1800.0,
         "check_collectives": False,
@@ -92,28 +99,37 @@ def test_layout_flags_are_the_same_everywhere(command):
     long = "--tensor-parallel-size=2 --data-parallel-size 3 --context-parallel-size 4"
     args = parse(*command.split(), *long.split(), "--compute-dtype", "float64")
     assert (args.tp, args.dp, args.cp, args.compute_dtype) == (2, 3, 4, "float64")
-    args = parse(*command.split(), "--tp", "2", "--dp=3", "--cp", "4", "--max-positions=40000")
-    assert (args.tp, args.dp, args.cp, args.max_positions) == (2, 3, 4, 40000)
+    args = parse(*command.split(), "--tp", "2", "--dp=3", "--cp", "4", "--max-model-len=40000")
+    assert (args.tp, args.dp, args.cp, args.max_model_len) == (2, 3, 4, 40000)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_layout_can_be_typed_as_it_is_written(command):
-    for forms in product((True, False), (True, False), PREFILLS, ORDERS, MERGES, (1, 3)):
+    for forms in product(
+        (True, False), (True, False), CP_PREFILLS, CP_ORDERS, DECODE_MERGES, (1, 3)
+    ):
         layout = Layout(2, 3, 4, *forms)
         args = parse(*command.split(), *str(layout).split())
-        switches = {name: getattr(args, name) for name in SWITCHES}
-        assert make_layout(24, args.tp, args.dp, args.cp, **switches) == layout
+        layout_options = {name: getattr(args, name) for name in LAYOUT_OPTIONS}
+        assert make_layout(24, args.tp, args.dp, args.cp, **layout_options) == layout
 
 
 def test_switches_of_experts_can_be_typed_as_they_are_written():
-    layout = Layout(2, ep=2, dispatch="gather", capacity=1.25, drop="position", placement="p.json")
+    layout = Layout(
+        2,
+        ep=2,
+        moe_token_dispatcher="all-gather",
+        expert_capacity_factor=1.25,
+        token_drop_policy="position",
+        expert_placement="p.json",
+    )
     assert str(layout).endswith(
-        "--ep 2 --expert-dispatch gather --expert-capacity 1.25 --expert-drop position "
-        "--expert-placement p.json"
+        "--ep 2 --moe-token-dispatcher all-gather --expert-capacity-factor 1.25 "
+        "--token-drop-policy position --expert-placement p.json"
     )
     args = parse("bench", "M", *str(layout).split())
-    switches = {name: getattr(args, name) for name in SWITCHES}
-    assert make_layout(2, args.tp, args.dp, args.cp, **switches) == layout
+    layout_options = {name: getattr(args, name) for name in LAYOUT_OPTIONS}
+    assert make_layout(2, args.tp, args.dp, args.cp, **layout_options) == layout
 
 
 def test_some_flags_may_be_repeated():
@@ -148,11 +164,20 @@ def test_other_names_of_a_flag():
         (["--cp-prefill", "rong"], "argument --cp-prefill: invalid choice: 'rong' (choose from"),
         (["--cp-order", "zag"], "argument --cp-order: invalid choice: 'zag' (choose from"),
         (["--decode-merge", "sum"], "argument --decode-merge: invalid choice: 'sum' (choose from"),
-        (["--kv-interleave", "0"], "argument --kv-interleave: 0 must be at least 1"),
-        (["--kv-interleave", "all"], "argument --kv-interleave: 'all' is not a whole number"),
-        (["--max-positions", "0"], "argument --max-positions: 0 must be at least 1"),
-        (["--prefill-chunk", "0"], "argument --prefill-chunk: 0 must be at least 1"),
-        (["--prefill-chunk", "8", "--prefill-chunk=9"], "argument --prefill-chunk: given twice"),
+        (
+            ["--cp-kv-cache-interleave-size", "0"],
+            "argument --cp-kv-cache-interleave-size: 0 must be at least 1",
+        ),
+        (
+            ["--cp-kv-cache-interleave-size", "all"],
+            "argument --cp-kv-cache-interleave-size: 'all' is not a whole number",
+        ),
+        (["--max-model-len", "0"], "argument --max-model-len: 0 must be at least 1"),
+        (["--chunked-prefill-size", "0"], "argument --chunked-prefill-size: 0 must be at least 1"),
+        (
+            ["--chunked-prefill-size", "8", "--chunked-prefill-size=9"],
+            "argument --chunked-prefill-size: given twice",
+        ),
         (["--ep", "0"], "argument --ep/--expert-parallel-size: 0 must be at least 1"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--stop"], "argument --stop: expected one argument"),
@@ -179,9 +204,9 @@ def test_what_cannot_be_typed(words, sentence):
         ("logits M --input I", "required: --output"),
         ("bench M --batch 1 0", "argument --batch: 0 must be at least 1"),
         ("bench M --repeat 0", "argument --repeat: 0 must be at least 1"),
-        ("bench M --prefill-chunk 8", "unrecognized arguments: --prefill-ch"),
+        ("bench M --chunked-prefill-size 8", "unrecognized arguments: --chunked-pre"),
         ("shard M OUT --tp 2 --dp 2", "unrecognized arguments: --dp 2"),
-        ("inspect M --max-positions 8", "unrecognized arguments: --max-positions 8"),
+        ("inspect M --max-model-len 8", "unrecognized arguments: --max-model-len 8"),
     ],
 )
 def test_what_is_missing_or_wrong(line, sentence):
@@ -243,5 +268,5 @@ def test_the_line_is_one_whatever_was_typed(word):
     [("1", 1), ("500MB", 500 * 10**6), ("2GiB", 2**31), ("1.5 KiB", 1536), ("3T", 3 * 10**12)],
 )
 def test_sizes_have_units(text, bytes_):
-    args = parse("batch", "M", "--input", "I", "--output", "O", "--kv-memory", text)
-    assert args.kv_memory == bytes_
+    args = parse("batch", "M", "--input", "I", "--output", "O", "--kv-cache-memory-bytes", text)
+    assert args.kv_cache_memory_bytes == bytes_

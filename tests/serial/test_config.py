@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tiny_models import MOE_VARIANTS, VARIANTS, raw_config, tiny_config
 
-from mpishard.description.config import (
+from mpishard.config.model_config import (
     ExpertNames,
-    Mla,
+    MLAConfig,
     ModelConfig,
-    Moe,
+    MoEConfig,
+    PerExpertNames,
     Rope,
-    Separate,
-    Stacked,
+    StackedNames,
 )
 from mpishard.errors import UserError
 
@@ -94,7 +94,7 @@ def test_defaults_of_llama():
         qk_norm=False,
         rope=Rope(kind="default", theta=10000.0, original_positions=2048),
         windows=(None, None, None),
-        max_positions=2048,
+        max_position_embeddings=2048,
         eos_ids=(2,),
         bos_id=1,
         raw=raw,
@@ -105,7 +105,7 @@ def test_defaults_of_mistral():
     config = read("mistral")
     assert (config.family, config.kv_heads, config.head_dim) == ("mistral", 8, 2)
     assert config.windows == (4096, 4096, 4096)
-    assert config.max_positions == 131072
+    assert config.max_position_embeddings == 131072
     assert (config.eos_ids, config.bos_id) == ((2,), 1)
     assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
 
@@ -115,7 +115,7 @@ def test_defaults_of_qwen2():
     assert (config.family, config.kv_heads, config.head_dim) == ("qwen2", 32, 2)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
     assert config.windows == (None, None, None)
-    assert config.max_positions == 32768
+    assert config.max_position_embeddings == 32768
     assert (config.eos_ids, config.bos_id, config.qk_norm) == ((), None, False)
 
 
@@ -123,16 +123,16 @@ def test_defaults_of_qwen3():
     config = read("qwen3")
     assert (config.family, config.kv_heads, config.head_dim) == ("qwen3", 32, 128)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
-    assert (config.qk_norm, config.max_positions) == (True, 32768)
+    assert (config.qk_norm, config.max_position_embeddings) == (True, 32768)
 
 
-def mixture(family: str, /, **changes: Any) -> Moe:
+def mixture(family: str, /, **changes: Any) -> MoEConfig:
     moe = read(family, **changes).moe
     assert moe is not None
     return moe
 
 
-def latent(family: str, /, **changes: Any) -> Mla:
+def latent(family: str, /, **changes: Any) -> MLAConfig:
     mla = read(family, **changes).mla
     assert mla is not None
     return mla
@@ -145,32 +145,44 @@ def test_dense_families_have_no_mixture():
     for family in FAMILIES:
         config = read(family)
         assert (config.moe, config.mla) == (None, None)
-        assert not (config.sinks or config.qk_norm_whole)
+        assert not (config.sinks or config.full_width_qk_norm)
 
 
 def test_defaults_of_mixtral():
     config = read("mixtral")
     assert (config.family, config.kv_heads, config.head_dim) == ("mixtral", 8, 2)
-    assert (config.norm_eps, config.rope.theta, config.max_positions) == (1e-5, 1e6, 131072)
+    assert (config.norm_eps, config.rope.theta, config.max_position_embeddings) == (
+        1e-5,
+        1e6,
+        131072,
+    )
     assert config.windows == (None, None, None)
     assert (config.eos_ids, config.bos_id) == ((2,), 1)
     assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
     part = "block_sparse_moe.experts.{}."
-    names = Separate(
+    names = PerExpertNames(
         "block_sparse_moe.gate.weight", f"{part}w1.weight", f"{part}w3.weight", f"{part}w2.weight"
     )
-    assert config.moe == Moe(16, 3, 96, EVERYWHERE, "softmax", True, ExpertNames(names))
+    assert config.moe == MoEConfig(16, 3, 96, EVERYWHERE, "softmax", True, ExpertNames(names))
 
 
 def test_defaults_of_qwen2_moe():
     config = read("qwen2_moe")
     assert (config.kv_heads, config.head_dim, config.norm_eps) == (16, 2, 1e-6)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
-    assert (config.windows, config.max_positions) == ((None, None, None), 32768)
+    assert (config.windows, config.max_position_embeddings) == ((None, None, None), 32768)
     assert (config.eos_ids, config.bos_id) == ((), None)
     names = ExpertNames(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate.weight")
-    assert config.moe == Moe(
-        16, 3, 24, EVERYWHERE, "softmax", False, names, shared_ffn=40, shared_gate=True
+    assert config.moe == MoEConfig(
+        16,
+        3,
+        24,
+        EVERYWHERE,
+        "softmax",
+        False,
+        names,
+        shared_expert_intermediate_size=40,
+        shared_gate=True,
     )
 
 
@@ -178,17 +190,17 @@ def test_defaults_of_qwen3_moe():
     config = read("qwen3_moe")
     assert (config.kv_heads, config.head_dim, config.norm_eps) == (4, 2, 1e-6)
     assert (config.qkv_bias, config.o_bias, config.qk_norm) == (False, False, True)
-    assert (config.windows, config.max_positions) == ((None, None, None), 32768)
-    assert config.moe == Moe(16, 3, 24, EVERYWHERE, "softmax", False, ExpertNames())
+    assert (config.windows, config.max_position_embeddings) == ((None, None, None), 32768)
+    assert config.moe == MoEConfig(16, 3, 24, EVERYWHERE, "softmax", False, ExpertNames())
 
 
 def test_defaults_of_olmoe():
     config = read("olmoe")
     assert (config.kv_heads, config.head_dim, config.norm_eps) == (32, 2, 1e-5)
     assert (config.qkv_bias, config.o_bias) == (False, False)
-    assert (config.qk_norm, config.qk_norm_whole) == (False, True)
-    assert (config.eos_ids, config.bos_id, config.max_positions) == ((50279,), None, 4096)
-    assert config.moe == Moe(16, 3, 96, EVERYWHERE, "softmax", False, ExpertNames())
+    assert (config.qk_norm, config.full_width_qk_norm) == (False, True)
+    assert (config.eos_ids, config.bos_id, config.max_position_embeddings) == ((50279,), None, 4096)
+    assert config.moe == MoEConfig(16, 3, 96, EVERYWHERE, "softmax", False, ExpertNames())
 
 
 def test_defaults_of_gpt_oss():
@@ -197,15 +209,20 @@ def test_defaults_of_gpt_oss():
     assert (config.qkv_bias, config.o_bias, config.sinks) == (True, True, True)
     assert config.windows == (128, None, 128)
     assert config.rope == Rope("yarn", 150000.0, 32.0, 4096, truncate=False)
-    assert (config.eos_ids, config.bos_id, config.max_positions) == ((), None, 131072)
+    assert (config.eos_ids, config.bos_id, config.max_position_embeddings) == ((), None, 131072)
     moe = config.moe
     assert moe is not None
-    assert (moe.experts, moe.top_k, moe.ffn, moe.layers) == (16, 3, 96, EVERYWHERE)
-    assert (moe.scoring, moe.normalized, moe.scaling) == ("softmax", True, 1.0)
+    assert (moe.num_experts, moe.top_k, moe.moe_intermediate_size, moe.layers) == (
+        16,
+        3,
+        96,
+        EVERYWHERE,
+    )
+    assert (moe.scoring, moe.norm_topk_prob, moe.routed_scaling_factor) == ("softmax", True, 1.0)
     assert (moe.router_bias, moe.expert_bias, moe.alpha, moe.limit) == (True, True, 1.702, 7.0)
     assert moe.names == ExpertNames(
         None,
-        Stacked(
+        StackedNames(
             "mlp.router.weight",
             router_bias="mlp.router.bias",
             gate_up_bias="mlp.experts.gate_up_proj_bias",
@@ -219,33 +236,35 @@ def test_defaults_of_deepseek_v2():
     config = read("deepseek_v2")
     assert (config.kv_heads, config.head_dim, config.norm_eps) == (1, 20, 1e-6)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
-    assert (config.eos_ids, config.bos_id, config.max_positions) == ((2,), 1, 2048)
-    assert config.mla == Mla(1536, 20, 12, 8, 10, bias=False, interleaved=True)
+    assert (config.eos_ids, config.bos_id, config.max_position_embeddings) == ((2,), 1, 2048)
+    assert config.mla == MLAConfig(1536, 20, 12, 8, 10, bias=False, interleaved=True)
     names = ExpertNames(shared="mlp.shared_experts")
-    assert config.moe == Moe(16, 3, 24, EVERYWHERE, "softmax", False, names, shared_ffn=48)
+    assert config.moe == MoEConfig(
+        16, 3, 24, EVERYWHERE, "softmax", False, names, shared_expert_intermediate_size=48
+    )
 
 
 def test_defaults_of_deepseek_v3():
     config = read("deepseek_v3", num_hidden_layers=5)
     assert (config.kv_heads, config.head_dim, config.norm_eps) == (1, 20, 1e-6)
-    assert (config.eos_ids, config.bos_id, config.max_positions) == ((1,), 0, 4096)
-    assert config.mla == Mla(1536, 20, 12, 8, 10, bias=False, interleaved=True)
-    assert config.moe == Moe(
-        experts=16,
+    assert (config.eos_ids, config.bos_id, config.max_position_embeddings) == ((1,), 0, 4096)
+    assert config.mla == MLAConfig(1536, 20, 12, 8, 10, bias=False, interleaved=True)
+    assert config.moe == MoEConfig(
+        num_experts=16,
         top_k=3,
-        ffn=24,
+        moe_intermediate_size=24,
         layers=(False, False, False, True, True),
         scoring="sigmoid",
-        normalized=True,
+        norm_topk_prob=True,
         names=ExpertNames(
-            selection_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts"
+            e_score_correction_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts"
         ),
-        scaling=2.5,
-        selection_bias=True,
-        groups=8,
-        kept_groups=4,
+        routed_scaling_factor=2.5,
+        e_score_correction_bias=True,
+        n_group=8,
+        topk_group=4,
         group_score="top-2 sum",
-        shared_ffn=24,
+        shared_expert_intermediate_size=24,
     )
 
 
@@ -290,7 +309,7 @@ def test_activations(name, means):
 
 def test_simple_fields():
     config = read(tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=77)
-    assert (config.tied, config.norm_eps, config.max_positions) == (True, 1e-5, 77)
+    assert (config.tied, config.norm_eps, config.max_position_embeddings) == (True, 1e-5, 77)
 
 
 @pytest.mark.parametrize("dtype", ["torch_dtype", "dtype"])
@@ -340,8 +359,8 @@ def test_number_of_experts_in_every_spelling(family):
     for name in given:
         spelled = dict.fromkeys(given, ABSENT) | {name: 8}
         changes = {"n_group": 2, "topk_group": 1} if family == "deepseek_v3" else {}
-        assert mixture(family, **spelled, **changes).experts == 8
-    assert mixture(family, num_experts=16, num_local_experts=16).experts == 16
+        assert mixture(family, **spelled, **changes).num_experts == 8
+    assert mixture(family, num_experts=16, num_local_experts=16).num_experts == 16
 
 
 def test_the_published_name_of_top_k_of_gpt_oss():
@@ -351,8 +370,8 @@ def test_the_published_name_of_top_k_of_gpt_oss():
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_normalized_weights(family):
-    assert mixture(family, norm_topk_prob=True).normalized
-    assert not mixture(family, norm_topk_prob=False).normalized
+    assert mixture(family, norm_topk_prob=True).norm_topk_prob
+    assert not mixture(family, norm_topk_prob=False).norm_topk_prob
 
 
 def test_deepseek_v2_does_not_normalize_whatever_its_file_says():
@@ -379,28 +398,28 @@ def test_the_first_layers_of_deepseek_are_dense(family):
 
 
 def test_shared_experts_of_deepseek():
-    assert mixture("deepseek_v3", n_shared_experts=3).shared_ffn == 72
-    assert mixture("deepseek_v3", n_shared_experts=None).shared_ffn == 0
+    assert mixture("deepseek_v3", n_shared_experts=3).shared_expert_intermediate_size == 72
+    assert mixture("deepseek_v3", n_shared_experts=None).shared_expert_intermediate_size == 0
 
 
 def test_groups_of_deepseek_v2():
     groups = {"n_group": 4, "topk_group": 2}
     greedy = mixture("deepseek_v2", topk_method="greedy", **groups)
-    assert (greedy.groups, greedy.kept_groups) == (1, 1)
+    assert (greedy.n_group, greedy.topk_group) == (1, 1)
     assert mixture("deepseek_v2", n_group=None, topk_group=None) == greedy
     limited = mixture("deepseek_v2", topk_method="group_limited_greedy", **groups)
-    assert (limited.groups, limited.kept_groups, limited.group_score) == (4, 2, "max")
-    assert mixture("deepseek_v2", routed_scaling_factor=16.0).scaling == 16.0
+    assert (limited.n_group, limited.topk_group, limited.group_score) == (4, 2, "max")
+    assert mixture("deepseek_v2", routed_scaling_factor=16.0).routed_scaling_factor == 16.0
 
 
 def test_groups_of_deepseek_v3():
     moe = mixture("deepseek_v3", n_group=4, topk_group=2, topk_method="noaux_tc")
-    assert (moe.groups, moe.kept_groups, moe.group_score) == (4, 2, "top-2 sum")
+    assert (moe.n_group, moe.topk_group, moe.group_score) == (4, 2, "top-2 sum")
 
 
 def test_latent_attention():
     direct = latent("deepseek_v2", q_lora_rank=None, head_dim=8, qk_head_dim=20)
-    assert (direct.q_rank, direct.bias) == (None, False)
+    assert (direct.q_lora_rank, direct.bias) == (None, False)
     assert latent("deepseek_v3", q_lora_rank=14, rope_interleave=False).interleaved is False
     config = read("deepseek_v3", attention_bias=True)
     assert (config.mla and config.mla.bias, config.o_bias, config.qkv_bias) == (True, True, False)
@@ -506,7 +525,7 @@ def test_ropes_in_every_spelling(kind, fields, rope, positions, family):
     assert len(configs) == 1
     config = configs.pop()
     assert config.rope == rope
-    assert config.max_positions == positions
+    assert config.max_position_embeddings == positions
 
 
 @pytest.mark.parametrize("empty", [ABSENT, None, {}])
@@ -533,7 +552,7 @@ def test_original_length_of_rope():
 def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths():
     fields = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
     config = read(max_position_embeddings=64, rope_scaling=fields)
-    assert (config.rope.factor, config.max_positions) == (4.0, 64)
+    assert (config.rope.factor, config.max_position_embeddings) == (4.0, 64)
 
 
 def test_defaults_of_yarn():
@@ -586,7 +605,7 @@ def test_llama_3_2():
     )
     assert (config.heads, config.kv_heads, config.head_dim, config.tied) == (32, 8, 64, True)
     assert config.rope == Rope("llama3", 500000.0, 32.0, 8192, 1.0, 4.0)
-    assert config.max_positions == 131072
+    assert config.max_position_embeddings == 131072
     assert config.eos_ids == (128001, 128008, 128009)
 
 
@@ -626,7 +645,7 @@ def test_qwen2_5_with_yarn():
         {"eos_token_id": [151645, 151643], "pad_token_id": 151643, "top_k": 20},
         SOURCE,
     )
-    assert config.max_positions == 131072
+    assert config.max_position_embeddings == 131072
     assert set(config.windows) == {None}
     assert config.eos_ids == (151645, 151643)
 
@@ -702,7 +721,11 @@ def test_mixtral_8x7b():
         SOURCE,
     )
     assert config.moe is not None
-    assert (config.moe.experts, config.moe.top_k, config.moe.ffn) == (8, 2, 14336)
+    assert (config.moe.num_experts, config.moe.top_k, config.moe.moe_intermediate_size) == (
+        8,
+        2,
+        14336,
+    )
 
 
 def test_qwen3_30b():
@@ -747,8 +770,12 @@ def test_qwen3_30b():
         SOURCE,
     )
     assert config.moe is not None
-    assert (config.moe.experts, config.moe.top_k, config.moe.ffn) == (128, 8, 768)
-    assert (config.moe.normalized, config.head_dim) == (True, 128)
+    assert (config.moe.num_experts, config.moe.top_k, config.moe.moe_intermediate_size) == (
+        128,
+        8,
+        768,
+    )
+    assert (config.moe.norm_topk_prob, config.head_dim) == (True, 128)
 
 
 def test_gpt_oss_20b():
@@ -802,7 +829,7 @@ def test_gpt_oss_20b():
         SOURCE,
     )
     assert config.windows == (128, None) * 12
-    assert config.max_positions == 131072
+    assert config.max_position_embeddings == 131072
 
 
 def test_deepseek_v2_lite():
@@ -865,9 +892,13 @@ def test_deepseek_v2_lite():
     )
     assert config.moe is not None
     assert config.moe.layers == (False,) + (True,) * 26
-    assert (config.moe.experts, config.moe.shared_ffn, config.moe.groups) == (64, 2816, 1)
-    assert config.mla == Mla(None, 512, 128, 64, 128, bias=False, interleaved=True)
-    assert config.max_positions == 163840
+    assert (
+        config.moe.num_experts,
+        config.moe.shared_expert_intermediate_size,
+        config.moe.n_group,
+    ) == (64, 2816, 1)
+    assert config.mla == MLAConfig(None, 512, 128, 64, 128, bias=False, interleaved=True)
+    assert config.max_position_embeddings == 163840
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *MOE_VARIANTS])

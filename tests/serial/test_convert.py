@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from tiny_models import DTYPES, VARIANTS, tiny_config, tiny_weights, write_checkpoint
 
 import mpishard
-from mpishard.description.cut import Cut
-from mpishard.description.partition import weight_table
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import weight_specs
 from mpishard.errors import UserError
 from mpishard.storage import arrays
 from mpishard.storage.convert import Conversion, convert
@@ -104,7 +104,7 @@ def test_experts_are_resharded_bit_for_bit(tmp_path, variant, dtype):
         assert bits(again) == bits(direct)
         verify(open_source(again))
         source = again
-    loaded = load_weights(open_source(source), Cut(), 0, DTYPES[dtype])
+    loaded = load_weights(open_source(source), WeightSharding(), 0, DTYPES[dtype])
     for name, array in loaded.items():
         if name in weights:
             assert array.tobytes() == weights[name].astype(array.dtype).tobytes()
@@ -129,7 +129,7 @@ def test_what_experts_are_chosen_by_stays_wide(tmp_path):
     assert conversion.total_bytes == stored_bytes(source)
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     for dtype in (ml_dtypes.bfloat16, np.float32, np.float64):
-        loaded = load_weights(source, Cut(2, 3), 5, dtype)
+        loaded = load_weights(source, WeightSharding(2, 3), 5, dtype)
         assert loaded[name].dtype == (np.float64 if dtype == np.float64 else np.float32)
         np.testing.assert_array_equal(loaded[name], weights[name])
         others = {array.dtype for key, array in loaded.items() if "e_score" not in key}
@@ -156,10 +156,10 @@ def test_checkpoints_of_every_kind(tmp_path, stored, shards):
     for dtype in ("float32", "bfloat16"):
         convert(open_source(checkpoint), tmp_path / dtype, 5, dtype)
         for rank in range(5):
-            loaded = load_weights(open_source(tmp_path / dtype), Cut(5), rank)
-            for weight in weight_table(tiny_config(VARIANT)):
-                cut = weight.slices(tiny_config(VARIANT), Cut(5), rank)
-                np.testing.assert_array_equal(loaded[weight.name], whole[weight.name][cut])
+            loaded = load_weights(open_source(tmp_path / dtype), WeightSharding(5), rank)
+            for weight in weight_specs(tiny_config(VARIANT)):
+                sharding = weight.slices(tiny_config(VARIANT), WeightSharding(5), rank)
+                np.testing.assert_array_equal(loaded[weight.name], whole[weight.name][sharding])
 
 
 def test_bfloat16_is_rounded_to_nearest_even(checkpoint, tmp_path):
@@ -169,7 +169,7 @@ def test_bfloat16_is_rounded_to_nearest_even(checkpoint, tmp_path):
     norm[:4] = halfway
     save_file(weights, checkpoint / "model.safetensors")
     convert(open_source(checkpoint), tmp_path / "out", 1, "bfloat16")
-    loaded = load_weights(open_source(tmp_path / "out"), Cut(), 0, ml_dtypes.bfloat16)
+    loaded = load_weights(open_source(tmp_path / "out"), WeightSharding(), 0, ml_dtypes.bfloat16)
     for name, array in weights.items():
         np.testing.assert_array_equal(loaded[name].view(np.uint16), nearest_even(array))
     assert loaded["model.norm.weight"][:4].tolist() == [1, 1 + 4 / 256, -1, 1 + 2 / 256]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tiny_models import tiny_config
 
-from mpishard.description.cut import Cut
-from mpishard.description.expert_placement import FORMAT, ExpertPlacement, slots_of_each
-from mpishard.description.partition import weight_table, weights_of
+from mpishard.config.expert_placement import FORMAT, ExpertPlacement, num_physical_per_rank
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import specs_of_shard, weight_specs
 from mpishard.errors import UserError
 
 CONFIG = tiny_config("qwen2_moe-mixed")  # 8 experts, in layer 1 of four
@@ -30,15 +30,15 @@ def test_a_file_is_read_as_it_is_written():
     placed = placement(content())
     assert placed.layers == {1: HELD} and placed.ep == 2
     assert placement(placed.content) == placed
-    assert [placed.copies(1, expert) for expert in range(8)] == [2, 1, 1, 2, 1, 1, 1, 1]
+    assert [placed.replicas(1, expert) for expert in range(8)] == [2, 1, 1, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
     "changed, sentence",
     [
-        ({"format": 1}, f'FILE has the "format" 1, not {FORMAT!r}: make it with `mpishard place`'),
+        ({"format": 1}, f'FILE has the "format" 1, not {FORMAT!r}: make it with `mpishard eplb`'),
         ({"experts": 7}, 'FILE has "experts" 7, but the model has 8: make another with'),
-        ({"ep": 4}, 'FILE has "ep" 4, but --ep is 2: make another with `mpishard place`'),
+        ({"ep": 4}, 'FILE has "ep" 4, but --ep is 2: make another with `mpishard eplb`'),
         ({"layers": {"0": HELD, "1": HELD}}, "has the layers 0, 1, but those with experts are 1"),
         ({"layers": []}, "FILE has the layers [], but those with experts are 1"),
         ({"layers": {"1": HELD[:1]}}, "FILE, layer 1 must be a list of 2 lists, of the experts"),
@@ -60,19 +60,26 @@ def test_what_is_no_placement(changed, sentence):
 
 
 def test_ranks_hold_the_experts_that_are_placed_on_them():
-    for cut in (Cut(1, 2, placement=placement(content())), Cut(4, 2, 4, placement(content()))):
+    for cut in (
+        WeightSharding(1, 2, placement=placement(content())),
+        WeightSharding(4, 2, 4, placement(content())),
+    ):
         for index in range(cut.ranks):
-            held = {w.expert for w in weights_of(CONFIG, cut, index) if w.layer == 1} - {None}
+            held = {w.expert for w in specs_of_shard(CONFIG, cut, index) if w.layer == 1} - {None}
             assert held == set(HELD[cut.ep_rank(index)])
-        everything = {weight.name for weight in weight_table(CONFIG)}
-        assert everything == {w.name for i in range(cut.ranks) for w in weights_of(CONFIG, cut, i)}
-    assert Cut(1, 2, placement=placement(content())) == Cut(1, 2), "which files it takes"
+        everything = {weight.name for weight in weight_specs(CONFIG)}
+        assert everything == {
+            w.name for i in range(cut.ranks) for w in specs_of_shard(CONFIG, cut, i)
+        }
+    assert WeightSharding(1, 2, placement=placement(content())) == WeightSharding(1, 2), (
+        "which files it takes"
+    )
 
 
 def test_slots_of_each():
-    assert slots_of_each(experts=8, copies=0, ep=4) == 2
-    assert slots_of_each(experts=6, copies=2, ep=4) == 2
-    assert slots_of_each(experts=3, copies=3, ep=2) == 3
+    assert num_physical_per_rank(experts=8, replicas=0, ep=4) == 2
+    assert num_physical_per_rank(experts=6, replicas=2, ep=4) == 2
+    assert num_physical_per_rank(experts=3, replicas=3, ep=2) == 3
 
 
 @pytest.mark.parametrize(
@@ -82,16 +89,21 @@ def test_slots_of_each():
             6,
             1,
             4,
-            "--copies 1 makes 7 slots, which --ep 4 ranks cannot have equally many of: use --",
+            "--redundant-experts 1 makes 7 slots, which --ep 4 ranks cannot have equally many of",
         ),
-        (6, 3, 4, "equally many of: use --copies 2 or 6"),
-        (6, 0, 4, "equally many of: use --copies 2"),
-        (6, -1, 4, "--copies -1 must be 0 to 18: more than one copy of each of 6 experts on each"),
-        (3, 4, 2, "--copies 4 must be 0 to 3"),
+        (6, 3, 4, "equally many of: use --redundant-experts 2 or 6"),
+        (6, 0, 4, "equally many of: use --redundant-experts 2"),
+        (
+            6,
+            -1,
+            4,
+            "--redundant-experts -1 must be 0 to 18: more than one copy of each of 6 experts",
+        ),
+        (3, 4, 2, "--redundant-experts 4 must be 0 to 3"),
         (3, 1, 4, "--ep 4 must be 1 to the 3 experts: a rank without an expert would have nothing"),
     ],
 )
 def test_slots_that_are_not_the_same_on_all_ranks(experts, copies, ep, sentence):
     with pytest.raises(UserError) as refusal:
-        slots_of_each(experts, copies, ep)
+        num_physical_per_rank(experts, copies, ep)
     assert sentence in str(refusal.value)

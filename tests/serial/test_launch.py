@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from mpi_runner import Launch, run_mpi
 
-from mpishard import launch
 from mpishard.errors import UserError
+from mpishard.runtime import launch
 
 PROGRAM = """
 import sys, time
 from mpishard.errors import UserError
-from mpishard.launch import run
+from mpishard.runtime.launch import run
 
 def main(world):
     rank = world.rank
@@ -61,7 +61,7 @@ def test_cores_are_shared_by_the_ranks_allowed_on_them():
 
 THREADS = """
 import os, sys
-from mpishard.launch import start
+from mpishard.runtime.launch import start
 world = start()
 assert "numpy" not in sys.modules
 names = ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MPIR_CVAR_ENABLE_HEAVY_YIELD"]
@@ -100,8 +100,8 @@ def test_what_the_user_has_set_stays():
 def test_the_announced_number_is_what_a_variable_begins_with(monkeypatch):
     """Slurm writes the tasks of each node as "2(x3),1"."""
     monkeypatch.setenv("SIZE", "2(x3),1")
-    assert launch._announced(("ABSENT", "SIZE")) == 2
-    assert launch._announced(("ABSENT",), 7) == 7
+    assert launch._env_int(("ABSENT", "SIZE")) == 2
+    assert launch._env_int(("ABSENT",), 7) == 7
 
 
 # The launcher
@@ -255,7 +255,7 @@ def test_a_fault_of_the_program_shows_where_it_is():
 # Faults of the launch itself, where `main` has not begun or is over.
 BROKEN = """
 from mpi4py import MPI
-from mpishard import launch
+from mpishard.runtime import launch
 def broken(*arguments):
     if MPI.COMM_WORLD.rank == 1: raise RuntimeError("broken")
 launch.{name} = broken
@@ -274,7 +274,11 @@ def test_a_rank_that_fails_before_or_after_its_work_ends_those_that_wait(name):
 
 
 def test_ranks_that_differ_in_a_collective_need_no_traceback():
-    run = ended("from mpishard.errors import Mismatch; raise Mismatch('0 makes a, 1 makes b')", 2)
+    run = ended(
+        "from mpishard.errors import CollectiveMismatch as Mismatch; "
+        "raise Mismatch('0 makes a, 1 makes b')",
+        2,
+    )
     assert run.returncode == 1
     assert run.stderr == "mpishard: error: 0 makes a, 1 makes b\n"
 
@@ -351,7 +355,7 @@ def test_an_interrupt_without_a_launcher():
 
 def test_the_message_reaches_the_terminal_of_the_launcher():
     """A rank writes to a pipe, whose other end is at a terminal or not."""
-    script = "import sys; from mpishard.launch import reaches_terminal; print(reaches_terminal())"
+    script = "from mpishard.runtime.launch import reaches_terminal; print(reaches_terminal())"
     assert run_mpi(1, ["-c", script]).stdout == "False\n"
     terminal, end = os.openpty()
     try:

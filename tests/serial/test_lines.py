@@ -7,32 +7,40 @@ from typing import Any
 
 import pytest
 
+from mpishard.batch.requests import (
+    CHAT,
+    COMPLETION,
+    NEUTRAL,
+    PLAIN,
+    BatchRequest,
+    Wishes,
+    read_request,
+)
 from mpishard.engine.sampling import Sampling
 from mpishard.errors import UserError
-from mpishard.job.lines import CHAT, COMPLETION, NEUTRAL, PLAIN, Line, Wishes, read_line
 
 WISHES = Wishes(max_tokens=7, sampling=Sampling(temperature=0.5, seed=3), stop=("x",))
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 
 
-def read(fields: Any, number: int = 3) -> Line:
+def read(fields: Any, number: int = 3) -> BatchRequest:
     content = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return read_line(content, number, WISHES, f"IN line {number}")
+    return read_request(content, number, WISHES, f"IN line {number}")
 
 
-def plain(**fields: Any) -> Line:
+def plain(**fields: Any) -> BatchRequest:
     return read({"id": "a", "prompt": "b", **fields})
 
 
-def openai(url: str = CHAT, outside: dict[str, Any] | None = None, **body: Any) -> Line:
+def openai(url: str = CHAT, outside: dict[str, Any] | None = None, **body: Any) -> BatchRequest:
     asked = {"messages": MESSAGES} if url == CHAT else {"prompt": "b"}
     fields = {"custom_id": "a", "method": "POST", "url": url, "body": {**asked, **body}}
     return read(fields | (outside or {}))
 
 
 def test_a_plain_line():
-    assert plain() == Line(3, PLAIN, "a", "b", WISHES)
-    assert read({"id": 5, "input_ids": [1, 2]}) == Line(3, PLAIN, 5, [1, 2], WISHES)
+    assert plain() == BatchRequest(3, PLAIN, "a", "b", WISHES)
+    assert read({"id": 5, "input_ids": [1, 2]}) == BatchRequest(3, PLAIN, 5, [1, 2], WISHES)
     assert read(b' {"id": "\xc3\xa9", "prompt": ""}\r\n').name == "é"
 
 
@@ -48,8 +56,8 @@ def test_a_lines_own_wishes_come_before_the_commands(form):
 
 
 def test_openais_form():
-    assert openai() == Line(3, CHAT, "a", MESSAGES, WISHES)
-    assert openai(COMPLETION, model="m") == Line(3, COMPLETION, "a", "b", WISHES, "m")
+    assert openai() == BatchRequest(3, CHAT, "a", MESSAGES, WISHES)
+    assert openai(COMPLETION, model="m") == BatchRequest(3, COMPLETION, "a", "b", WISHES, "m")
     assert openai(COMPLETION, prompt=[1, 2]).prompt == [1, 2]
     assert openai(max_completion_tokens=4).wishes.max_tokens == 4
     assert openai(max_completion_tokens=4, max_tokens=4).wishes.max_tokens == 4
@@ -210,9 +218,9 @@ def test_answers_have_the_form_of_their_line(url, kind, said):
 
 def test_refusals_have_the_form_of_their_line():
     line = read(b"{")
-    assert json.loads(line.refusal("why")) == {"id": None, "line": 3, "error": "why"}
-    assert json.loads(plain(top_k=-1).refusal("why"))["id"] == "a"
-    answer = json.loads(openai(n=2).refusal("why"))
+    assert json.loads(line.error_response("why")) == {"id": None, "line": 3, "error": "why"}
+    assert json.loads(plain(top_k=-1).error_response("why"))["id"] == "a"
+    answer = json.loads(openai(n=2).error_response("why"))
     assert (answer["custom_id"], answer["response"]["status_code"]) == ("a", 400)
     assert answer["response"]["body"]["error"]["message"] == answer["error"]["message"] == "why"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpishard.job import run
+from mpishard.batch import run
 
 
 @pytest.fixture

@@ -47,22 +47,22 @@ MISTAKES = {
     "a wrong split axis": (
         "from dataclasses import replace\n"
         "import toys\n"
-        "right = toys.weights_of\n"
+        "right = toys.specs_of_shard\n"
         "def wrong(*of):\n"
         "    return [replace(w, axis=0) if w.field == 'down' else w for w in right(*of)]\n"
-        "toys.weights_of = wrong",
+        "toys.specs_of_shard = wrong",
         "sublayers",
         "test_feed_forward",
     ),
     "a swapped key/value head": (
-        "from mpishard.description import partition\n"
-        "right = partition.kv_heads_of\n"
-        "partition.kv_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
+        "from mpishard.config import weight_specs\n"
+        "right = weight_specs.kv_heads_of\n"
+        "weight_specs.kv_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
         "sublayers",
         "test_attention",
     ),
     "a cache one position late": (
-        "from mpishard.arithmetic.packed import KVCache\n"
+        "from mpishard.sequences.step import KVCache\n"
         "read = KVCache.read\n"
         "def late(self, layer):\n"
         "    k_gTK, v_gTK, at_T = read(self, layer)\n"
@@ -73,15 +73,15 @@ MISTAKES = {
     ),
     "ids of candidates that forget whose block they are of": (
         "from mpishard.engine import sampling\n"
-        "right = sampling.candidates\n"
-        "sampling.candidates = lambda keys, count, first, mesh: right(keys, count, 0, mesh)",
+        "right = sampling.local_top_k_candidates\n"
+        "sampling.local_top_k_candidates = lambda keys, n, first, mesh: right(keys, n, 0, mesh)",
         "sampling",
         "test_the_choice_is_that_of_the_whole_vocabulary",
     ),
     "partial attentions that count the same": (
         "import numpy as np\n"
         "from mpishard.parallel import flash_decoding\n"
-        "flash_decoding.shares = lambda lse: (np.full_like(lse, 1 / len(lse)), None)",
+        "flash_decoding.merge_weights = lambda lse: (np.full_like(lse, 1 / len(lse)), None)",
         "sublayers",
         "test_attention",
     ),
@@ -97,17 +97,17 @@ MISTAKES = {
     ),
     "a ring that stands still": (
         "from mpishard.parallel import context\n"
-        "right = context._needed\n"
+        "right = context._needed_downstream\n"
         "def nothing(*args):\n"
         "    return [at_T[:0] for at_T in right(*args)]\n"
-        "context._needed = nothing",
+        "context._needed_downstream = nothing",
         "sublayers",
         "test_attention",
     ),
     "tokens left in the order of the ranks": (
         "from mpishard.communication.collectives import all_gather\n"
         "from mpishard.parallel import context\n"
-        "context.whole = lambda x, places, mesh: all_gather(\n"
+        "context.gather_sequence = lambda x, places, mesh: all_gather(\n"
         "    x, mesh.cp, sizes=[len(place) for place in places]\n"
         ")",
         "model",

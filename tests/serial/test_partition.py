@@ -13,22 +13,27 @@ import numpy as np
 import pytest
 from tiny_models import MOE_VARIANTS, VARIANTS, tiny_config, tiny_weights
 
-from mpishard.description import partition
-from mpishard.description.config import ModelConfig
-from mpishard.description.cut import Cut
-from mpishard.description.layout import (
-    SWITCHES,
+from mpishard.config import weight_specs as weight_specs_module
+from mpishard.config.layout import (
+    LAYOUT_OPTIONS,
     Layout,
     block,
     block_sizes,
     check_flash_decoding,
     check_tensor_parallel,
     kv_heads_of,
+    kv_replica_ranks,
     make_layout,
     query_heads_of,
-    sharers_of,
 )
-from mpishard.description.partition import check_cut, uncovered, weight_table, weights_of
+from mpishard.config.model_config import ModelConfig
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import (
+    check_weight_sharding,
+    missing_weights,
+    specs_of_shard,
+    weight_specs,
+)
 from mpishard.errors import UserError
 
 # (query heads, key/value heads): all, groups, one; powers of two and not
@@ -50,7 +55,9 @@ def every_layout(
 
 def join(shards: list[np.ndarray], cuts: list[slice], axis: int) -> np.ndarray:
     """The shards end to end, of those that hold the same slice only the first."""
-    first = {(cut.start, cut.stop): shard for cut, shard in zip(cuts, shards, strict=True)}
+    first = {
+        (sharding.start, sharding.stop): shard for sharding, shard in zip(cuts, shards, strict=True)
+    }
     return np.concatenate(list(first.values()), axis)
 
 
@@ -66,29 +73,31 @@ def test_blocks_cover_a_range_in_order_and_differ_by_at_most_one():
 
 def test_shards_joined_are_the_whole_for_every_weight_and_layout():
     for config, tp in every_layout(HEADS):
-        for weight in weight_table(replace(config, layers=1)):
+        for weight in weight_specs(replace(config, layers=1)):
             whole = np.arange(np.prod(weight.shape)).reshape(weight.shape)
-            slices = [weight.slices(config, Cut(tp), rank) for rank in range(tp)]
-            shards = [whole[cut] for cut in slices]
+            slices = [weight.slices(config, WeightSharding(tp), rank) for rank in range(tp)]
+            shards = [whole[sharding] for sharding in slices]
             assert [shard.shape for shard in shards] == [
-                weight.shard_shape(config, Cut(tp), rank) for rank in range(tp)
+                weight.shard_shape(config, WeightSharding(tp), rank) for rank in range(tp)
             ]
             if weight.axis is None:
                 assert all((shard == whole).all() for shard in shards)
                 continue
-            joined = join(shards, [cut[weight.axis] for cut in slices], weight.axis)
+            joined = join(shards, [sharding[weight.axis] for sharding in slices], weight.axis)
             np.testing.assert_array_equal(joined, whole, f"{weight.name}, tp {tp}")
 
 
 def test_the_proof_of_coverage_holds_for_every_layout():
-    assert [config for config, tp in every_layout() if uncovered(config, Cut(tp))] == []
+    assert [
+        config for config, tp in every_layout() if missing_weights(config, WeightSharding(tp))
+    ] == []
 
 
 def test_a_width_smaller_than_tp_leaves_ranks_with_nothing_and_still_covers():
     config = replace(config_of(8, 4), vocab=5, ffn=3)
-    assert uncovered(config, Cut(8)) == []
-    down = next(weight for weight in weight_table(config) if weight.field == "down")
-    assert [down.shard_shape(config, Cut(8), rank)[1] for rank in range(8)] == [
+    assert missing_weights(config, WeightSharding(8)) == []
+    down = next(weight for weight in weight_specs(config) if weight.field == "down")
+    assert [down.shard_shape(config, WeightSharding(8), rank)[1] for rank in range(8)] == [
         1,
         1,
         1,
@@ -125,11 +134,11 @@ def test_kv_heads_are_repeated_only_where_there_are_too_few():
 @pytest.mark.parametrize("lost", ["first", "last"])
 def test_the_proof_of_coverage_notices_a_gap(monkeypatch, lost):
     def short(length: int, parts: int, index: int) -> slice:
-        cut = block(length, parts, index)
-        return slice(cut.start + (lost == "first"), cut.stop - (lost == "last"))
+        sharding = block(length, parts, index)
+        return slice(sharding.start + (lost == "first"), sharding.stop - (lost == "last"))
 
-    monkeypatch.setattr(partition, "block", short)
-    gaps = uncovered(config_of(6, 3), Cut(2))
+    monkeypatch.setattr(weight_specs_module, "block", short)
+    gaps = missing_weights(config_of(6, 3), WeightSharding(2))
     assert "model.embed_tokens.weight" in gaps
     assert "model.layers.1.mlp.down_proj.weight" in gaps
     assert "model.layers.1.self_attn.q_proj.weight" not in gaps
@@ -137,7 +146,7 @@ def test_the_proof_of_coverage_notices_a_gap(monkeypatch, lost):
 
 def test_the_table_names_what_checkpoints_hold():
     def names(variant: str) -> set[str]:
-        table = [weight.name for weight in weight_table(tiny_config(variant))]
+        table = [weight.name for weight in weight_specs(tiny_config(variant))]
         assert len(table) == len(set(table))
         return {name.replace("model.layers.1.", "") for name in table if "layers.0" not in name}
 
@@ -164,80 +173,115 @@ def test_the_table_names_what_checkpoints_hold():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_covered_in_every_layout(variant):
     config = tiny_config(variant)
-    assert [uncovered(config, Cut(tp)) for tp in range(1, config.heads + 1)] == [[]] * config.heads
+    assert [missing_weights(config, WeightSharding(tp)) for tp in range(1, config.heads + 1)] == [
+        []
+    ] * config.heads
 
 
 # Experts.
 
-CUTS = [Cut(tp, ep) for tp in range(1, 5) for ep in range(1, 5)]
-CUTS += [Cut(1, 1, 3), Cut(2, 1, 4), Cut(1, 2, 6), Cut(2, 2, 4), Cut(2, 3, 12)]
+CUTS = [WeightSharding(tp, ep) for tp in range(1, 5) for ep in range(1, 5)]
+CUTS += [
+    WeightSharding(1, 1, 3),
+    WeightSharding(2, 1, 4),
+    WeightSharding(1, 2, 6),
+    WeightSharding(2, 2, 4),
+    WeightSharding(2, 3, 12),
+]
 
 
 def test_the_fewest_sets_that_tp_and_ep_divide():
-    assert [cut.ranks for cut in CUTS[:16]] == [1, 2, 3, 4, 2, 2, 6, 4, 3, 6, 3, 12, 4, 4, 12, 4]
-    assert Cut(2) == Cut(2, 1, 2) and Cut(2, 3) == Cut(2, 3, 6) != Cut(2, 3, 12)
-    assert [str(cut) for cut in (Cut(3), Cut(2, 3), Cut(1, 2, 6))] == [
+    assert [sharding.ranks for sharding in CUTS[:16]] == [
+        1,
+        2,
+        3,
+        4,
+        2,
+        2,
+        6,
+        4,
+        3,
+        6,
+        3,
+        12,
+        4,
+        4,
+        12,
+        4,
+    ]
+    assert WeightSharding(2) == WeightSharding(2, 1, 2) and WeightSharding(2, 3) == WeightSharding(
+        2, 3, 6
+    ) != WeightSharding(2, 3, 12)
+    assert [
+        str(sharding)
+        for sharding in (WeightSharding(3), WeightSharding(2, 3), WeightSharding(1, 2, 6))
+    ] == [
         *("--tp 3", "--tp 2 --ep 3", "--tp 1 --cp 6 --ep 2"),
     ]
 
 
 def test_neighbours_divide_the_width_of_the_same_experts():
-    cut = Cut(4, 2)
-    assert cut.etp == 2
-    assert [cut.tp_rank(index) for index in range(4)] == [0, 1, 2, 3]
-    assert [cut.ep_rank(index) for index in range(4)] == [0, 0, 1, 1]
-    assert [cut.etp_rank(index) for index in range(4)] == [0, 1, 0, 1]
-    assert [Cut(2, 4).tp_rank(index) for index in range(4)] == [0, 1, 0, 1]
-    assert [Cut(2, 4).ep_rank(index) for index in range(4)] == [0, 1, 2, 3]
+    sharding = WeightSharding(4, 2)
+    assert sharding.etp == 2
+    assert [sharding.tp_rank(index) for index in range(4)] == [0, 1, 2, 3]
+    assert [sharding.ep_rank(index) for index in range(4)] == [0, 0, 1, 1]
+    assert [sharding.etp_rank(index) for index in range(4)] == [0, 1, 0, 1]
+    assert [WeightSharding(2, 4).tp_rank(index) for index in range(4)] == [0, 1, 0, 1]
+    assert [WeightSharding(2, 4).ep_rank(index) for index in range(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("variant", MOE_VARIANTS)
 def test_every_element_of_a_mixture_lies_where_it_should(variant):
     config = tiny_config(variant)
-    for cut in CUTS:
-        held = [weights_of(config, cut, index) for index in range(cut.ranks)]
-        copies = {weight: np.zeros(weight.shape, int) for weight in weight_table(config)}
+    for sharding in CUTS:
+        held = [specs_of_shard(config, sharding, index) for index in range(sharding.ranks)]
+        copies = {weight: np.zeros(weight.shape, int) for weight in weight_specs(config)}
         for index, weights in enumerate(held):
             for weight in weights:
-                part = copies[weight][weight.slices(config, cut, index)]
-                assert part.shape == weight.shard_shape(config, cut, index)
+                part = copies[weight][weight.slices(config, sharding, index)]
+                assert part.shape == weight.shard_shape(config, sharding, index)
                 part += 1
         for weight, copies_of_element in copies.items():
-            if weight.unit == "kv heads":  # which more ranks may share
-                assert copies_of_element.min() >= cut.ranks // cut.tp
+            if weight.split_by == "kv heads":  # which more ranks may share
+                assert copies_of_element.min() >= sharding.ranks // sharding.tp
                 continue
             expected = {
-                (False, False): cut.ranks,
-                (False, True): cut.ranks // cut.tp,
-                (True, False): cut.etp,
+                (False, False): sharding.ranks,
+                (False, True): sharding.ranks // sharding.tp,
+                (True, False): sharding.etp,
                 (True, True): 1,
             }[weight.expert is not None, weight.axis is not None]
-            assert (copies_of_element == expected).all(), f"{weight.name}, {cut}"
-        assert uncovered(config, cut) == []
+            assert (copies_of_element == expected).all(), f"{weight.name}, {sharding}"
+        assert missing_weights(config, sharding) == []
 
 
 def test_experts_are_dealt_in_blocks_however_many():
     config = tiny_config("mixtral-window")  # 5 experts of width 21
 
-    def held(cut: Cut) -> list[tuple[list[int], int]]:
+    def held(sharding: WeightSharding) -> list[tuple[list[int], int]]:
         sets = []
-        for index in range(cut.ranks):
-            ups = [w for w in weights_of(config, cut, index) if w.expert is not None]
+        for index in range(sharding.ranks):
+            ups = [w for w in specs_of_shard(config, sharding, index) if w.expert is not None]
             ups = [w for w in ups if (w.layer, w.field) == (1, "up")]
-            (width,) = {w.shard_shape(config, cut, index)[0] for w in ups}
+            (width,) = {w.shard_shape(config, sharding, index)[0] for w in ups}
             sets.append(([w.expert for w in ups if w.expert is not None], width))
         return sets
 
-    assert held(Cut(1, 3)) == [([0, 1], 21), ([2, 3], 21), ([4], 21)]
-    assert held(Cut(4, 2)) == [([0, 1, 2], 11), ([0, 1, 2], 10), ([3, 4], 11), ([3, 4], 10)]
-    assert held(Cut(1, 5)) == [([expert], 21) for expert in range(5)]
-    assert held(Cut(1, 1, 2)) == [([0, 1, 2, 3, 4], 11), ([0, 1, 2, 3, 4], 10)]
+    assert held(WeightSharding(1, 3)) == [([0, 1], 21), ([2, 3], 21), ([4], 21)]
+    assert held(WeightSharding(4, 2)) == [
+        ([0, 1, 2], 11),
+        ([0, 1, 2], 10),
+        ([3, 4], 11),
+        ([3, 4], 10),
+    ]
+    assert held(WeightSharding(1, 5)) == [([expert], 21) for expert in range(5)]
+    assert held(WeightSharding(1, 1, 2)) == [([0, 1, 2, 3, 4], 11), ([0, 1, 2, 3, 4], 10)]
 
 
 @pytest.mark.parametrize("variant", MOE_VARIANTS)
 def test_the_table_has_what_checkpoints_of_mixtures_hold(variant):
     config = tiny_config(variant)
-    table = {weight.name: weight.shape for weight in weight_table(config)}
+    table = {weight.name: weight.shape for weight in weight_specs(config)}
     stored = {name: array.shape for name, array in tiny_weights(variant).items()}
     assert config.moe is not None
     if config.moe.names.separate is None:  # then the table's names of experts are its own
@@ -250,58 +294,66 @@ def test_the_table_has_what_checkpoints_of_mixtures_hold(variant):
 
 def test_rows_say_where_the_model_keeps_them():
     config = tiny_config("qwen2_moe-mixed")  # of four layers, one has experts
-    places = [(w.layer, w.field, w.expert) for w in weight_table(config) if w.layer is not None]
+    places = [(w.layer, w.field, w.expert) for w in weight_specs(config) if w.layer is not None]
     assert len(places) == len(set(places))
     gates = [place for place in places if place[1] == "gate"]
     assert gates == [(0, "gate", None), (1, "gate", None)] + [
         *((1, "gate", expert) for expert in range(8)),
         *((2, "gate", None), (3, "gate", None)),
     ]
-    shapes = {(w.layer, w.expert): w.shape for w in weight_table(config) if w.field == "gate"}
+    shapes = {(w.layer, w.expert): w.shape for w in weight_specs(config) if w.field == "gate"}
     assert shapes[0, None] == (35, 36) and shapes[1, None] == (27, 36) and shapes[1, 7] == (15, 36)
 
 
 def test_the_proof_of_coverage_names_a_missing_expert(monkeypatch):
     config = tiny_config("mixtral-window")
 
-    def forgetful(experts: int, cut: Cut, index: int) -> slice:
-        return block(experts - 1, cut.ep, cut.ep_rank(index))
+    def forgetful(experts: int, sharding: WeightSharding, index: int) -> slice:
+        return block(experts - 1, sharding.ep, sharding.ep_rank(index))
 
-    monkeypatch.setattr(partition, "experts_of", forgetful)
+    monkeypatch.setattr(weight_specs_module, "local_experts", forgetful)
     lost = [
         f"model.layers.{layer}.block_sparse_moe.experts.4.{part}.weight"
         for layer in range(2)
         for part in ("w1", "w3", "w2")
     ]
-    assert uncovered(config, Cut(1, 2)) == uncovered(config, Cut(4, 2)) == lost
-    with_biases = uncovered(tiny_config("gpt_oss-plain"), Cut(2, 2))
+    assert (
+        missing_weights(config, WeightSharding(1, 2))
+        == missing_weights(config, WeightSharding(4, 2))
+        == lost
+    )
+    with_biases = missing_weights(tiny_config("gpt_oss-plain"), WeightSharding(2, 2))
     assert len(with_biases) == 2 * 6 and all(".experts.7." in name for name in with_biases)
 
 
 def test_the_proof_of_coverage_notices_a_gap_in_an_experts_width(monkeypatch):
     config = tiny_config("mixtral-window")
-    monkeypatch.setattr(Cut, "etp_rank", lambda self, index: 0)
-    assert uncovered(config, Cut(2, 2)) == []
-    gaps = uncovered(config, Cut(4, 2))
+    monkeypatch.setattr(WeightSharding, "etp_rank", lambda self, index: 0)
+    assert missing_weights(config, WeightSharding(2, 2)) == []
+    gaps = missing_weights(config, WeightSharding(4, 2))
     assert len(gaps) == 2 * 5 * 3 and all("experts" in name for name in gaps)
 
 
 @pytest.mark.parametrize(
-    ("variant", "cut", "fact"),
+    ("variant", "sharding", "fact"),
     [
-        ("mixtral-window", Cut(1, 6), "--ep 6 must be 1 to the model's 5 experts"),
-        ("mixtral-window", Cut(7, 1), "--tp 7 .* 6 query heads"),
-        ("mixtral-window", Cut(1, 0), "--ep 0 must be at least 1"),
-        ("mixtral-window", Cut(0, 2), "--tp 0 must be at least 1"),
-        ("mixtral-window", Cut(2, 3, 9), "into 9 parts for --tp 2 --ep 3.* as 6 is"),
-        ("mixtral-window", Cut(2, 2, -2), "into -2 parts"),
-        ("llama-gqa", Cut(2, 2), "--tp 2 --ep 2 divides experts, but a llama .* use --tp 2 alone"),
-        ("llama-gqa", Cut(2, 1, 4), "--tp 2 --cp 2 divides experts"),
+        ("mixtral-window", WeightSharding(1, 6), "--ep 6 must be 1 to the model's 5 experts"),
+        ("mixtral-window", WeightSharding(7, 1), "--tp 7 .* 6 query heads"),
+        ("mixtral-window", WeightSharding(1, 0), "--ep 0 must be at least 1"),
+        ("mixtral-window", WeightSharding(0, 2), "--tp 0 must be at least 1"),
+        ("mixtral-window", WeightSharding(2, 3, 9), "into 9 parts for --tp 2 --ep 3.* as 6 is"),
+        ("mixtral-window", WeightSharding(2, 2, -2), "into -2 parts"),
+        (
+            "llama-gqa",
+            WeightSharding(2, 2),
+            "--tp 2 --ep 2 divides experts, but a llama .* use --tp 2 alone",
+        ),
+        ("llama-gqa", WeightSharding(2, 1, 4), "--tp 2 --cp 2 divides experts"),
     ],
 )
-def test_a_cut_that_does_not_fit_is_refused(variant, cut, fact):
+def test_a_cut_that_does_not_fit_is_refused(variant, sharding, fact):
     with pytest.raises(UserError, match=fact):
-        check_cut(tiny_config(variant), cut)
+        check_weight_sharding(tiny_config(variant), sharding)
 
 
 def test_ranks_that_share_a_kv_head_are_neighbours():
@@ -309,12 +361,12 @@ def test_ranks_that_share_a_kv_head_are_neighbours():
         for rank in range(tp):
             mine = kv_heads_of(config, tp, rank)
             same = [other for other in range(tp) if kv_heads_of(config, tp, other) == mine]
-            assert sharers_of(config, tp, rank) == (mine.start, range(same[0], same[-1] + 1))
+            assert kv_replica_ranks(config, tp, rank) == (mine.start, range(same[0], same[-1] + 1))
 
 
 def test_coordinates_put_tensor_parallel_ranks_next_to_each_other():
     layout = Layout(tp=3, dp=2)
-    assert layout.world == 6
+    assert layout.world_size == 6
     assert [layout.coordinates(rank) for rank in range(6)] == [
         *((0, 0, 0), (0, 0, 1), (0, 0, 2)),
         *((1, 0, 0), (1, 0, 1), (1, 0, 2)),
@@ -323,7 +375,7 @@ def test_coordinates_put_tensor_parallel_ranks_next_to_each_other():
 
 def test_coordinates_put_the_ranks_of_a_replica_next_to_each_other():
     layout = Layout(tp=2, dp=2, cp=3)
-    assert (layout.world, layout.replica) == (12, 6)
+    assert (layout.world_size, layout.replica_size) == (12, 6)
     assert [layout.coordinates(rank) for rank in range(12)] == list(
         product(range(2), range(3), range(2))
     )
@@ -346,24 +398,30 @@ def test_a_layout_is_written_as_the_flags_that_ask_for_it():
     everything = Layout(4, 3, 2, True, True, "all-gather", "contiguous", "all-reduce", 16)
     assert str(everything) == (
         "--tp 4 --cp 2 --dp 3 --sequence-parallel --flash-decoding --cp-prefill all-gather "
-        "--cp-order contiguous --decode-merge all-reduce --kv-interleave 16"
+        "--cp-order contiguous --decode-merge all-reduce --cp-kv-cache-interleave-size 16"
     )
     assert everything.degrees == "--tp 4 --cp 2 --dp 3"
 
 
 def test_switches_that_are_not_given_have_their_defaults():
-    nothing: dict[str, Any] = dict.fromkeys(SWITCHES)
+    nothing: dict[str, Any] = dict.fromkeys(LAYOUT_OPTIONS)
     assert make_layout(1, **nothing) == Layout()
-    given = make_layout(2, cp=2, prefill="all-gather", order=None, merge="all-reduce", interleave=4)
-    assert given == Layout(cp=2, prefill="all-gather", merge="all-reduce", interleave=4)
+    given = make_layout(
+        2, cp=2, cp_prefill="all-gather", decode_merge="all-reduce", cp_kv_cache_interleave_size=4
+    )
+    assert given == Layout(
+        cp=2, cp_prefill="all-gather", decode_merge="all-reduce", cp_kv_cache_interleave_size=4
+    )
 
 
 def test_switches_work_also_where_there_is_nothing_to_divide():
     """With one rank to a group, that is: sequence parallelism with tp 1, flash decoding where no
     head is shared."""
     assert make_layout(1, sequence_parallel=True).sequence_parallel
-    layout = make_layout(2, tp=2, flash_decoding=True, merge="all-to-all", interleave=2)
-    assert layout.divides_cache and layout.merge == "all-to-all"
+    layout = make_layout(
+        2, tp=2, flash_decoding=True, decode_merge="all-to-all", cp_kv_cache_interleave_size=2
+    )
+    assert layout.shards_kv_positions and layout.decode_merge == "all-to-all"
 
 
 @pytest.mark.parametrize(
@@ -398,7 +456,7 @@ def test_a_tp_above_the_query_heads_is_refused():
 
 def test_flash_decoding_is_refused_where_no_tp_makes_ranks_share_a_head():
     for config, tp in every_layout():
-        shared = any(len(sharers_of(config, tp, rank)[1]) > 1 for rank in range(tp))
+        shared = any(len(kv_replica_ranks(config, tp, rank)[1]) > 1 for rank in range(tp))
         if config.heads > config.kv_heads:
             check_flash_decoding(config)
             continue
@@ -418,23 +476,47 @@ def test_degrees_below_one_are_refused(degrees, flag):
 
 
 @pytest.mark.parametrize(
-    ("cp", "switches", "sentence"),
+    ("cp", "layout_options", "sentence"),
     [
-        (2, {"prefill": "rong"}, "--cp-prefill rong must be one of ring, all-gather"),
-        (2, {"order": "zag"}, "--cp-order zag must be one of zigzag, contiguous"),
-        (2, {"merge": "sum"}, "--decode-merge sum must be one of reduce-scatter, all-to-all, all-"),
-        (2, {"interleave": 0}, "--kv-interleave 0 must be 1 to 2147483647"),
-        (2, {"interleave": 2**31}, "--kv-interleave 2147483648 must be 1 to 2147483647"),
-        (1, {"prefill": "rong"}, "--cp-prefill rong must be one of"),
-        (1, {"prefill": "ring"}, "--cp-prefill ring has no effect with --cp 1"),
-        (1, {"order": "contiguous"}, "--cp-order contiguous has no effect with --cp 1"),
-        (1, {"order": "zigzag", "flash_decoding": True}, "--cp-order zigzag has no effect"),
-        (1, {"merge": "all-reduce"}, "--decode-merge all-reduce has no effect where every rank"),
-        (1, {"interleave": 1}, "--kv-interleave 1 has no effect where every rank has the whole"),
-        (1, {"interleave": 8, "sequence_parallel": True}, "with --flash-decoding or --cp 2"),
+        (2, {"cp_prefill": "rong"}, "--cp-prefill rong must be one of ring, all-gather"),
+        (2, {"cp_order": "zag"}, "--cp-order zag must be one of zigzag, contiguous"),
+        (
+            2,
+            {"decode_merge": "sum"},
+            "--decode-merge sum must be one of reduce-scatter, all-to-all, all-",
+        ),
+        (
+            2,
+            {"cp_kv_cache_interleave_size": 0},
+            "--cp-kv-cache-interleave-size 0 must be 1 to 2147483647",
+        ),
+        (
+            2,
+            {"cp_kv_cache_interleave_size": 2**31},
+            "--cp-kv-cache-interleave-size 2147483648 must be 1 to 2147483647",
+        ),
+        (1, {"cp_prefill": "rong"}, "--cp-prefill rong must be one of"),
+        (1, {"cp_prefill": "ring"}, "--cp-prefill ring has no effect with --cp 1"),
+        (1, {"cp_order": "contiguous"}, "--cp-order contiguous has no effect with --cp 1"),
+        (1, {"cp_order": "zigzag", "flash_decoding": True}, "--cp-order zigzag has no effect"),
+        (
+            1,
+            {"decode_merge": "all-reduce"},
+            "--decode-merge all-reduce has no effect where every rank",
+        ),
+        (
+            1,
+            {"cp_kv_cache_interleave_size": 1},
+            "--cp-kv-cache-interleave-size 1 has no effect where every rank has the whole",
+        ),
+        (
+            1,
+            {"cp_kv_cache_interleave_size": 8, "sequence_parallel": True},
+            "with --flash-decoding or --cp 2",
+        ),
     ],
 )
-def test_switches_that_are_wrong_or_without_effect_are_refused(cp, switches, sentence):
+def test_switches_that_are_wrong_or_without_effect_are_refused(cp, layout_options, sentence):
     with pytest.raises(UserError) as refusal:
-        make_layout(cp, cp=cp, **switches)
+        make_layout(cp, cp=cp, **layout_options)
     assert sentence in str(refusal.value)

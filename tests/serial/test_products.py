@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpishard.arithmetic import products
-from mpishard.arithmetic.products import (
-    as_columns,
-    as_rows,
-    goes_by_columns,
+from mpishard.arithmetic import gemm
+from mpishard.arithmetic.gemm import (
     linear,
-    linear_columns,
+    linear_packed,
+    pack_columns,
+    unpack_columns,
+    use_small_gemm,
 )
 
 ROWS = (1, 2, 3, 4, 5, 8, 16, 31, 33, 41, 64, 65, 81, 97, 128, 129, 256, 257, 384, 385)
@@ -23,7 +23,7 @@ SHAPES = ((1, 1), (5, 3), (64, 7), (129, 33), (200, 1024), (33, 2816), (50, 9000
 @pytest.fixture(params=[True, False], ids=["unpacked", "packed"])
 def unpacked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether BLAS is taken to have a path that does not pack."""
-    monkeypatch.setattr(products, "UNPACKED", request.param)
+    monkeypatch.setattr(gemm, "UNPACKED", request.param)
     return request.param
 
 
@@ -67,12 +67,12 @@ def test_products_that_stay_in_columns(rows: int):
     random = np.random.RandomState(rows)
     x_NI, w_OI = random.standard_normal((rows, 30)), random.standard_normal((270, 30))
     w_PO, bias_O = random.standard_normal((11, 270)), random.standard_normal(270)
-    y_sOC = linear_columns(as_columns(x_NI), w_OI, bias_O)
-    z_NP = as_rows(linear_columns([*map(np.tanh, y_sOC)], w_PO), rows)
+    y_sOC = linear_packed(pack_columns(x_NI), w_OI, bias_O)
+    z_NP = unpack_columns(linear_packed([*map(np.tanh, y_sOC)], w_PO), rows)
     assert z_NP.shape == (rows, 11) and z_NP.flags.c_contiguous
     np.testing.assert_allclose(z_NP, np.tanh(x_NI @ w_OI.T + bias_O) @ w_PO.T, atol=1e-12)
 
 
 def test_what_goes_by_columns(unpacked: bool):
-    assert all(goes_by_columns(rows) is unpacked for rows in (4, 33, 128, 384))
-    assert not any(goes_by_columns(rows) for rows in (0, 1, 3, 385, 512))
+    assert all(use_small_gemm(rows) is unpacked for rows in (4, 33, 128, 384))
+    assert not any(use_small_gemm(rows) for rows in (0, 1, 3, 385, 512))

@@ -24,7 +24,7 @@ from tiny_models import (
 )
 
 from mpishard import reference
-from mpishard.description.config import ModelConfig, Moe
+from mpishard.config.model_config import ModelConfig, MoEConfig
 from mpishard.reference import Reference, Routing
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -108,7 +108,7 @@ def test_no_router_comes_to_a_near_tie_in_a_continuation(variant):
         assert near_ties(model.routings(sequence)) == []
 
 
-def mixture_of(variant: str) -> Moe:
+def mixture_of(variant: str) -> MoEConfig:
     moe = tiny_config(variant).moe
     assert moe is not None
     return moe
@@ -130,14 +130,14 @@ def test_a_near_tie_is_reported():
     ids = tiny_prompts(variant)[0]
     routing = Reference(config, weights).routings(ids)[1]
     chosen, last = routing.experts_SA[3], routing.weights_SA[3].argmin()
-    other = next(e for e in range(mixture_of(variant).experts) if e not in chosen)
+    other = next(e for e in range(mixture_of(variant).num_experts) if e not in chosen)
     router[other] = router[chosen[last]]
     ties = near_ties(Reference(config, weights).routings(ids))
     assert any(tie.startswith("layer 1, token 3: ") for tie in ties)
 
 
 def test_choosing_takes_the_lowest_of_equals_and_says_so():
-    moe = replace(mixture_of("mixtral-full"), experts=4, top_k=2)
+    moe = replace(mixture_of("mixtral-full"), num_experts=4, top_k=2)
     scores_SE = np.array([[0.25, 0.5, 0.25, 0.125], [0.125, 0.5, 0.0, 1.0]])
     experts_SA, margin_S = reference.choose(scores_SE, moe)
     assert experts_SA.tolist() == [[0, 1], [1, 3]]
@@ -145,7 +145,7 @@ def test_choosing_takes_the_lowest_of_equals_and_says_so():
 
 
 def test_experts_of_other_groups_are_not_chosen_whatever_their_scores():
-    moe = replace(mixture_of("deepseek_v3-groups"), experts=6, groups=3, kept_groups=2, top_k=4)
+    moe = replace(mixture_of("deepseek_v3-groups"), num_experts=6, n_group=3, topk_group=2, top_k=4)
     scores_SE = np.array([[-1.0, -2.0, -0.5, -8.0, -3.0, -4.0]])
     experts_SA, margin_S = reference.choose(scores_SE, moe)
     assert experts_SA.tolist() == [[0, 1, 4, 5]]  # sums of two: -3, -8.5 and -7
@@ -192,12 +192,12 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
     if config.moe is not None:
         for mistake, moe in moe_mistakes(config.moe):
             yield mistake, replace(config, moe=moe), weights
-    if config.qk_norm_whole:
+    if config.full_width_qk_norm:
         norms = [name for name in weights if name.endswith(("q_norm.weight", "k_norm.weight"))]
         by_head = {name: weights[name][: config.head_dim] for name in norms}
         yield (
             "norms of each head",
-            replace(config, qk_norm=True, qk_norm_whole=False),
+            replace(config, qk_norm=True, full_width_qk_norm=False),
             weights | by_head,
         )
     if config.mla is not None:
@@ -217,20 +217,20 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
         yield mistake, config, weights | changed
 
 
-def moe_mistakes(moe: Moe) -> Iterator[tuple[str, Moe]]:
+def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
     yield "one expert more", replace(moe, top_k=moe.top_k + 1)
     yield "one expert less", replace(moe, top_k=moe.top_k - 1)
-    yield "normalized the other way", replace(moe, normalized=not moe.normalized)
-    if moe.shared_ffn:
-        yield "no shared expert", replace(moe, shared_ffn=0)
+    yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.shared_expert_intermediate_size:
+        yield "no shared expert", replace(moe, shared_expert_intermediate_size=0)
     if moe.shared_gate:
         yield "no gate of the shared expert", replace(moe, shared_gate=False)
-    if moe.scaling != 1:
-        yield "no scaling", replace(moe, scaling=1.0)
-    if moe.groups > 1:
+    if moe.routed_scaling_factor != 1:
+        yield "no scaling", replace(moe, routed_scaling_factor=1.0)
+    if moe.n_group > 1:
         other = "max" if moe.group_score != "max" else "top-2 sum"
-        yield "no groups", replace(moe, groups=1, kept_groups=1)
-        yield "one group more", replace(moe, kept_groups=moe.kept_groups + 1)
+        yield "no groups", replace(moe, n_group=1, topk_group=1)
+        yield "one group more", replace(moe, topk_group=moe.topk_group + 1)
         yield "another score of groups", replace(moe, group_score=other)
     if moe.router_bias:
         yield "no bias of the router", replace(moe, router_bias=False)
@@ -344,7 +344,7 @@ def head_mistakes(config, weights, layer):
 
 def latent_mistakes(config, weights, layer):
     mla, H = config.mla, config.heads
-    q = f"{layer}self_attn.q_{'b_' if mla.q_rank else ''}proj.weight"
+    q = f"{layer}self_attn.q_{'b_' if mla.q_lora_rank else ''}proj.weight"
     kv = f"{layer}self_attn.kv_b_proj.weight"
     o = f"{layer}self_attn.o_proj.weight"
     turned = [1, 0, *range(2, H)]
@@ -354,11 +354,13 @@ def latent_mistakes(config, weights, layer):
             f"heads 0 and 1 of {name} swapped",
             {name: by_head[turned].reshape(-1, by_head.shape[2])},
         )
-    by_head = weights[kv].reshape(H, mla.nope_dim + mla.value_dim, mla.kv_rank)
-    keys, values = by_head[:, : mla.nope_dim], by_head[:, mla.nope_dim :]
+    by_head = weights[kv].reshape(H, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
+    keys, values = by_head[:, : mla.qk_nope_head_dim], by_head[:, mla.qk_nope_head_dim :]
     values_first = np.concatenate([values, keys], axis=1)
     yield "values before keys", {kv: values_first.reshape(weights[kv].shape)}
-    rolled = np.roll(weights[f"{layer}self_attn.kv_a_proj_with_mqa.weight"], mla.rope_dim, axis=0)
+    rolled = np.roll(
+        weights[f"{layer}self_attn.kv_a_proj_with_mqa.weight"], mla.qk_rope_head_dim, axis=0
+    )
     yield "shared key before the latent", {f"{layer}self_attn.kv_a_proj_with_mqa.weight": rolled}
     yield "scores scaled twice", {q: weights[q] / np.sqrt(config.head_dim)}
     by_head = weights[o].reshape(len(weights[o]), H, -1)
@@ -460,5 +462,5 @@ def test_the_oracle_shares_no_arithmetic():
         if isinstance(node, ast.ImportFrom):
             imported.add(node.module or ".")
     standard = {"__future__", "math", "collections.abc", "typing"}
-    allowed = standard | {"numpy", "mpishard.description.config"}
+    allowed = standard | {"numpy", "mpishard.config.model_config"}
     assert imported <= allowed

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from tiny_models import tiny_config
 
-from mpishard.arithmetic.decisions import Decisions
 from mpishard.errors import UserError
 from mpishard.storage.routing_file import read_routing, write_routing
+from mpishard.storage.routing_trace import RoutingTrace
 
 CONFIG = tiny_config("qwen2_moe-mixed")  # 2 of 8 experts, in layer 1 of four
 TOKENS = [(0, 0, 9), (0, 1, 8), (0, 2, 7), (1, 0, 9)]  # request, position, id
 
 
-def decisions() -> Decisions:
+def decisions() -> RoutingTrace:
     request_T, position_T, token_T = np.array(TOKENS).T
     experts_TLA = np.array([[[0, 3]], [[1, 2]], [[6, 7]], [[2, 5]]])
     weights_TLA = experts_TLA / 16 + 0.25
-    return Decisions(
+    return RoutingTrace(
         request_T, position_T, token_T, (1,), experts_TLA, weights_TLA, ("a", "b"), "FILE"
     )
 
@@ -37,13 +37,13 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def same(found: Decisions, expected: Decisions) -> bool:
+def same(found: RoutingTrace, expected: RoutingTrace) -> bool:
     arrays = ("request_T", "position_T", "token_T", "experts_TLA", "weights_TLA")
     pairs = ((getattr(found, name), getattr(expected, name)) for name in arrays)
     return (
         all(np.array_equal(one, other) for one, other in pairs)
         and found.layers == expected.layers
-        and found.names == expected.names
+        and found.request_ids == expected.request_ids
     )
 
 
@@ -79,7 +79,7 @@ def test_tokens_and_experts_of_others_are_put_in_order(path):
 
 def test_requests_are_found_by_name():
     of = decisions().of(["b"])
-    assert of.names == ("b",) and of.token_T.tolist() == [9] and of.request_T.tolist() == [0]
+    assert of.request_ids == ("b",) and of.token_T.tolist() == [9] and of.request_T.tolist() == [0]
     turned = decisions().of(["b", "a"])
     assert turned.request_T.tolist() == [0, 1, 1, 1]
     one = np.array([1])
@@ -197,5 +197,5 @@ def test_however_an_archive_is_damaged_it_is_one_sentence(path):
 
 def test_a_token_that_is_there_twice_is_noticed():
     right = decisions()
-    assert not right.twice()
-    assert replace(right, position_T=np.array([0, 0, 2, 0])).twice()
+    assert not right.has_duplicates()
+    assert replace(right, position_T=np.array([0, 0, 2, 0])).has_duplicates()

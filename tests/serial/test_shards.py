@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from tiny_models import MOE_VARIANTS, VARIANTS, tiny_config, tiny_weights, write_checkpoint
 
-from mpishard.description.cut import Cut
-from mpishard.description.partition import weight_table, weights_of
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import specs_of_shard, weight_specs
 from mpishard.errors import UserError
 from mpishard.storage import shards as shards_module
 from mpishard.storage.convert import convert
@@ -27,7 +27,7 @@ from mpishard.storage.source import open_source
 from mpishard.storage.weights import check_fits, load_weights
 
 VARIANT, TP = "llama-uneven", 3
-CUT = Cut(TP)
+CUT = WeightSharding(TP)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DOWN_PROJ = "model.layers.2.mlp.down_proj.weight"
 NORM = "model.norm.weight"
@@ -112,17 +112,18 @@ def test_files_describe_themselves_and_are_contiguous_and_page_aligned(tmp_path,
                 **{"tp": 3, "ep": 1, "ranks": 3, "rank": rank},
             }
             assert set(file) == set(whole)
-            for weight in weight_table(config):
+            for weight in weight_specs(config):
                 dataset = file[weight.name]
                 assert list(dataset.attrs["names"]) == [weight.name]
                 assert tuple(dataset.attrs["shape"]) == weight.shape
                 assert dataset.attrs["dtype"] == dtype
                 assert dataset.dtype == ("<f4" if dtype == "float32" else "<u2")
                 assert dataset.chunks is None and dataset.id.get_offset() % 4096 == 0
-                cut = tuple(map(slice, dataset.attrs["start"], dataset.attrs["stop"]))
-                assert cut == weight.slices(config, CUT, rank)
+                sharding = tuple(map(slice, dataset.attrs["start"], dataset.attrs["stop"]))
+                assert sharding == weight.slices(config, CUT, rank)
                 np.testing.assert_array_equal(
-                    dataset[()].view(DTYPES[dtype]), whole[weight.name][cut].astype(DTYPES[dtype])
+                    dataset[()].view(DTYPES[dtype]),
+                    whole[weight.name][sharding].astype(DTYPES[dtype]),
                 )
 
 
@@ -136,13 +137,13 @@ def test_weights_in_the_stored_dtype_are_mapped(tmp_path, dtype):
     before = len(os.listdir("/dev/fd"))
     for rank in range(TP):
         weights = load_weights(source, CUT, rank, DTYPES[dtype])
-        assert list(weights) == [weight.name for weight in weight_table(source.config)]
-        for weight in weight_table(source.config):
+        assert list(weights) == [weight.name for weight in weight_specs(source.config)]
+        for weight in weight_specs(source.config):
             part = weights[weight.name]
             assert type(part) is np.ndarray and part.dtype == DTYPES[dtype]
             assert not part.flags.owndata and not part.flags.writeable and part.flags.aligned
-            cut = weight.slices(source.config, CUT, rank)
-            np.testing.assert_array_equal(part, whole[weight.name][cut])
+            sharding = weight.slices(source.config, CUT, rank)
+            np.testing.assert_array_equal(part, whole[weight.name][sharding])
     # One map for all weights of a rank: each keeps a file open, of which a process may have few.
     assert len(os.listdir("/dev/fd")) <= before + 1
 
@@ -156,11 +157,11 @@ def test_weights_in_another_dtype_are_converted(tmp_path, stored, dtype):
     whole = tiny_weights(VARIANT, dtype)
     for rank in range(TP):
         weights = load_weights(source, CUT, rank, dtype)
-        for weight in weight_table(source.config):
+        for weight in weight_specs(source.config):
             part = weights[weight.name]
             assert part.dtype == dtype and part.flags.writeable
-            cut = weight.slices(source.config, CUT, rank)
-            np.testing.assert_array_equal(part, whole[weight.name][cut])
+            sharding = weight.slices(source.config, CUT, rank)
+            np.testing.assert_array_equal(part, whole[weight.name][sharding])
 
 
 def test_loading_does_not_read_the_weights(directory):
@@ -174,7 +175,7 @@ def test_ranks_with_nothing_to_hold(tmp_path, monkeypatch, dtype):
     sizes = {"vocab_size": 3, "intermediate_size": 2, "num_hidden_layers": 1}
     monkeypatch.setitem(VARIANTS, "narrow", VARIANTS["llama-mqa"] | sizes)
     source = open_source(shard(tmp_path, 8, variant="narrow"))
-    weights = load_weights(source, Cut(8), 7, dtype)
+    weights = load_weights(source, WeightSharding(8), 7, dtype)
     assert weights["model.embed_tokens.weight"].shape == (0, 56)
     assert weights["model.layers.0.mlp.down_proj.weight"].shape == (56, 0)
     assert all(part.dtype == dtype for part in weights.values())
@@ -186,9 +187,9 @@ def test_slices_of_the_whole_are_put_together_from_all_files(sound):
     for name, array in whole.items():
         assert source.shape(name) == array.shape and source.dtype(name) == np.float32
         for axis, length in enumerate(array.shape):
-            for cut in (slice(0, length), slice(length // 3 - 1, length - 2), slice(4, 4)):
+            for sharding in (slice(0, length), slice(length // 3 - 1, length - 2), slice(4, 4)):
                 slices = tuple(
-                    cut if i == axis else slice(0, size) for i, size in enumerate(array.shape)
+                    sharding if i == axis else slice(0, size) for i, size in enumerate(array.shape)
                 )
                 np.testing.assert_array_equal(source.read(name, slices), array[slices])
     narrow = source.read(Q_PROJ, (slice(5, 40), slice(2, 9)), ml_dtypes.bfloat16)
@@ -205,12 +206,15 @@ def test_slices_of_what_several_ranks_hold_come_once(tmp_path):
 
 def test_another_layout_is_refused_with_both_ways_out(directory):
     source = open_source(directory)
-    for use in (lambda: check_fits(source, Cut(2)), lambda: load_weights(source, Cut(2), 0)):
+    for use in (
+        lambda: check_fits(source, WeightSharding(2)),
+        lambda: load_weights(source, WeightSharding(2), 0),
+    ):
         message = refusal(use)
         assert "--tp 3" in message and "--tp 2" in message
         assert "start 3 ranks with --tp 3, or make others with" in message
         assert f"`mpishard shard {directory} OUT --tp 2" in message
-    assert "12 query heads" in refusal(lambda: check_fits(source, Cut(13)))
+    assert "12 query heads" in refusal(lambda: check_fits(source, WeightSharding(13)))
 
 
 # Faults of the files.
@@ -521,7 +525,7 @@ def test_ranks_that_disagree_on_what_they_share(directory, tmp_path):
 
 
 def test_a_table_that_does_not_cover_the_model(directory, monkeypatch):
-    monkeypatch.setattr(shards_module, "uncovered", lambda config, cut: [Q_PROJ])
+    monkeypatch.setattr(shards_module, "missing_weights", lambda config, sharding: [Q_PROJ])
     message = refusal(lambda: open_source(directory))
     assert f"--tp 3 leaves parts of {Q_PROJ} on no rank" in message
 
@@ -544,8 +548,8 @@ def test_no_damage_anywhere_in_a_file_goes_unnoticed(directory, seed):
             assert str(path) in str(error)
             continue
         for name, array in whole.items():
-            cut = tuple(slice(0, length) for length in array.shape)
-            np.testing.assert_array_equal(source.read(name, cut), array)
+            sharding = tuple(slice(0, length) for length in array.shape)
+            np.testing.assert_array_equal(source.read(name, sharding), array)
 
 
 # Inspection.
@@ -649,11 +653,18 @@ def test_a_file_holds_its_experts_and_no_others(mixture):
 def test_experts_are_mapped(tmp_path, variant):
     checkpoint = write_checkpoint(variant, tmp_path / "model")
     convert(open_source(checkpoint), tmp_path / "shards", 2, ep=3)
-    original, source, cut = open_source(checkpoint), open_source(tmp_path / "shards"), Cut(2, 3)
-    for index in range(cut.ranks):
-        direct, loaded = load_weights(original, cut, index), load_weights(source, cut, index)
+    original, source, sharding = (
+        open_source(checkpoint),
+        open_source(tmp_path / "shards"),
+        WeightSharding(2, 3),
+    )
+    for index in range(sharding.ranks):
+        direct, loaded = (
+            load_weights(original, sharding, index),
+            load_weights(source, sharding, index),
+        )
         assert list(loaded) == list(direct)
-        for weight in weights_of(source.config, cut, index):
+        for weight in specs_of_shard(source.config, sharding, index):
             part = loaded[weight.name]
             assert not part.flags.owndata and not part.flags.writeable
             np.testing.assert_array_equal(part, direct[weight.name], weight.name)
@@ -663,22 +674,30 @@ def test_slices_of_experts_are_put_together_from_the_files_that_hold_them(sound_
     source, whole = open_source(sound_mixture), tiny_weights(MIXTURE)
     for name, array in whole.items():
         for axis, length in enumerate(array.shape):
-            for cut in (slice(0, length), slice(length // 3, length - 2)):
+            for sharding in (slice(0, length), slice(length // 3, length - 2)):
                 slices = tuple(
-                    cut if i == axis else slice(0, size) for i, size in enumerate(array.shape)
+                    sharding if i == axis else slice(0, size) for i, size in enumerate(array.shape)
                 )
                 np.testing.assert_array_equal(source.read(name, slices), array[slices])
 
 
 def test_another_cut_of_experts_is_refused_with_both_ways_out(mixture):
     source = open_source(mixture)
-    for cut in (Cut(4), Cut(2, 2), Cut(4, 4), Cut(4, 2, 8)):
-        for use in (partial(check_fits, source, cut), partial(load_weights, source, cut, 0)):
+    for sharding in (
+        WeightSharding(4),
+        WeightSharding(2, 2),
+        WeightSharding(4, 4),
+        WeightSharding(4, 2, 8),
+    ):
+        for use in (
+            partial(check_fits, source, sharding),
+            partial(load_weights, source, sharding, 0),
+        ):
             message = refusal(use)
-            assert f"holds shards for --tp 4 --ep 2, not for {cut}: " in message
+            assert f"holds shards for --tp 4 --ep 2, not for {sharding}: " in message
             assert "start 4 ranks with --tp 4 --ep 2, or make others with" in message
-            assert f"`mpishard shard {mixture} OUT {cut}`" in message
-    assert "5 experts" in refusal(lambda: check_fits(source, Cut(1, 6)))
+            assert f"`mpishard shard {mixture} OUT {sharding}`" in message
+    assert "5 experts" in refusal(lambda: check_fits(source, WeightSharding(1, 6)))
 
 
 def remove_expert(directory: Path, rank: int) -> None:
@@ -694,7 +713,7 @@ def test_a_removed_expert(mixture, use):
         {
             "verify": lambda: verify(source),
             "describe": lambda: describe(source),
-            "load": lambda: load_weights(source, Cut(4, 2), 3),
+            "load": lambda: load_weights(source, WeightSharding(4, 2), 3),
             "read": lambda: source.read(UP_OF_3, (slice(0, 21), slice(0, 34))),
         }[use]
     )

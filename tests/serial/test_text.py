@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from tiny_text import make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from mpishard.errors import UserError
-from mpishard.text import REPLACEMENT, Growing, Text
+from mpishard.tokenizer import REPLACEMENT, IncrementalDetokenizer, Tokenizer
 
 MIXED = "naïve café: 3 €, 漢字 and 👩‍🚀!\n\tdef f(x):  return x"
 
@@ -24,19 +25,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(directory: Path) -> Text:
+def text(directory: Path) -> Tokenizer:
     """A tokenizer of single bytes: every character beyond ASCII spans tokens."""
-    return Text(directory)
+    return Tokenizer(directory)
 
 
-def grow(text: Text, ids: list[int], stops: list[str] | None = None) -> tuple[Growing, list[str]]:
+def grow(
+    text: Tokenizer, ids: list[int], stops: list[str] | None = None
+) -> tuple[IncrementalDetokenizer, list[str]]:
     """The text of `ids`, fed one by one, and the pieces in which it was written."""
     pieces: list[str] = []
-    growing = Growing(text, [], stops or [], pieces.append)
+    growing = IncrementalDetokenizer(text, [], stops or [], pieces.append)
     for end in range(1, len(ids) + 1):
-        if growing.follow(ids[:end]):
+        if growing.update(ids[:end]):
             break
-    growing.finish()
+    growing.flush()
     return growing, pieces
 
 
@@ -52,13 +55,13 @@ def test_settings_of_a_training_run_do_not_cut_or_pad_a_prompt(tmp_path):
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert Text(tmp_path).decode(Text(tmp_path).encode(MIXED)) == MIXED
-    assert len(Text(tmp_path).encode(MIXED)) == len(MIXED.encode())
+    assert Tokenizer(tmp_path).decode(Tokenizer(tmp_path).encode(MIXED)) == MIXED
+    assert len(Tokenizer(tmp_path).encode(MIXED)) == len(MIXED.encode())
 
 
 def test_a_model_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="tokenizer.json does not exist.*give token ids instead"):
-        Text(tmp_path)
+        Tokenizer(tmp_path)
 
 
 LONG = f'{{"model": {{"type": "{5000 * "x"}"}}}}'
@@ -68,7 +71,7 @@ LONG = f'{{"model": {{"type": "{5000 * "x"}"}}}}'
 def test_a_damaged_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer.json is not a tokenizer") as refusal:
-        Text(tmp_path)
+        Tokenizer(tmp_path)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
 
 
@@ -108,10 +111,10 @@ def test_special_tokens_are_not_shown(text):
 
 
 def test_following_takes_in_many_tokens_at_once(text):
-    growing = Growing(text, [])
-    growing.follow(text.encode("one"))
-    growing.follow(text.encode("one, two"))
-    growing.finish()
+    growing = IncrementalDetokenizer(text, [])
+    growing.update(text.encode("one"))
+    growing.update(text.encode("one, two"))
+    growing.flush()
     assert str(growing) == "one, two"
 
 
@@ -125,14 +128,14 @@ def test_the_first_word_keeps_its_space(tmp_path):
     """Decoders of the SentencePiece kind strip it from a text's first word, which the first word
     of an answer is not."""
     vocab = {"<unk>": 0, "▁Hello": 1, "▁world": 2, "!": 3}
-    tokenizer = Tokenizer(models.WordLevel(vocab, "<unk>"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    text = Text(tmp_path)
+    text = Tokenizer(tmp_path)
     assert text.decode([2, 3]) == "world!"
-    growing = Growing(text, [1])
-    growing.follow([2, 3])
+    growing = IncrementalDetokenizer(text, [1])
+    growing.update([2, 3])
     assert str(growing) == " world!"
 
 
@@ -164,7 +167,7 @@ def test_of_several_stop_strings_the_first_complete_one_counts(text):
 @pytest.mark.parametrize("stops", [["bcd", "c"], ["c", "bcd"], ["in", "hin"], ["Ġ", " t"]])
 def test_where_an_answer_stops_does_not_depend_on_its_tokens(tmp_path, text, stops):
     make_tokenizer(67).save(str(tmp_path / "tokenizer.json"))
-    merging = Text(tmp_path)
+    merging = Tokenizer(tmp_path)
     whole = "abcd the in hind the a"
     assert len(merging.encode(whole)) < len(text.encode(whole))
     by_bytes, by_words = (grow(one, one.encode(whole), stops)[0] for one in (text, merging))
@@ -175,10 +178,10 @@ def test_where_an_answer_stops_does_not_depend_on_its_tokens(tmp_path, text, sto
 def test_a_stop_string_in_the_last_token_beside_half_a_character(tmp_path):
     """The token "a" + first byte of "é": only at the end is it clear that nothing follows."""
     vocab = {"aÃ": 0, "b": 1}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    growing, _ = grow(Text(tmp_path), [1, 0], ["a"])
+    growing, _ = grow(Tokenizer(tmp_path), [1, 0], ["a"])
     assert growing.stopped and str(growing) == "b"
 
 
@@ -192,7 +195,7 @@ def chat(directory: Path, template: object, files: dict[str, str] | None = None,
     (directory / "tokenizer_config.json").write_text(content)
     for name, content in (files or {}).items():
         (directory / name).write_text(content)
-    text = Text(directory)
+    text = Tokenizer(directory)
     return text.tokenizer.decode(text.chat("hi"), skip_special_tokens=False)
 
 
@@ -224,7 +227,7 @@ def test_the_post_processor_adds_nothing_to_a_template(tmp_path):
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("<s>{{ messages[0].content }}")
-    text = Text(tmp_path)
+    text = Tokenizer(tmp_path)
     assert text.encode("hi") == text.chat("hi")
 
 
@@ -259,4 +262,4 @@ def test_a_template_that_fails(tmp_path, template, problem):
 
 def test_a_model_without_a_template(directory):
     with pytest.raises(UserError, match="a chat needs a chat template, but .* leave --chat away"):
-        Text(directory).chat("hi")
+        Tokenizer(directory).chat("hi")

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpishard.arithmetic.gemm import linear
 from mpishard.arithmetic.ops import rms_norm, sigmoid
-from mpishard.arithmetic.packed import Step
-from mpishard.arithmetic.products import linear
-from mpishard.arithmetic.rotary import halves_of_neighbours, rotate
+from mpishard.arithmetic.rotary import apply_rotary, deinterleave
 from mpishard.communication.collectives import all_reduce
 from mpishard.communication.mesh import Mesh
+from mpishard.sequences.step import Step
 
 
 @dataclass(frozen=True)
-class Heads:
+class QKV:
     """The queries, keys and values of a step's new tokens in one layer, on this rank.
 
     `latent` says that values are the first V numbers of the keys, and need not be kept or sent
@@ -42,7 +42,7 @@ class Heads:
     window: int | None
     latent: bool = False
 
-    def room_for_output(self) -> tuple[np.ndarray, np.ndarray]:
+    def empty_output(self) -> tuple[np.ndarray, np.ndarray]:
         """Arrays for attention's output, with anything in them: ``(out_NhV, lse_Nh)``."""
         N, h, _ = self.q_NhK.shape
         out_NhV = np.empty((N, h, self.v_NgV.shape[2]), self.q_NhK.dtype)
@@ -51,16 +51,16 @@ class Heads:
 
 # (heads, step, mesh) -> the output of this rank's query heads and the log-sum-exp of their scores,
 # (out_NhV, lse_Nh)
-Attend = Callable[[Heads, Step, Mesh], tuple[np.ndarray, np.ndarray]]
+Attend = Callable[[QKV, Step, Mesh], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class WholeNorm:
+class QKNormAllHeads:
     """The q and k norms of a model that takes them over all heads together, as olmoe does."""
 
     query_width: int  # H*K
     key_width: int  # G*K
-    sharers: int  # ranks that have the same key/value heads as this one
+    kv_head_replicas: int  # ranks that have the same key/value heads as this one
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Attention:
     o_bias: np.ndarray | None  # (D,)
     q_norm: np.ndarray | None  # (K,), or over all heads together (h*K,)
     k_norm: np.ndarray | None  # (K,), or (g*K,)
-    whole_norm: WholeNorm | None
+    qk_norm_all_heads: QKNormAllHeads | None
     sinks: np.ndarray | None  # (h,)
     head_dim: int  # K
     norm_eps: float
@@ -90,23 +90,23 @@ class Attention:
         """The weights that tokens are multiplied with."""
         return [self.q, self.k, self.v, self.o]
 
-    def heads(
-        self, x_ND: np.ndarray, layer: int, turn: tuple[np.ndarray, np.ndarray], mesh: Mesh
-    ) -> Heads:
+    def project_qkv(
+        self, x_ND: np.ndarray, layer: int, rope: tuple[np.ndarray, np.ndarray], mesh: Mesh
+    ) -> QKV:
         """Queries, keys and values of this rank's heads, normed and turned."""
         K = self.head_dim
         q_NhK = by_head(linear(x_ND, self.q, self.q_bias), K)  # column-parallel: D is whole
         k_NgK = by_head(linear(x_ND, self.k, self.k_bias), K)
         v_NgK = by_head(linear(x_ND, self.v, self.v_bias), K)
-        if self.whole_norm is not None:
-            q_NhK, k_NgK = norm_all_heads(q_NhK, k_NgK, self, self.whole_norm, mesh)
+        if self.qk_norm_all_heads is not None:
+            q_NhK, k_NgK = normalize_all_heads(q_NhK, k_NgK, self, self.qk_norm_all_heads, mesh)
         elif self.q_norm is not None and self.k_norm is not None:
             q_NhK = rms_norm(q_NhK, self.q_norm, self.norm_eps)
             k_NgK = rms_norm(k_NgK, self.k_norm, self.norm_eps)
-        q_NhK, k_NgK = rotate(q_NhK, *turn), rotate(k_NgK, *turn)
-        return Heads(q_NhK, k_NgK, v_NgK, layer, K**-0.5, self.window)
+        q_NhK, k_NgK = apply_rotary(q_NhK, *rope), apply_rotary(k_NgK, *rope)
+        return QKV(q_NhK, k_NgK, v_NgK, layer, K**-0.5, self.window)
 
-    def output(self, out_NhK: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
+    def merge_heads(self, out_NhK: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
         """The heads' output, side by side: (N, h*K).
 
         A sink is one more logit in a head's softmax, without a value (StreamingLLM, arXiv
@@ -119,7 +119,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class LatentAttention:
+class MLA:
     """The weights of multi-head latent attention of one layer on this rank.
 
     A token's key and value are a latent vector of R numbers, from which each head would project
@@ -140,7 +140,7 @@ class LatentAttention:
     o: np.ndarray  # (D, h*V)
     o_bias: np.ndarray | None  # (D,)
     key_width: int  # U, of the part without position
-    turned_width: int  # P
+    rotary_dim: int  # P
     value_width: int  # V
     interleaved: bool  # pairs that turn together are neighbours
     scale: float
@@ -159,36 +159,36 @@ class LatentAttention:
         up_hXR = self.up.reshape(-1, self.key_width + self.value_width, self.up.shape[1])
         return up_hXR[:, : self.key_width], up_hXR[:, self.key_width :]
 
-    def heads(
-        self, x_ND: np.ndarray, layer: int, turn: tuple[np.ndarray, np.ndarray], mesh: Mesh
-    ) -> Heads:
+    def project_qkv(
+        self, x_ND: np.ndarray, layer: int, rope: tuple[np.ndarray, np.ndarray], mesh: Mesh
+    ) -> QKV:
         """Queries in the latents' space, and the latents, as keys and values of one head."""
         U, R = self.key_width, self.up.shape[1]
         from_ND = x_ND
         if self.q_latent is not None and self.q_latent_norm is not None:
             q_latent_NQ = linear(x_ND, self.q_latent, self.q_latent_bias)
             from_ND = rms_norm(q_latent_NQ, self.q_latent_norm, self.norm_eps)
-        q_NhX = by_head(linear(from_ND, self.q), U + self.turned_width)
+        q_NhX = by_head(linear(from_ND, self.q), U + self.rotary_dim)
         up_hUR, _ = self.ups()
         q_hNR = q_NhX[..., :U].transpose(1, 0, 2) @ up_hUR
         latent_NX = linear(x_ND, self.latent, self.latent_bias)
         latent_NR = rms_norm(latent_NX[:, :R], self.latent_norm, self.norm_eps)
         q_NhK = np.concatenate(
-            [q_hNR.transpose(1, 0, 2), self._turned(q_NhX[..., U:], turn)], axis=2
+            [q_hNR.transpose(1, 0, 2), self._rotated(q_NhX[..., U:], rope)], axis=2
         )
         k_N1K = np.concatenate(
-            [latent_NR[:, np.newaxis], self._turned(latent_NX[:, np.newaxis, R:], turn)], axis=2
+            [latent_NR[:, np.newaxis], self._rotated(latent_NX[:, np.newaxis, R:], rope)], axis=2
         )
-        return Heads(q_NhK, k_N1K, k_N1K[..., :R], layer, self.scale, self.window, latent=True)
+        return QKV(q_NhK, k_N1K, k_N1K[..., :R], layer, self.scale, self.window, latent=True)
 
-    def output(self, out_NhR: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
+    def merge_heads(self, out_NhR: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
         """The heads' output, carried over to their values, side by side: (N, h*V)."""
         _, up_hVR = self.ups()
         out_hNV = out_NhR.transpose(1, 0, 2) @ up_hVR.transpose(0, 2, 1)
         return out_hNV.transpose(1, 0, 2).reshape(len(out_NhR), self.o.shape[1])
 
-    def _turned(self, x_NhP: np.ndarray, turn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        return rotate(halves_of_neighbours(x_NhP) if self.interleaved else x_NhP, *turn)
+    def _rotated(self, x_NhP: np.ndarray, rope: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        return apply_rotary(deinterleave(x_NhP) if self.interleaved else x_NhP, *rope)
 
 
 def by_head(x_NX: np.ndarray, width: int) -> np.ndarray:
@@ -197,13 +197,13 @@ def by_head(x_NX: np.ndarray, width: int) -> np.ndarray:
     return x_NX.reshape(N, X // width, width)
 
 
-def norm_all_heads(
-    q_NhK: np.ndarray, k_NgK: np.ndarray, w: Attention, norm: WholeNorm, mesh: Mesh
+def normalize_all_heads(
+    q_NhK: np.ndarray, k_NgK: np.ndarray, w: Attention, norm: QKNormAllHeads, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Queries and keys scaled to a root mean square of 1 over the heads of all ranks, times the
     weights of this rank's."""
     assert w.q_norm is not None and w.k_norm is not None
-    squares_N2 = [(q_NhK**2).sum(axis=(1, 2)), (k_NgK**2).sum(axis=(1, 2)) / norm.sharers]
+    squares_N2 = [(q_NhK**2).sum(axis=(1, 2)), (k_NgK**2).sum(axis=(1, 2)) / norm.kv_head_replicas]
     total_N2 = all_reduce(np.stack(squares_N2, axis=1), mesh.tp)
     mean_N2 = total_N2 / np.array([norm.query_width, norm.key_width], total_N2.dtype)
     scale_N211 = 1 / np.sqrt(mean_N2 + w.norm_eps)[..., np.newaxis, np.newaxis]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from mpi4py import MPI
 
 
-class Post:
+class Mailbox:
     """Messages of bytes between the ranks of `comm`, by way of a communicator of their own.
 
     Those from one rank to another with the same `tag` arrive in the order in which they were sent.
@@ -27,7 +27,7 @@ class Post:
         self._leaving = [pair for pair in self._leaving if not pair[0].Test()]
         self._leaving.append((self._comm.Isend([message, MPI.BYTE], to, tag), message))
 
-    def arrived(self, tag: int) -> Iterator[tuple[int, bytes]]:
+    def poll(self, tag: int) -> Iterator[tuple[int, bytes]]:
         """The messages with `tag` that have come so far, each with the rank it came from.
         MPI_Iprobe, MPI_Recv."""
         status = MPI.Status()

@@ -24,7 +24,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 # OpenBLAS takes its unpacked path up to M*N*K of 10**6.
-SMALL_PRODUCT = 10**6
+SMALL_GEMM_SIZE = 10**6
 # Such a product has at least so many rows of the weight, if need be of fewer columns.
 SMALL_HEIGHT = 24
 # As many columns as fit the vectors of such a product best.
@@ -52,8 +52,8 @@ UNPACKED = KERNELS in ("SkylakeX", "Cooperlake", "SapphireRapids")
 def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None) -> np.ndarray:
     """``x @ w.T + bias``: (N, I) activations and an (O, I) weight give (N, O) in C order."""
     rows = len(x_NI)
-    if goes_by_columns(rows):
-        return as_rows(linear_columns(as_columns(x_NI), w_OI, bias_O), rows)
+    if use_small_gemm(rows):
+        return unpack_columns(linear_packed(pack_columns(x_NI), w_OI, bias_O), rows)
     if rows == 1:
         y_NO = (w_OI @ x_NI[0])[np.newaxis]
     elif 2 <= rows <= 3:
@@ -65,13 +65,13 @@ def linear(x_NI: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None = None)
     return y_NO
 
 
-def goes_by_columns(rows: int) -> bool:
+def use_small_gemm(rows: int) -> bool:
     """Whether so many rows are best multiplied standing in columns. Where several products follow
     each other on them, they had better stay so in between."""
     return UNPACKED and 4 <= rows <= MOST_ROWS
 
 
-def as_columns(x_NI: np.ndarray) -> list[np.ndarray]:
+def pack_columns(x_NI: np.ndarray) -> list[np.ndarray]:
     """Rows as columns: those that make full stacks, (s, I, C), and one stack of those that are
     left, (1, I, c), if there are any; filled up with zeros where that makes products faster."""
     rows, inputs = x_NI.shape
@@ -96,7 +96,7 @@ def _stacks(rows: int) -> tuple[int, int]:
     return full, left
 
 
-def as_rows(y_sOC: list[np.ndarray], rows: int) -> np.ndarray:
+def unpack_columns(y_sOC: list[np.ndarray], rows: int) -> np.ndarray:
     """The first `rows` of all columns as rows, (N, O)."""
     outputs = y_sOC[0].shape[1]
     y_NO = np.empty((rows, outputs), y_sOC[0].dtype)
@@ -115,7 +115,7 @@ def _beside(x_sIC: list[np.ndarray], x_NI: np.ndarray) -> Iterator[tuple[np.ndar
         first += len(x_nI)
 
 
-def linear_columns(
+def linear_packed(
     x_sIC: list[np.ndarray], w_OI: np.ndarray, bias_O: np.ndarray | None = None
 ) -> list[np.ndarray]:
     """``w @ x + bias`` of activations that stand in columns: (s, O, C) of each (s, I, C)."""
@@ -124,9 +124,9 @@ def linear_columns(
 
 def _multiply(x_sIC: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None) -> np.ndarray:
     stacks, inputs, columns = x_sIC.shape
-    pieces = max(1, math.ceil(SMALL_HEIGHT * inputs * columns / SMALL_PRODUCT))
+    pieces = max(1, math.ceil(SMALL_HEIGHT * inputs * columns / SMALL_GEMM_SIZE))
     width = max(1, math.ceil(inputs / pieces))  # inputs that are summed at a time
-    height = max(8, min(96, SMALL_PRODUCT // (columns * width) // 8 * 8))
+    height = max(8, min(96, SMALL_GEMM_SIZE // (columns * width) // 8 * 8))
     y_sOC = np.empty((stacks, len(w_OI), columns), x_sIC.dtype)
     blocks, rest = divmod(len(w_OI), height)
     even = blocks * height

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 
 from mpishard.errors import UserError, brief
-from mpishard.storage.directory import read_json
+from mpishard.storage.model_dir import read_json
 
 TOKENIZER = "tokenizer.json"
 
@@ -26,7 +26,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 6
 
 
-class Text:
+class Tokenizer:
     """The tokenizer of a model directory, and its chat template if it has one.
 
     Raises UserError if the directory has no ``tokenizer.json`` or it cannot be read.
@@ -41,7 +41,7 @@ class Text:
                 f"give token ids instead, or copy {TOKENIZER} there"
             )
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer that can be read: {_line(error)}") from None
         # Files often carry the settings of some training run: a prompt is taken as it is.
@@ -108,7 +108,7 @@ class Text:
         return template
 
 
-class Growing:
+class IncrementalDetokenizer:
     """The text of an answer, token by token, up to the first of the strings `stops`: without half
     characters, and never with a part of a stop string.
 
@@ -118,7 +118,7 @@ class Growing:
 
     def __init__(
         self,
-        text: Text,
+        text: Tokenizer,
         prompt: Sequence[int],
         stops: Sequence[str] = (),
         write: Callable[[str], Any] = lambda piece: None,
@@ -135,7 +135,7 @@ class Growing:
         """The text so far, without what may turn out to begin a stop string."""
         return "".join(self._pieces)
 
-    def follow(self, answer: Sequence[int]) -> bool:
+    def update(self, answer: Sequence[int]) -> bool:
         """Take in the tokens by which `answer` has grown; whether it has reached a stop string."""
         for token in answer[len(self._ids) - self._prompt :]:
             self._ids.append(token)
@@ -143,7 +143,7 @@ class Growing:
             self._look_for_stops()
         return self.stopped
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Write what was held back: nothing will follow that makes a stop string of it."""
         if not self.stopped:
             self._pending += self._new_text(whole=False).rstrip(REPLACEMENT)
@@ -191,14 +191,14 @@ class Growing:
             self._pending = self._pending[length:]
 
 
-def outcome(
-    answer: Sequence[int], finish_reason: str, growing: Growing | None
+def finish_output(
+    answer: Sequence[int], finish_reason: str, growing: IncrementalDetokenizer | None
 ) -> dict[str, str | list[int] | None]:
     """What an answer's tokens, which are complete, come to: `text`, None without one that grows,
     `output_ids` and `finish_reason`."""
     if growing:
-        growing.follow(answer)
-        growing.finish()
+        growing.update(answer)
+        growing.flush()
         finish_reason = "stop" if growing.stopped else finish_reason
     text = None if growing is None else str(growing)
     return {"text": text, "output_ids": list(answer), "finish_reason": finish_reason}

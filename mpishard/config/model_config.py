@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from mpishard.errors import UserError, brief
 
 # More positions than any sequence has; their products with sizes stay within 64 bits.
-MOST_POSITIONS = 2**31 - 1
+MAX_POSITIONS = 2**31 - 1
 
 # Far more than any model has of anything that is counted or measured, of layers, and of experts in
 # all layers together. What is listed layer by layer and expert by expert, before there is any
@@ -50,7 +50,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Separate:
+class PerExpertNames:
     """The tensors of a mixture whose experts are stored one by one, as most checkpoints have them.
     Each name follows ``model.layers.N.``, and ``{}`` stands for the number of the expert."""
 
@@ -61,7 +61,7 @@ class Separate:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class StackedNames:
     """The tensors of a mixture whose experts are stored together. Each name follows
     ``model.layers.N.``; a bias that the family does not have is None."""
 
@@ -81,35 +81,37 @@ class ExpertNames:
     of which a checkpoint uses one; the rest, None where the family has no such thing, is called
     the same in both. Names follow ``model.layers.N.``."""
 
-    separate: Separate | None = Separate()
-    stacked: Stacked = Stacked()
-    selection_bias: str | None = None  # (E,), float32 whatever the other weights are
+    separate: PerExpertNames | None = PerExpertNames()
+    stacked: StackedNames = StackedNames()
+    e_score_correction_bias: str | None = None  # (E,), float32 whatever the other weights are
     shared: str | None = None  # then .gate_proj.weight (F, D), and so on, as a dense layer's mlp
     shared_gate: str | None = None  # (1, D)
 
 
 @dataclass(frozen=True)
-class Moe:
+class MoEConfig:
     """The mixture of experts that takes the place of the feed-forward network in some layers.
 
     The router scores every expert, `top_k` of them are chosen, and their outputs are summed with
-    weights: the scores of the chosen, divided by their sum if `normalized`, times `scaling`. A
-    softmax over the chosen alone, as gpt_oss has it, is a softmax over all, normalized.
-    """
+    weights: the scores of the chosen, divided by their sum if `norm_topk_prob`, times
+    `routed_scaling_factor`. A softmax over the chosen alone, as gpt_oss has it, is a softmax over
+    all, normalized."""
 
-    experts: int  # E
+    num_experts: int  # E
     top_k: int  # A, the experts that each token goes to
-    ffn: int  # F of one expert
+    moe_intermediate_size: int  # F of one expert
     layers: tuple[bool, ...]  # whether each layer has experts; the others are dense
     scoring: str  # "softmax" over all experts, or "sigmoid" of each
-    normalized: bool
+    norm_topk_prob: bool
     names: ExpertNames
-    scaling: float = 1.0
-    selection_bias: bool = False  # added to the scores for choosing, not for weighting
-    groups: int = 1  # neighbouring experts form so many groups of one size …
-    kept_groups: int = 1  # … and only those in so many, the best, can be chosen
+    routed_scaling_factor: float = 1.0
+    e_score_correction_bias: bool = False  # added to the scores for choosing, not for weighting
+    n_group: int = 1  # neighbouring experts form so many groups of one size …
+    topk_group: int = 1  # … and only those in so many, the best, can be chosen
     group_score: str = "max"  # of a group: "max" of its scores, or the "top-2 sum"
-    shared_ffn: int = 0  # F of the expert to which every token goes as well; 0: there is none
+    shared_expert_intermediate_size: int = (
+        0  # F of the expert to which every token goes as well; 0: there is none
+    )
     shared_gate: bool = False  # its output is multiplied by the sigmoid of a product with x
     router_bias: bool = False
     expert_bias: bool = False  # on all three projections of an expert
@@ -120,20 +122,19 @@ class Moe:
 
 
 @dataclass(frozen=True)
-class Mla:
+class MLAConfig:
     """Multi-head latent attention, DeepSeek-V2, arXiv 2405.04434: all heads' keys and values are
     projections of one latent vector per position, beside which only one rotated key is kept.
 
-    A query or key is `nope_dim` elements without position and then `rope_dim` rotated ones. Where
-    yarn has an mscale_all_dim, the scores are also multiplied by the square of
-    0.1 mscale_all_dim ln(factor) + 1.
-    """
+    A query or key is `qk_nope_head_dim` elements without position and then `qk_rope_head_dim`
+    rotated ones. Where yarn has an mscale_all_dim, the scores are also multiplied by the square of
+    0.1 mscale_all_dim ln(factor) + 1."""
 
-    q_rank: int | None  # width of the queries' latent; None: queries are projected directly
-    kv_rank: int  # width of the latent that keys and values share
-    nope_dim: int
-    rope_dim: int
-    value_dim: int  # width of a head's value
+    q_lora_rank: int | None  # width of the queries' latent; None: queries are projected directly
+    kv_lora_rank: int  # width of the latent that keys and values share
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int  # width of a head's value
     bias: bool  # on the projections to the latents
     interleaved: bool  # rope turns neighbours, not an element of each half
     norm_eps: float = 1e-6  # of the norms of the latents, whatever the model's is
@@ -160,35 +161,35 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm over each head of q and k
     rope: Rope
     windows: tuple[int | None, ...]  # of each layer: a query sees so many keys, itself included
-    max_positions: int  # positions usable with the rope's scaling
+    max_position_embeddings: int  # positions usable with the rope's scaling
     eos_ids: tuple[int, ...]
     bos_id: int | None
-    qk_norm_whole: bool = False  # RMSNorm over all heads of q and of k together
+    full_width_qk_norm: bool = False  # RMSNorm over all heads of q and of k together
     sinks: bool = False  # a logit per head that takes part in the softmax and has no value
-    moe: Moe | None = None
-    mla: Mla | None = None
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key_width(self) -> int:
         """Numbers that a cache keeps of a position's key: all of it, or of latent attention the
         latent and the part that is turned."""
-        return self.mla.kv_rank + self.mla.rope_dim if self.mla else self.head_dim
+        return self.mla.kv_lora_rank + self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     @property
     def value_width(self) -> int:
         """Numbers of a position's value; of latent attention the latent, which is in the key."""
-        return self.mla.kv_rank if self.mla else self.head_dim
+        return self.mla.kv_lora_rank if self.mla else self.head_dim
 
     @property
-    def kept_width(self) -> int:
+    def kv_cache_dim(self) -> int:
         """Numbers that a cache keeps of a position in each key/value head."""
         return self.key_width if self.mla else self.key_width + self.value_width
 
     @property
-    def turned_width(self) -> int:
+    def rotary_dim(self) -> int:
         """Numbers of a query or key that the rotary embedding turns."""
-        return self.mla.rope_dim if self.mla else self.head_dim
+        return self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     @classmethod
     def from_json(
@@ -213,7 +214,7 @@ class ModelConfig:
             fields.refuse("num_hidden_layers", f"must be at most {MOST_LAYERS}")
         heads = fields.integer("num_attention_heads")
         rope_dim = _rope_dim(fields, family, hidden, heads)
-        rope, max_positions = _rope(fields, family, rope_dim)
+        rope, max_position_embeddings = _rope(fields, family, rope_dim)
         mla = _mla(fields, family) if family.latent else None
         kv_heads = _kv_heads(fields, family, heads)
         _refuse_quantized(fields, family)
@@ -224,7 +225,7 @@ class ModelConfig:
             layers=layers,
             heads=heads,
             kv_heads=1 if mla else kv_heads,
-            head_dim=mla.nope_dim + mla.rope_dim if mla else rope_dim,
+            head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else rope_dim,
             ffn=fields.integer("intermediate_size"),
             vocab=fields.integer("vocab_size"),
             norm_eps=fields.number("rms_norm_eps", family.norm_eps),
@@ -236,16 +237,16 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             rope=rope,
             windows=_windows(fields, family, layers),
-            max_positions=max_positions,
+            max_position_embeddings=max_position_embeddings,
             eos_ids=_eos_ids(fields, generation, family),
             bos_id=_bos_id(fields, generation, family),
-            qk_norm_whole=family.qk_norm_whole,
+            full_width_qk_norm=family.full_width_qk_norm,
             sinks=family.sinks,
             moe=_moe(fields, family.mixture, layers) if family.mixture else None,
             mla=mla,
             raw=raw,
         )
-        fields.refuse_the_others(family.name, family.ignored)
+        fields.reject_unknown(family.name, family.ignored)
         return config
 
 
@@ -291,7 +292,7 @@ class _Family:
     # "never", "everywhere", "everywhere by a switch", "from a layer", "alternating", beginning with
     # the first layer, or "alternating before a layer".
     sliding: str
-    max_positions: int
+    max_position_embeddings: int
     kv_heads: int | None  # None: as many as query heads
     head_dim: int | None  # None: hidden / heads
     bos_id: int | None
@@ -302,12 +303,14 @@ class _Family:
     window: int | None = _DEFAULT_WINDOW
     qkv_bias_field: str = "attention_bias"
     qkv_bias_default: bool = False
-    qk_norm_whole: bool = False
+    full_width_qk_norm: bool = False
     sinks: bool = False
     latent: bool = (
         False  # attention is Mla, and attention_bias means its latents' projections and o
     )
-    latent_pairs: bool | None = None  # whether rope is interleaved; None: for rope_interleave
+    rope_interleaved_pairs: bool | None = (
+        None  # whether rope is interleaved; None: for rope_interleave
+    )
     mixture: _Mixture | None = None
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields without effect in this family alone
@@ -321,7 +324,7 @@ _FAMILIES = {
         mlp_bias=None,
         qk_norm=False,
         sliding="never",
-        max_positions=2048,
+        max_position_embeddings=2048,
         kv_heads=None,
         head_dim=None,
         bos_id=1,
@@ -334,7 +337,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=False,
         sliding="everywhere",
-        max_positions=131072,
+        max_position_embeddings=131072,
         kv_heads=8,
         head_dim=None,
         bos_id=1,
@@ -347,7 +350,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=False,
         sliding="from a layer",
-        max_positions=32768,
+        max_position_embeddings=32768,
         kv_heads=32,
         head_dim=None,
         bos_id=None,
@@ -360,7 +363,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=True,
         sliding="from a layer",
-        max_positions=32768,
+        max_position_embeddings=32768,
         kv_heads=32,
         head_dim=128,
         bos_id=None,
@@ -373,7 +376,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=False,
         sliding="everywhere",
-        max_positions=131072,
+        max_position_embeddings=131072,
         kv_heads=8,
         head_dim=None,
         bos_id=1,
@@ -385,7 +388,7 @@ _FAMILIES = {
             ffn="intermediate_size",
             normalized=True,
             names=ExpertNames(
-                separate=Separate(
+                separate=PerExpertNames(
                     router="block_sparse_moe.gate.weight",
                     gate="block_sparse_moe.experts.{}.w1.weight",
                     up="block_sparse_moe.experts.{}.w3.weight",
@@ -403,7 +406,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=False,
         sliding="alternating before a layer",
-        max_positions=32768,
+        max_position_embeddings=32768,
         kv_heads=16,
         head_dim=None,
         bos_id=None,
@@ -424,7 +427,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=True,
         sliding="everywhere by a switch",
-        max_positions=32768,
+        max_position_embeddings=32768,
         kv_heads=4,
         head_dim=None,
         bos_id=None,
@@ -437,9 +440,9 @@ _FAMILIES = {
         o_bias=True,
         mlp_bias=False,
         qk_norm=False,
-        qk_norm_whole=True,
+        full_width_qk_norm=True,
         sliding="never",
-        max_positions=4096,
+        max_position_embeddings=4096,
         kv_heads=None,
         head_dim=None,
         bos_id=None,
@@ -456,7 +459,7 @@ _FAMILIES = {
         qk_norm=False,
         sinks=True,
         sliding="alternating",
-        max_positions=131072,
+        max_position_embeddings=131072,
         kv_heads=8,
         head_dim=64,
         bos_id=None,
@@ -477,7 +480,7 @@ _FAMILIES = {
             clamped=True,
             names=ExpertNames(
                 separate=None,
-                stacked=Stacked(
+                stacked=StackedNames(
                     router="mlp.router.weight",
                     router_bias="mlp.router.bias",
                     gate_up_bias="mlp.experts.gate_up_proj_bias",
@@ -496,13 +499,13 @@ _FAMILIES = {
         mlp_bias=None,
         qk_norm=False,
         sliding="never",
-        max_positions=2048,
+        max_position_embeddings=2048,
         kv_heads=None,
         head_dim=None,
         bos_id=1,
         eos_id=2,
         latent=True,
-        latent_pairs=True,
+        rope_interleaved_pairs=True,
         mixture=_Mixture(
             ffn="moe_intermediate_size",
             dense="the first",
@@ -523,7 +526,7 @@ _FAMILIES = {
         mlp_bias=False,
         qk_norm=False,
         sliding="never",
-        max_positions=4096,
+        max_position_embeddings=4096,
         kv_heads=None,
         head_dim=None,
         bos_id=0,
@@ -540,7 +543,8 @@ _FAMILIES = {
             shared="n_shared_experts",
             shared_count=1,
             names=ExpertNames(
-                selection_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts"
+                e_score_correction_bias="mlp.gate.e_score_correction_bias",
+                shared="mlp.shared_experts",
             ),
         ),
         # The layers that predict several tokens come after the last, and are left out.
@@ -568,7 +572,7 @@ _ACTIVATIONS = {
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 # What a field asks for, and the one value, beside null, with which it asks for nothing.
-_UNSUPPORTED: dict[str, tuple[str, object]] = {
+UNSUPPORTED_FIELDS: dict[str, tuple[str, object]] = {
     "quantization_config": ("quantized weights", None),
     "auto_map": ("code of its own", {}),
     "per_layer_config": ("layers that differ from each other", {}),
@@ -607,7 +611,7 @@ _UNSUPPORTED: dict[str, tuple[str, object]] = {
 # Fields seen in checkpoints of these families that do not change the logits: bookkeeping and
 # switches between equal kernels, training, classifiers, defaults for generation. pretraining_tp is
 # among them, because it only splits the matrix products of old versions of transformers.
-_HARMLESS = frozenset(
+IGNORED_FIELDS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path attn_implementation
@@ -740,17 +744,19 @@ class _Fields:
             self.refuse(name, "must be an object")
         return _Fields(value, self.source, within=f"{name}.") if value else None
 
-    def refuse_the_others(self, reader: str, ignored: frozenset[str] = frozenset()) -> None:
+    def reject_unknown(self, reader: str, ignored: frozenset[str] = frozenset()) -> None:
         """Raise UserError for a field that was not asked for, is not `ignored` and may change the
         mathematics of `reader`, a family or kind of rope."""
         for name, value in self.values.items():
-            if name in self.asked | ignored | _HARMLESS or name.endswith("_token_id"):
+            if name in self.asked | ignored | IGNORED_FIELDS or name.endswith("_token_id"):
                 continue
             remedy = "remove it from the file if it does not change the mathematics"
-            if value is not None and name not in _UNSUPPORTED:
+            if value is not None and name not in UNSUPPORTED_FIELDS:
                 self.refuse(name, f"is not a field that is known for {reader}: {remedy}")
-            if value is not None and value != _UNSUPPORTED[name][1]:
-                self.refuse(name, f"asks for {_UNSUPPORTED[name][0]}, not implemented: {remedy}")
+            if value is not None and value != UNSUPPORTED_FIELDS[name][1]:
+                self.refuse(
+                    name, f"asks for {UNSUPPORTED_FIELDS[name][0]}, not implemented: {remedy}"
+                )
 
 
 def _shown(value: object) -> str:
@@ -797,7 +803,7 @@ def _rope_dim(fields: _Fields, family: _Family, hidden: int, heads: int) -> int:
         head_dim = hidden // heads
     if head_dim % 2:
         fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
-    if family.qk_norm_whole and head_dim * heads != hidden:
+    if family.full_width_qk_norm and head_dim * heads != hidden:
         fields.refuse("head_dim", f"contradicts {family.name}, whose heads fill hidden_size")
     return head_dim
 
@@ -817,24 +823,27 @@ def _kv_heads(fields: _Fields, family: _Family, heads: int) -> int:
     return kv_heads
 
 
-def _mla(fields: _Fields, family: _Family) -> Mla:
-    nope_dim, rope_dim = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
-    fields.only("qk_head_dim", nope_dim + rope_dim)
-    interleaved = family.latent_pairs
+def _mla(fields: _Fields, family: _Family) -> MLAConfig:
+    qk_nope_head_dim, rope_dim = (
+        fields.integer("qk_nope_head_dim"),
+        fields.integer("qk_rope_head_dim"),
+    )
+    fields.only("qk_head_dim", qk_nope_head_dim + rope_dim)
+    interleaved = family.rope_interleaved_pairs
     if interleaved is None:
         interleaved = fields.flag("rope_interleave", True)
-    return Mla(
-        q_rank=fields.optional_integer("q_lora_rank", absent=_DEFAULT_Q_RANK),
-        kv_rank=fields.integer("kv_lora_rank"),
-        nope_dim=nope_dim,
-        rope_dim=rope_dim,
-        value_dim=fields.integer("v_head_dim"),
+    return MLAConfig(
+        q_lora_rank=fields.optional_integer("q_lora_rank", absent=_DEFAULT_Q_RANK),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        qk_nope_head_dim=qk_nope_head_dim,
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=fields.integer("v_head_dim"),
         bias=fields.flag("attention_bias", False),
         interleaved=interleaved,
     )
 
 
-def _moe(fields: _Fields, mixture: _Mixture, layers: int) -> Moe:
+def _moe(fields: _Fields, mixture: _Mixture, layers: int) -> MoEConfig:
     experts = fields.agreed(*_EXPERTS)
     if experts * layers > MOST_EXPERTS:
         name = next(name for name in _EXPERTS if fields.values.get(name) is not None)
@@ -844,27 +853,29 @@ def _moe(fields: _Fields, mixture: _Mixture, layers: int) -> Moe:
     normalized = mixture.normalized
     if normalized is None:
         normalized = fields.flag("norm_topk_prob", mixture.normalized_default)
-    groups, kept_groups = _groups(fields, mixture, experts)
-    if top_k > experts // groups * kept_groups:
-        within = f" in {kept_groups} of {groups} groups" if groups > 1 else ""
+    groups, topk_group = _groups(fields, mixture, experts)
+    if top_k > experts // groups * topk_group:
+        within = f" in {topk_group} of {groups} groups" if groups > 1 else ""
         fields.refuse(
-            _TOP_K[0], f"must be at most the {experts // groups * kept_groups} experts{within}"
+            _TOP_K[0], f"must be at most the {experts // groups * topk_group} experts{within}"
         )
     fields.only("scoring_func", mixture.scoring)
-    return Moe(
-        experts=experts,
+    return MoEConfig(
+        num_experts=experts,
         top_k=top_k,
-        ffn=ffn,
+        moe_intermediate_size=ffn,
         layers=_sparse_layers(fields, mixture, layers),
         scoring=mixture.scoring,
-        normalized=normalized,
+        norm_topk_prob=normalized,
         names=mixture.names,
-        scaling=fields.number("routed_scaling_factor", mixture.scaling) if mixture.scaling else 1.0,
-        selection_bias=mixture.names.selection_bias is not None,
-        groups=groups,
-        kept_groups=kept_groups,
+        routed_scaling_factor=fields.number("routed_scaling_factor", mixture.scaling)
+        if mixture.scaling
+        else 1.0,
+        e_score_correction_bias=mixture.names.e_score_correction_bias is not None,
+        n_group=groups,
+        topk_group=topk_group,
         group_score="top-2 sum" if mixture.choice == "noaux_tc" else "max",
-        shared_ffn=_shared_ffn(fields, mixture, ffn),
+        shared_expert_intermediate_size=_shared_ffn(fields, mixture, ffn),
         shared_gate=mixture.names.shared_gate is not None,
         router_bias=mixture.biases,
         expert_bias=mixture.biases,
@@ -987,7 +998,7 @@ def _window(fields: _Fields, family: _Family) -> int | None:
 
 def _rope(fields: _Fields, family: _Family, head_dim: int) -> tuple[Rope, int]:
     """The rotary embedding, and how many positions are usable with it."""
-    positions = fields.integer("max_position_embeddings", family.max_positions)
+    positions = fields.integer("max_position_embeddings", family.max_position_embeddings)
     theta = fields.optional_number("rope_theta")
     original = fields.optional_integer("original_max_position_embeddings")
     sections = [fields.section("rope_scaling"), fields.section("rope_parameters")]
@@ -1008,10 +1019,10 @@ def _rope(fields: _Fields, family: _Family, head_dim: int) -> tuple[Rope, int]:
         stretched = positions * rope.factor
     if rope.kind == "yarn":
         stretched = max(stretched, rope.original_positions * rope.factor)
-    if stretched > MOST_POSITIONS:
+    if stretched > MAX_POSITIONS:
         raise UserError(
             f"{fields.source}: factor = {rope.factor:g} of the rope makes {stretched:g} positions, "
-            f"of which there can be at most {MOST_POSITIONS}"
+            f"of which there can be at most {MAX_POSITIONS}"
         )
     return rope, int(stretched)
 
@@ -1072,7 +1083,7 @@ def _read_rope(
         )
     if rope.factor < 1:
         section.refuse("factor", f"must be at least 1, not {rope.factor:g}")
-    section.refuse_the_others(f"rope type {kind}")
+    section.reject_unknown(f"rope type {kind}")
     return rope
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mpishard.description.config import ModelConfig
+from mpishard.config.model_config import ModelConfig
 from mpishard.errors import UserError
 from mpishard.storage.parsing import parse_json
 

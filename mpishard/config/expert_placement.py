@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpishard.description.config import Moe
+from mpishard.config.model_config import MoEConfig
 from mpishard.errors import UserError, brief
 
 FORMAT = "mpishard expert placement 1"
@@ -33,50 +33,50 @@ class ExpertPlacement:
         """The number of ranks that the experts are placed on."""
         return len(next(iter(self.layers.values())))
 
-    def copies(self, layer: int, expert: int) -> int:
+    def replicas(self, layer: int, expert: int) -> int:
         """The number of ranks that have an expert."""
-        return sum(expert in held for held in self.layers[layer])
+        return sum(expert in experts_by_rank for experts_by_rank in self.layers[layer])
 
     @property
     def content(self) -> dict[str, Any]:
         """What the file says."""
-        layers = {str(layer): held for layer, held in self.layers.items()}
+        layers = {str(layer): experts_by_rank for layer, experts_by_rank in self.layers.items()}
         return {"format": FORMAT, "experts": self.experts, "ep": self.ep, "layers": layers}
 
     @classmethod
-    def of(cls, content: dict[str, Any], moe: Moe, ep: int, where: str) -> ExpertPlacement:
+    def of(cls, content: dict[str, Any], moe: MoEConfig, ep: int, where: str) -> ExpertPlacement:
         """What a file says; UserError, that begins with `where`, if it is none, or not one for the
         mixture and `ep` ranks."""
         if content.get("format") != FORMAT:
             raise UserError(
                 f'{where} has the "format" {brief(repr(content.get("format")))}, not {FORMAT!r}: '
-                "make it with `mpishard place`"
+                "make it with `mpishard eplb`"
             )
         for field, right, of in (
-            ("experts", moe.experts, f"the model has {moe.experts}"),
+            ("experts", moe.num_experts, f"the model has {moe.num_experts}"),
             ("ep", ep, f"--ep is {ep}"),
         ):
             if content.get(field) != right:
                 raise UserError(
                     f'{where} has "{field}" {brief(repr(content.get(field)))}, but {of}: make '
-                    "another with `mpishard place`"
+                    "another with `mpishard eplb`"
                 )
         layers = content.get("layers")
-        numbers = [str(layer) for layer, is_mixture in enumerate(moe.layers) if is_mixture]
+        numbers = [str(layer) for layer, is_moe_layer in enumerate(moe.layers) if is_moe_layer]
         if not isinstance(layers, dict) or sorted(layers) != sorted(numbers):
             found = brief(", ".join(layers) if isinstance(layers, dict) else str(layers))
             raise UserError(
                 f"{where} has the layers {found}, but those with experts are {', '.join(numbers)}"
             )
         for layer in numbers:
-            _check_layer(layers[layer], moe.experts, ep, f"{where}, layer {layer}")
-        return cls(moe.experts, {int(layer): layers[layer] for layer in numbers})
+            _check_layer(layers[layer], moe.num_experts, ep, f"{where}, layer {layer}")
+        return cls(moe.num_experts, {int(layer): layers[layer] for layer in numbers})
 
 
-def _check_layer(held: Any, experts: int, ep: int, where: str) -> None:
-    if not _is_list_of(list, held) or len(held) != ep:
+def _check_layer(experts_by_rank: Any, experts: int, ep: int, where: str) -> None:
+    if not _is_list_of(list, experts_by_rank) or len(experts_by_rank) != ep:
         raise UserError(f"{where} must be a list of {ep} lists, of the experts of each rank")
-    for rank, numbers in enumerate(held):
+    for rank, numbers in enumerate(experts_by_rank):
         if not _is_list_of(int, numbers) or not numbers:
             found = brief(repr(numbers))
             raise UserError(f"{where}, rank {rank} must be a list of experts, not {found}")
@@ -88,7 +88,7 @@ def _check_layer(held: Any, experts: int, ep: int, where: str) -> None:
                 )
             if numbers.count(number) > 1:
                 raise UserError(f"{where}, rank {rank} has expert {number} twice")
-    missing = set(range(experts)).difference(*held)
+    missing = set(range(experts)).difference(*experts_by_rank)
     if missing:
         raise UserError(f"{where} has expert {min(missing)} on no rank")
 
@@ -97,8 +97,8 @@ def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is kind for one in value)
 
 
-def slots_of_each(experts: int, copies: int, ep: int) -> int:
-    """The slots of each of `ep` ranks for so many experts and further `copies`; UserError where
+def num_physical_per_rank(experts: int, replicas: int, ep: int) -> int:
+    """The slots of each of `ep` ranks for so many experts and further `replicas`; UserError where
     they cannot be the same on all, or a rank would need an expert twice."""
     if not 1 <= ep <= experts:
         raise UserError(
@@ -106,16 +106,17 @@ def slots_of_each(experts: int, copies: int, ep: int) -> int:
             "nothing to do"
         )
     most = experts * (ep - 1)
-    if not 0 <= copies <= most:
+    if not 0 <= replicas <= most:
         raise UserError(
-            f"--copies {copies} must be 0 to {most}: more than one copy of each of {experts} "
-            f"experts on each of {ep} ranks is of no use"
+            f"--redundant-experts {replicas} must be 0 to {most}: more than one copy of each of "
+            f"{experts} experts on each of {ep} ranks is of no use"
         )
-    slots, over = divmod(experts + copies, ep)
+    slots, over = divmod(experts + replicas, ep)
     if over:
-        near: Sequence[int] = [c for c in (copies - over, copies - over + ep) if 0 <= c <= most]
+        near: Sequence[int] = [c for c in (replicas - over, replicas - over + ep) if 0 <= c <= most]
         raise UserError(
-            f"--copies {copies} makes {experts + copies} slots, which --ep {ep} ranks cannot have "
-            f"equally many of: use --copies {' or '.join(map(str, near))}"
+            f"--redundant-experts {replicas} makes {experts + replicas} slots, which --ep {ep} "
+            f"ranks cannot have equally many of: use --redundant-experts "
+            f"{' or '.join(map(str, near))}"
         )
     return slots

@@ -19,10 +19,10 @@ POSITIONS = 2**31
 
 
 @dataclass(frozen=True)
-class Decisions:
+class RoutingTrace:
     """The experts and weights of T tokens, by ascending request and position, each of these once.
 
-    `where` names them in errors; `names` are those of the requests, by their numbers.
+    `where` names them in errors; `request_ids` are those of the requests, by their numbers.
     """
 
     request_T: np.ndarray  # the number of each token's request
@@ -31,7 +31,7 @@ class Decisions:
     layers: tuple[int, ...]  # those with experts, L of them
     experts_TLA: np.ndarray  # ascending
     weights_TLA: np.ndarray  # what the experts' outputs are multiplied with
-    names: tuple[str, ...]
+    request_ids: tuple[str, ...]
     where: str = "the recorded routing"
 
     def find(
@@ -52,18 +52,20 @@ class Decisions:
             self._refuse(request_n, position_n, ~same_n, other)
         return place_n
 
-    def of(self, names: Sequence[str]) -> Decisions:
+    def of(self, request_ids: Sequence[str]) -> RoutingTrace:
         """Those of the requests of these names, which are numbered as they come here. UserError
         for a name that is not among those of the requests."""
-        for name in names:
-            if name not in self.names:
-                known = ", ".join(map(repr, self.names[:5])) + (", …" if self.names[5:] else "")
+        for name in request_ids:
+            if name not in self.request_ids:
+                known = ", ".join(map(repr, self.request_ids[:5])) + (
+                    ", …" if self.request_ids[5:] else ""
+                )
                 raise UserError(f"{self.where} has no request {name!r}; it has {known}")
-        number = {name: place for place, name in enumerate(names)}
-        number_R = np.array([number.get(name, -1) for name in self.names], np.int64)
-        return self.sorted_as(number_R[self.request_T], tuple(names))
+        number = {name: place for place, name in enumerate(request_ids)}
+        number_R = np.array([number.get(name, -1) for name in self.request_ids], np.int64)
+        return self.sorted_as(number_R[self.request_T], tuple(request_ids))
 
-    def sorted_as(self, request_T: np.ndarray, names: tuple[str, ...]) -> Decisions:
+    def sorted_as(self, request_T: np.ndarray, request_ids: tuple[str, ...]) -> RoutingTrace:
         """The same with other numbers of the requests, those below 0 left out."""
         order = np.lexsort([self.position_T, request_T])
         order = order[np.count_nonzero(request_T < 0) :]
@@ -74,10 +76,10 @@ class Decisions:
             token_T=self.token_T[order],
             experts_TLA=self.experts_TLA[order],
             weights_TLA=self.weights_TLA[order],
-            names=names,
+            request_ids=request_ids,
         )
 
-    def twice(self) -> bool:
+    def has_duplicates(self) -> bool:
         """Whether some token is there twice, in arrays that are sorted."""
         return bool((np.diff(self._keys) == 0).any())
 
@@ -90,5 +92,5 @@ class Decisions:
         self, request_n: np.ndarray, position_n: np.ndarray, wrong_n: np.ndarray, what: str
     ) -> None:
         request, position = int(request_n[wrong_n][0]), int(position_n[wrong_n][0])
-        name = self.names[request] if request < len(self.names) else str(request)
+        name = self.request_ids[request] if request < len(self.request_ids) else str(request)
         raise UserError(f"{self.where} {what} position {position} of request {name!r}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def place_experts(loads_E: Sequence[float], ranks: int, slots: int) -> list[list[int]]:
+def rebalance_experts(loads_E: Sequence[float], ranks: int, slots: int) -> list[list[int]]:
     """The experts of each of so many ranks, ascending, in `slots` on each.
 
     Raises ValueError unless all experts fit, and so that no rank must have one twice.
@@ -19,34 +19,38 @@ def place_experts(loads_E: Sequence[float], ranks: int, slots: int) -> list[list
     E = len(loads_E)
     if not E <= ranks * slots or not slots <= E:
         raise ValueError(f"{ranks} times {slots} slots do not fit {E} experts")
-    copies_E = copies_of(loads_E, ranks * slots, most=ranks)
+    replica_count_E = replicate_experts(loads_E, ranks * slots, most=ranks)
     held: list[list[int]] = [[] for _ in range(ranks)]
     filled = [0.0] * ranks
-    share_E = [load / copies for load, copies in zip(loads_E, copies_E, strict=True)]
+    share_E = [load / copies for load, copies in zip(loads_E, replica_count_E, strict=True)]
     for expert in sorted(range(E), key=lambda e: (-share_E[e], e)):
-        for _ in range(copies_E[expert]):
+        for _ in range(replica_count_E[expert]):
             _place(expert, held, filled, share_E, slots)
     return [sorted(experts) for experts in held]
 
 
-def copies_of(loads_E: Sequence[float], total: int, most: int) -> list[int]:
+def replicate_experts(loads_E: Sequence[float], total: int, most: int) -> list[int]:
     """How many copies each expert has of `total`: one, and more of the busiest, `most` at most.
 
     >>> copies_of([8, 2, 5, 1], total=7, most=4)
     [3, 1, 2, 1]
     """
-    copies_E = [1] * len(loads_E)
+    replica_count_E = [1] * len(loads_E)
     for _ in range(total - len(loads_E)):
-        below = [e for e, copies in enumerate(copies_E) if copies < most]
-        busiest = max(below, key=lambda e: (loads_E[e] / copies_E[e], -copies_E[e], -e))
-        copies_E[busiest] += 1
-    return copies_E
+        below = [e for e, copies in enumerate(replica_count_E) if copies < most]
+        busiest = max(
+            below, key=lambda e: (loads_E[e] / replica_count_E[e], -replica_count_E[e], -e)
+        )
+        replica_count_E[busiest] += 1
+    return replica_count_E
 
 
-def loads_of_ranks(loads_E: Sequence[float], held: Sequence[Sequence[int]]) -> list[float]:
+def rank_loads(loads_E: Sequence[float], held: Sequence[Sequence[int]]) -> list[float]:
     """What each rank has to do if the copies of an expert share its load evenly."""
-    copies_E = [sum(expert in experts for experts in held) for expert in range(len(loads_E))]
-    return [sum(loads_E[expert] / copies_E[expert] for expert in experts) for experts in held]
+    replica_count_E = [sum(expert in experts for experts in held) for expert in range(len(loads_E))]
+    return [
+        sum(loads_E[expert] / replica_count_E[expert] for expert in experts) for experts in held
+    ]
 
 
 def _place(

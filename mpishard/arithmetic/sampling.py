@@ -14,19 +14,19 @@ import numpy as np
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def best_of_each_row(keys_Mv: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def row_topk(scores_Mv: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest keys of each row, largest first, ties by ascending column, and their
     columns: two (M, count) arrays. A row with fewer keys is filled up with -inf and the column
     one beyond the last. Of a row with keys that are not numbers, the first is one of them."""
-    rows, columns = keys_Mv.shape
-    best_MC = np.full((rows, count), -np.inf, keys_Mv.dtype)
+    rows, columns = scores_Mv.shape
+    best_MC = np.full((rows, count), -np.inf, scores_Mv.dtype)
     column_MC = np.full((rows, count), columns)
     taken = min(count, columns)
     if taken == 1:
-        top = keys_Mv.argmax(axis=1)  # the first of equal keys
-        best_MC[:, 0], column_MC[:, 0] = keys_Mv[np.arange(rows), top], top
+        top = scores_Mv.argmax(axis=1)  # the first of equal keys
+        best_MC[:, 0], column_MC[:, 0] = scores_Mv[np.arange(rows), top], top
     elif taken:
-        for row, keys_v in enumerate(keys_Mv):
+        for row, keys_v in enumerate(scores_Mv):
             threshold = np.partition(keys_v, columns - taken)[columns - taken]
             above = np.flatnonzero(keys_v > threshold)
             level = np.flatnonzero(keys_v == threshold)[: taken - len(above)]
@@ -56,34 +56,34 @@ def gumbel(seed: int, request: int, position: int, ids: np.ndarray) -> np.ndarra
     return -np.log(-np.log(uniform))
 
 
-def log_sum_exp(keys_Mv: np.ndarray) -> np.ndarray:
-    """``log(sum(exp(keys)))`` of each row, -inf for a row without keys: (M,)."""
-    peak_M1 = keys_Mv.max(axis=1, keepdims=True, initial=-np.inf)
+def logsumexp(scores_Mv: np.ndarray) -> np.ndarray:
+    """``log(sum(exp(scores)))`` of each row, -inf for a row without keys: (M,)."""
+    peak_M1 = scores_Mv.max(axis=1, keepdims=True, initial=-np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
-        total_M = np.exp(keys_Mv - np.where(np.isfinite(peak_M1), peak_M1, 0)).sum(axis=1)
+        total_M = np.exp(scores_Mv - np.where(np.isfinite(peak_M1), peak_M1, 0)).sum(axis=1)
         return peak_M1[:, 0] + np.log(total_M)
 
 
-def kept(
-    keys: np.ndarray, log_total: float, top_k: int, top_p: float, min_p: float, complete: bool
+def num_kept(
+    scores: np.ndarray, log_total: float, top_k: int, top_p: float, min_p: float, complete: bool
 ) -> int | None:
-    """How many of the largest `keys` (sorted, logits over temperature) the filters keep, or None
+    """How many of the largest `scores` (sorted, logits over temperature) the filters keep, or None
     if that depends on keys beyond these; with `complete` there are none beyond.
 
     The filters act one after the other, as in transformers: the `top_k` largest (0: all); the
     smallest number of those whose probabilities reach `top_p`; those whose probability is at least
     `min_p` times the largest. `log_total` is the log-sum-exp of the whole vocabulary.
     """
-    limit, decided = len(keys), complete
+    limit, decided = len(scores), complete
     if 0 < top_k <= limit:
         limit, decided = top_k, True
-        log_total = log_sum_exp(keys[np.newaxis, :limit])[0]
+        log_total = logsumexp(scores[np.newaxis, :limit])[0]
     if top_p < 1:
-        reached = np.flatnonzero(np.cumsum(np.exp(keys[:limit] - log_total)) >= top_p)
+        reached = np.flatnonzero(np.cumsum(np.exp(scores[:limit] - log_total)) >= top_p)
         if len(reached):
             limit, decided = int(reached[0]) + 1, True
     if min_p > 0:
-        improbable = np.flatnonzero(keys[:limit] < keys[0] + np.log(min_p))
+        improbable = np.flatnonzero(scores[:limit] < scores[0] + np.log(min_p))
         if len(improbable):
             limit, decided = int(improbable[0]), True
     return limit if decided else None

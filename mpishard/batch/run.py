@@ -12,18 +12,18 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
+from mpishard.batch.dispatch import Coordinator, Progress, ReplicaClient
+from mpishard.batch.job import BatchJob
+from mpishard.batch.requests import BatchRequest
 from mpishard.communication.collectives import MIN, all_reduce
-from mpishard.communication.group import Call
+from mpishard.communication.group import CollectiveCall
+from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
-from mpishard.communication.post import Post
 from mpishard.engine.generate import check_request, serve
-from mpishard.engine.schedule import Limits
+from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.errors import UserError
-from mpishard.job.desk import Clerk, Desk, Progress
-from mpishard.job.lines import Line
-from mpishard.job.task import Task
 from mpishard.model import Decoder
-from mpishard.text import TOKENIZER, Text
+from mpishard.tokenizer import TOKENIZER, Tokenizer
 
 # The part of the memory that is free when a job begins that its caches may take.
 CACHE_SHARE = 0.5
@@ -56,29 +56,28 @@ class BatchReport:
 def run(
     decoder: Decoder,
     directory: Path,
-    task: Task | None,
-    limits: Limits,
-    told_to_stop: Callable[[], bool],
+    task: BatchJob | None,
+    limits: SchedulerConfig,
+    should_stop: Callable[[], bool],
     report: Callable[[Progress], None],
 ) -> BatchReport:
     """Answer the `task`, which rank 0 has and no other, with the model of `directory`.
 
-    A replica works within `limits`; if it has none for the cache, `spare_memory` is. All ranks stop
-    after a step in which `told_to_stop` is true on any of them. `report` is called on rank 0.
-    Raises UserError, on rank 0 alone, where the disk takes no more.
-    """
+    A replica works within `limits`; if it has none for the cache, `available_memory` is. All ranks
+    stop after a step in which `should_stop` is true on any of them. `report` is called on rank 0.
+    Raises UserError, on rank 0 alone, where the disk takes no more."""
     mesh, started = decoder.mesh, perf_counter()
     world = mesh.world.comm
-    with Call("broadcast", mesh.world):
+    with CollectiveCall("broadcast", mesh.world):
         left = world.bcast(task and task.left)
     share = -(-left // mesh.dp.size)  # else the first to ask would take all of a small job
-    limits = replace(limits, sequences=max(1, min(limits.sequences, share)))
-    if limits.kv_bytes is None:
-        share = int(CACHE_SHARE * spare_memory(mesh))
-        limits = replace(limits, kv_bytes=max(LEAST_CACHE, share))
+    limits = replace(limits, max_num_seqs=max(1, min(limits.max_num_seqs, share)))
+    if limits.kv_cache_memory_bytes is None:
+        share = int(CACHE_SHARE * available_memory(mesh))
+        limits = replace(limits, kv_cache_memory_bytes=max(LEAST_CACHE, share))
     progress = Progress(len(task), len(task.journal)) if task else None
     if left:
-        progress = _serve(decoder, directory, task, limits, told_to_stop, report)
+        progress = _serve(decoder, directory, task, limits, should_stop, report)
     figures = None
     if task and progress:
         if not task.left:
@@ -92,28 +91,28 @@ def run(
             progress.completion_tokens,
             perf_counter() - started,
         )
-    with Call("broadcast", mesh.world):
+    with CollectiveCall("broadcast", mesh.world):
         return world.bcast(figures)
 
 
 def _serve(
     decoder: Decoder,
     directory: Path,
-    task: Task | None,
-    limits: Limits,
-    told_to_stop: Callable[[], bool],
+    task: BatchJob | None,
+    limits: SchedulerConfig,
+    should_stop: Callable[[], bool],
     report: Callable[[Progress], None],
 ) -> Progress | None:
     """Answer what is left of the task; on rank 0 how far that came."""
     mesh = decoder.mesh
-    text = Text(directory) if (directory / TOKENIZER).is_file() else None
-    post = Post(mesh.world.comm)
+    text = Tokenizer(directory) if (directory / TOKENIZER).is_file() else None
+    post = Mailbox(mesh.world.comm)
     clerk = None
     if task:
-        leaders = list(range(0, mesh.layout.world, mesh.layout.replica))
-        clerk = Clerk(task, post, leaders, _encoder(decoder, directory, task, text), report)
+        leaders = list(range(0, mesh.layout.world_size, mesh.layout.replica_size))
+        clerk = Coordinator(task, post, leaders, _encoder(decoder, directory, task, text), report)
     eos_ids = frozenset(decoder.config.eos_ids)
-    desk = Desk(mesh, post, text, eos_ids, told_to_stop, clerk)
+    desk = ReplicaClient(mesh, post, text, eos_ids, should_stop, clerk)
     serve(decoder, desk, desk.answer, limits=limits)
     desk.close()
     post.close()
@@ -121,11 +120,11 @@ def _serve(
 
 
 def _encoder(
-    decoder: Decoder, directory: Path, task: Task, text: Text | None
-) -> Callable[[Line], list[int]]:
+    decoder: Decoder, directory: Path, task: BatchJob, text: Tokenizer | None
+) -> Callable[[BatchRequest], list[int]]:
     """What finds the token ids of a line, or refuses it (UserError)."""
 
-    def encode(line: Line) -> list[int]:
+    def encode(line: BatchRequest) -> list[int]:
         where = f"{task.source} line {line.number}"
         try:
             ids = _ids(line, directory, text)
@@ -137,11 +136,11 @@ def _encoder(
     return encode
 
 
-def _ids(line: Line, directory: Path, text: Text | None) -> list[int]:
+def _ids(line: BatchRequest, directory: Path, text: Tokenizer | None) -> list[int]:
     prompt, chat = line.prompt, line.wishes.chat
     are_ids = isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
     if text is None and (not are_ids or line.wishes.stop):
-        text = Text(directory)  # which says that there is none
+        text = Tokenizer(directory)  # which says that there is none
     if are_ids and chat:
         raise UserError("a chat needs the text that opens it, not token ids; leave --chat away")
     if are_ids or text is None:
@@ -151,7 +150,7 @@ def _ids(line: Line, directory: Path, text: Text | None) -> list[int]:
     return text.chat(prompt)  # type: ignore[arg-type]
 
 
-def spare_memory(mesh: Mesh) -> int:
+def available_memory(mesh: Mesh) -> int:
     """The bytes of memory that are free for each rank, the fewest of any: its host's, and those
     that a batch system has set as its limit, over the ranks there."""
     world = mesh.world
@@ -165,8 +164,8 @@ def _free_memory() -> int:
     """The bytes of memory that this process and those beside it may still take."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, KeyError, ValueError):  # not Linux
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(facts["MemAvailable"].split()[0])
+        metadata = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(metadata["MemAvailable"].split()[0])
     with suppress(OSError):
         own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
         free = min([free, *_group_memory(CONTROL_GROUPS / own.lstrip("/"))])

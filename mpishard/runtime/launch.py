@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from mpishard.errors import Mismatch, UserError
+from mpishard.errors import CollectiveMismatch, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -33,7 +33,7 @@ AGREEMENT_SECONDS = 1.0
 # one that aborts right after them.
 LAST_WORDS_SECONDS = 0.2
 
-# Seconds that a collective may take, unless told otherwise: see `mpishard.watch`.
+# Seconds that a collective may take, unless told otherwise: see `mpishard.runtime.watchdog`.
 TIMEOUT = 1800.0
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
@@ -60,7 +60,7 @@ def start() -> MPI.Intracomm:
     """
     cores = allowed_cores()
     # A launcher that binds each rank to cores of its own is itself allowed on all of theirs.
-    if _announced(NODE_VARIABLES) > len(cores | allowed_cores(os.getppid())):
+    if _env_int(NODE_VARIABLES) > len(cores | allowed_cores(os.getppid())):
         _let_waiting_ranks_sleep()
     mpi = _start_mpi()
     world = mpi.COMM_WORLD
@@ -92,7 +92,7 @@ def share_of_cores(mine: set[int], everyones: list[set[int]]) -> int:
 
 def threads_per_rank() -> int:
     """The threads that this rank's BLAS takes."""
-    chosen = _announced(THREAD_VARIABLES)  # read as BLAS reads them
+    chosen = _env_int(THREAD_VARIABLES)  # read as BLAS reads them
     return chosen or len(allowed_cores())
 
 
@@ -100,7 +100,7 @@ def check_launcher(size: int) -> None:
     """Refuse to run as one of several separate jobs of one rank, which is what a launcher of
     another MPI than the one mpi4py has loaded starts, and srun where they do not find each other
     (UserError)."""
-    announced = _announced(WORLD_VARIABLES, size)
+    announced = _env_int(WORLD_VARIABLES, size)
     if announced == size:
         return
     cause = (
@@ -155,7 +155,7 @@ def _ancestors() -> Iterator[tuple[int, str]]:
         process = int(after.split()[1])
 
 
-class Outcome(NamedTuple):
+class ExitOutcome(NamedTuple):
     """What a rank comes to: its exit status and the message, if any, that explains it. A message
     that says all there is to say needs no rank that it is from."""
 
@@ -210,7 +210,7 @@ def _end_alone(status: int, message: str) -> int:
         report(message)
         return status
     report(message and _signed(message, world))
-    end_all(world, status)
+    abort_job(world, status)
     return status
 
 
@@ -221,16 +221,16 @@ def _run(main: Callable[[MPI.Intracomm], None]) -> int:
     try:
         world = start()
     except UserError as error:
-        if not _announced(RANK_VARIABLES):  # of jobs that do not know of each other, the first
+        if not _env_int(RANK_VARIABLES):  # of jobs that do not know of each other, the first
             report(str(error))
         return 2
     alarm = world.Dup()  # a private context: no message of the program can match its messages
     if world.rank > 0:
         sys.stdout = open(os.devnull, "w")  # results come from one rank only
-    return _end_together(alarm, _attempt(main, world))
+    return _agree_on_exit(alarm, _attempt(main, world))
 
 
-def _attempt(main: Callable[[MPI.Intracomm], None], world: MPI.Intracomm) -> Outcome:
+def _attempt(main: Callable[[MPI.Intracomm], None], world: MPI.Intracomm) -> ExitOutcome:
     """What `main` comes to on this rank."""
     where = f" on rank {world.rank} of {world.size}" if world.size > 1 else ""
     try:
@@ -238,26 +238,26 @@ def _attempt(main: Callable[[MPI.Intracomm], None], world: MPI.Intracomm) -> Out
         sys.stdout.flush()
     except SystemExit as end:  # --help and --version
         if isinstance(end.code, str):
-            return Outcome(1, end.code, is_complete=False)
-        return Outcome((end.code or 0) & 255)
+            return ExitOutcome(1, end.code, is_complete=False)
+        return ExitOutcome((end.code or 0) & 255)
     except UserError as error:
-        return Outcome(2, str(error), is_complete=False)
-    except Mismatch as error:  # which names two ranks
-        return Outcome(1, str(error))
+        return ExitOutcome(2, str(error), is_complete=False)
+    except CollectiveMismatch as error:  # which names two ranks
+        return ExitOutcome(1, str(error))
     except KeyboardInterrupt:  # which the launcher passes on to all ranks
-        return Outcome(130, "interrupted")
+        return ExitOutcome(130, "interrupted")
     except BrokenPipeError:  # the reader of our output has left
-        return Outcome(1)
+        return ExitOutcome(1)
     except MemoryError as error:
-        return Outcome(1, f"out of memory{where}: {error}")
+        return ExitOutcome(1, f"out of memory{where}: {error}")
     except OSError as error:
-        return Outcome(1, f"the system refused{where}: {error}")
+        return ExitOutcome(1, f"the system refused{where}: {error}")
     except BaseException:
-        return Outcome(1, f"a fault of the program{where}:\n{traceback.format_exc()}")
-    return Outcome(0)
+        return ExitOutcome(1, f"a fault of the program{where}:\n{traceback.format_exc()}")
+    return ExitOutcome(0)
 
 
-def _end_together(alarm: MPI.Intracomm, mine: Outcome) -> int:
+def _agree_on_exit(alarm: MPI.Intracomm, mine: ExitOutcome) -> int:
     """The exit status of the job, after one of the ranks that failed has printed its message.
 
     Where all ranks come here, they exchange their statuses and return, so that MPI ends in order
@@ -291,7 +291,7 @@ def _end_together(alarm: MPI.Intracomm, mine: Outcome) -> int:
     return outcomes[2 * speakers[0]] if speakers else 0
 
 
-def _alone(mine: Outcome, comm: MPI.Intracomm) -> str:
+def _alone(mine: ExitOutcome, comm: MPI.Intracomm) -> str:
     """The message of a rank that failed where others did not, which says so."""
     return mine.message if mine.is_complete else _signed(mine.message, comm)
 
@@ -306,10 +306,10 @@ def _abort(alarm: MPI.Intracomm, status: int, message: str) -> None:
         report(message)
     else:
         time.sleep(AGREEMENT_SECONDS)  # the end comes within that time from the rank that speaks
-    end_all(alarm, status)
+    abort_job(alarm, status)
 
 
-def end_all(comm: MPI.Intracomm, status: int) -> None:
+def abort_job(comm: MPI.Intracomm, status: int) -> None:
     """End all ranks of the job, wherever they are. MPI_Abort."""
     time.sleep(LAST_WORDS_SECONDS)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has lines of its own for this
@@ -347,7 +347,7 @@ def _flush_or_discard() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _announced(variables: tuple[str, ...], otherwise: int = 0) -> int:
+def _env_int(variables: tuple[str, ...], otherwise: int = 0) -> int:
     """The number with which the first of these environment variables begins that has one."""
     for name in variables:
         if number := re.match(r"\d+", os.environ.get(name, "")):

@@ -35,11 +35,11 @@ from types import CodeType, FrameType
 
 from mpi4py import MPI
 
-from mpishard.communication.check import caller, compare, place
-from mpishard.communication.group import Call, Calls, Group
+from mpishard.communication.check import caller, check_collective, source_line
+from mpishard.communication.group import CallTracker, CollectiveCall, Group
 from mpishard.communication.ledger import Ledger
 from mpishard.errors import UserError
-from mpishard.launch import TIMEOUT, end_all, report
+from mpishard.runtime.launch import TIMEOUT, abort_job, report
 
 # Tags of messages between the threads.
 QUESTION, ANSWER = 1, 2
@@ -58,7 +58,7 @@ STATES = {
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class RankStatus:
     """Where a rank is: in words, for how many seconds, and the lines of its stack, outermost
     first."""
 
@@ -67,7 +67,7 @@ class Whereabouts:
     stack: tuple[str, ...] = ()
 
 
-class Watch:
+class Watchdog:
     """Watches over the collectives of this rank, from its making to `close`, or to the end of a
     ``with`` statement. Collective: all ranks of `comm` make one, with the same arguments.
 
@@ -77,7 +77,7 @@ class Watch:
     When a collective of what was loaded with it takes longer than `timeout` seconds, the job ends
     with status 1 after one message that says where every rank of `comm` is; 0 never does that. With
     `check_collectives` the ranks of a group compare each collective before they make it, and one
-    that differs raises `mpishard.errors.Mismatch`.
+    that differs raises `mpishard.errors.CollectiveMismatch`.
 
     Raises UserError for a timeout that is no number of seconds.
     """
@@ -90,7 +90,7 @@ class Watch:
                 f"timeout {timeout:g} must be the seconds that a collective may take, or 0 for "
                 "any time"
             )
-        self.calls = Calls(compare if check_collectives else None)
+        self.calls = CallTracker(check_collective if check_collectives else None)
         self.world = Group(comm, "world", Ledger(), self.calls)
         self.timeout = timeout
         # Whether the thread may use MPI beside the other one.
@@ -106,7 +106,7 @@ class Watch:
             self._thread.start()
             atexit.register(self.close)  # before MPI ends, after which nobody may call it
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -144,12 +144,12 @@ class Watch:
                 inside = inside + passed if same else min(now - call.entered, passed)
                 entry = id(call), call.entered
                 if inside > self.timeout:
-                    self._speak(call)
+                    self._report_and_abort(call)
             last = now
             if self._talks and self._comm.Iprobe(MPI.ANY_SOURCE, QUESTION):
                 self._answer()
 
-    def _speak(self, overdue: Call) -> None:
+    def _report_and_abort(self, overdue: CollectiveCall) -> None:
         """Say where all ranks are and end them, unless a lower rank is about to."""
         comm = self._comm
         places = {comm.rank: self._whereabouts()}
@@ -161,12 +161,12 @@ class Watch:
             + "\n".join(_merged(places))
         )
 
-    def _ask(self) -> dict[int, Whereabouts]:
+    def _ask(self) -> dict[int, RankStatus]:
         """Where all other ranks are. Does not return if a lower rank asks as well."""
         comm = self._comm
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         questions = [comm.Isend(b"", rank, QUESTION) for rank in others]
-        places: dict[int, Whereabouts] = {}
+        places: dict[int, RankStatus] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
         while len(places) < len(others) and time.monotonic() < deadline:
             if any(comm.Iprobe(rank, QUESTION) for rank in range(comm.rank)):
@@ -174,15 +174,15 @@ class Watch:
             places |= dict(self._answers())
             MPI.Request.Testall(questions)
             time.sleep(0.01)
-        return {rank: places.get(rank) or self._silence(rank) for rank in others}
+        return {rank: places.get(rank) or self._unresponsive(rank) for rank in others}
 
-    def _answers(self) -> Iterator[tuple[int, Whereabouts]]:
+    def _answers(self) -> Iterator[tuple[int, RankStatus]]:
         """What other ranks have answered by now."""
         status = MPI.Status()
         while self._comm.Iprobe(MPI.ANY_SOURCE, ANSWER, status):
             text = bytearray(status.Get_count(MPI.BYTE))
             self._comm.Recv(text, status.source, ANSWER)
-            yield status.source, Whereabouts(**json.loads(text))
+            yield status.source, RankStatus(**json.loads(text))
 
     def _answer(self) -> None:
         """Tell all ranks that ask where this one is, until the end comes from one of them."""
@@ -195,15 +195,15 @@ class Watch:
                 answers.append(self._comm.Isend(text, status.source, ANSWER))
             MPI.Request.Testall(answers)
             time.sleep(0.01)
-        end_all(self._comm, 1)  # it did not come
+        abort_job(self._comm, 1)  # it did not come
 
     def _end(self, message: str) -> None:
         report(message)
         if not self._talks:
             time.sleep(ANSWER_SECONDS)  # in which other ranks speak for themselves
-        end_all(self._comm, 1)
+        abort_job(self._comm, 1)
 
-    def _whereabouts(self) -> Whereabouts:
+    def _whereabouts(self) -> RankStatus:
         """Where the watched thread of this rank is."""
         calls, now = self.calls, perf_counter()
         call = calls.current
@@ -212,12 +212,12 @@ class Watch:
         if call is None or frame is None:
             done = ", ".join(f"{n} of {name}" for name, n in sorted(calls.done.copy().items()))
             text = f"in no collective; done: {done or 'none'}"
-            return Whereabouts(text, now - calls.left, stack)
+            return RankStatus(text, now - calls.left, stack)
         name = call.group.name
         ranks = ", ".join(map(str, call.group.members))
         group = f"{name} (ranks {ranks})" if call.group.members else name
-        return Whereabouts(
-            f"in collective {call.number} of {group}, {call}, at {place(caller(frame))}; "
+        return RankStatus(
+            f"in collective {call.number} of {group}, {call}, at {source_line(caller(frame))}; "
             f"done: {calls.done.get(name, 0)} of {name}",
             now - call.entered,
             stack,
@@ -231,23 +231,25 @@ class Watch:
         same = takewhile(lambda codes: codes[0] is codes[1], above)
         return (line for _, line in lines[len(list(same)) :])
 
-    def _silence(self, rank: int) -> Whereabouts:
+    def _unresponsive(self, rank: int) -> RankStatus:
         """Where a rank is that does not answer."""
         (here, _), (host, process) = self._homes[self._comm.rank], self._homes[rank]
         text = f"does not answer: process {process} on {host}"
         if host == here:
             text += f" {_state(process)}"
-        return Whereabouts(text, 0.0)
+        return RankStatus(text, 0.0)
 
 
 def _lines(frame: FrameType | None) -> list[tuple[CodeType, str]]:
     """The functions that a thread is in, outermost first, each with the line it has come to; none
     if the thread has ended."""
     stack = list(walk_stack(frame)) if frame else []
-    return [(f.f_code, f"{place(f, line)} in {f.f_code.co_name}") for f, line in reversed(stack)]
+    return [
+        (f.f_code, f"{source_line(f, line)} in {f.f_code.co_name}") for f, line in reversed(stack)
+    ]
 
 
-def _merged(places: dict[int, Whereabouts]) -> Iterator[str]:
+def _merged(places: dict[int, RankStatus]) -> Iterator[str]:
     """The whereabouts of all ranks, those that are in the same place together."""
     together: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for rank, one in sorted(places.items()):

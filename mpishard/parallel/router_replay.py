@@ -15,15 +15,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpishard.arithmetic.decisions import Decisions
-from mpishard.arithmetic.packed import Step
 from mpishard.communication.collectives import all_gather, gather
 from mpishard.communication.mesh import Mesh
 from mpishard.errors import UserError
-from mpishard.parallel.expert import Mixture, Routes, routed_here
+from mpishard.parallel.expert import MoELayer, Routing, local_tokens
+from mpishard.sequences.step import Step
+from mpishard.storage.routing_trace import RoutingTrace
 
 
-class Recorder:
+class RoutingRecorder:
     """Remembers the routing of all tokens that this rank routes."""
 
     def __init__(self) -> None:
@@ -32,24 +32,26 @@ class Recorder:
         self._experts: dict[int, list[np.ndarray]] = {}  # by layer
         self._weights: dict[int, list[np.ndarray]] = {}
 
-    def recording(self, layer: int, w: Mixture) -> Mixture:
+    def record_layer(self, layer: int, w: MoELayer) -> MoELayer:
         """The mixture `w` of `layer`, whose routing is now remembered."""
-        self._top_k = w.how.top_k
+        self._top_k = w.router_fn.top_k
         is_first = not self._experts
         experts = self._experts.setdefault(layer, [])
         weights = self._weights.setdefault(layer, [])
 
-        def record(routes: Routes, step: Step, mesh: Mesh) -> None:
-            own = routed_here(step, mesh)
+        def record(routing: Routing, step: Step, mesh: Mesh) -> None:
+            own = local_tokens(step, mesh)
             if is_first:
                 tokens = (step.requests_N[own], step.positions_N[own], step.ids_N[own])
                 self._tokens.append(np.stack(tokens))
-            experts.append(routes.ids_nA)
-            weights.append(routes.weights_nA)
+            experts.append(routing.topk_ids_nA)
+            weights.append(routing.topk_weights_nA)
 
-        return replace(w, watchers=(*w.watchers, record))
+        return replace(w, hooks=(*w.hooks, record))
 
-    def gathered(self, mesh: Mesh, names: Sequence[str], dtype: np.dtype) -> Decisions | None:
+    def gather_routing(
+        self, mesh: Mesh, request_ids: Sequence[str], dtype: np.dtype
+    ) -> RoutingTrace | None:
         """The decisions of all ranks, on rank 0, for requests of these names; the others get None.
         Collective. UserError if a request was fed more than once."""
         tokens_3n = np.concatenate([np.empty((3, 0), np.int64), *self._tokens], axis=1)
@@ -60,16 +62,16 @@ class Recorder:
         if tokens_3T is None or experts_TLA is None or weights_TLA is None:
             return None
         request_T, position_T, token_T = tokens_3T
-        decisions = Decisions(
+        decisions = RoutingTrace(
             request_T=request_T,
             position_T=position_T,
             token_T=token_T,
             layers=tuple(self._experts),
             experts_TLA=experts_TLA,
             weights_TLA=weights_TLA,
-            names=tuple(names),
-        ).sorted_as(request_T, tuple(names))
-        if decisions.twice():
+            request_ids=tuple(request_ids),
+        ).sorted_as(request_T, tuple(request_ids))
+        if decisions.has_duplicates():
             raise UserError("a request was fed more than once while its routing was recorded")
         return decisions
 
@@ -79,16 +81,16 @@ class Recorder:
         return np.stack([np.concatenate([nothing, *rows]) for rows in by_layer.values()], axis=1)
 
 
-def replaying(decisions: Decisions, layer: int, w: Mixture) -> Mixture:
+def replay_layer(decisions: RoutingTrace, layer: int, w: MoELayer) -> MoELayer:
     """The mixture `w` of `layer`, with these decisions in place of its router's."""
     place = decisions.layers.index(layer)
 
-    def choose(
-        x_nD: np.ndarray, w: Mixture, step: Step, mesh: Mesh
+    def route_fn(
+        x_nD: np.ndarray, w: MoELayer, step: Step, mesh: Mesh
     ) -> tuple[np.ndarray, np.ndarray]:
-        own = routed_here(step, mesh)
+        own = local_tokens(step, mesh)
         found_n = decisions.find(step.requests_N[own], step.positions_N[own], step.ids_N[own])
-        weights_nA = decisions.weights_TLA[found_n, place].astype(x_nD.dtype, copy=False)
-        return decisions.experts_TLA[found_n, place], weights_nA
+        topk_weights_nA = decisions.weights_TLA[found_n, place].astype(x_nD.dtype, copy=False)
+        return decisions.experts_TLA[found_n, place], topk_weights_nA
 
-    return replace(w, choose=choose)
+    return replace(w, route_fn=route_fn)

@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from mpishard.api import Model
-from mpishard.arithmetic.balancing import loads_of_ranks, place_experts
-from mpishard.description.expert_placement import ExpertPlacement, slots_of_each
-from mpishard.description.layout import block
+from mpishard.arithmetic.eplb import rank_loads, rebalance_experts
+from mpishard.config.expert_placement import ExpertPlacement, num_physical_per_rank
+from mpishard.config.layout import block
 from mpishard.errors import UserError, brief
-from mpishard.parallel.expert_load import Load, imbalance
-from mpishard.storage.directory import read_json
+from mpishard.parallel.expert_load import ExpertLoad, imbalance
+from mpishard.storage.model_dir import read_json
 
 LOAD_FORMAT = "mpishard expert load 1"
 
 MOST_ROWS = 2**62  # of an expert: their sums are shared and compared as float64
 
 
-def load_report(model: Model, load: Load) -> dict[str, Any]:
+def load_report(model: Model, load: ExpertLoad) -> dict[str, Any]:
     """What `load` counted of `model`, on every rank. Collective."""
     totals, moe = load.totals(model.mesh), model.config.moe
     assert moe is not None, "a load is that of a mixture"
@@ -41,17 +41,17 @@ def load_report(model: Model, load: Load) -> dict[str, Any]:
         "model": str(model.path),
         "layout": str(model.mesh.layout),
         "ranks": model.mesh.world.size,
-        "experts": moe.experts,
+        "experts": moe.num_experts,
         "top_k": moe.top_k,
         "loads": [
             {
                 "layer": rows.layer,
                 "phase": rows.phase,
-                "rows_of_experts": rows.of_experts,
-                "rows_of_ranks": rows.of_ranks,
+                "rows_of_experts": rows.tokens_per_expert,
+                "rows_of_ranks": rows.tokens_per_rank,
                 "dropped": rows.dropped,
-                "imbalance_of_experts": imbalance(rows.of_experts),
-                "imbalance_of_ranks": imbalance(rows.of_ranks),
+                "imbalance_of_experts": imbalance(rows.tokens_per_expert),
+                "imbalance_of_ranks": imbalance(rows.tokens_per_rank),
             }
             for rows in totals
         ],
@@ -84,7 +84,7 @@ def read_loads(path: Path) -> dict[int, list[int]]:
     if content.get("format") != LOAD_FORMAT:
         raise UserError(
             f'{path} has the "format" {brief(repr(content.get("format")))}, not {LOAD_FORMAT!r}: '
-            "give the file that --expert-stats wrote"
+            "give the file that --expert-load wrote"
         )
     loads: dict[int, list[int]] = {}
     try:
@@ -95,7 +95,7 @@ def read_loads(path: Path) -> dict[int, list[int]]:
             loads[layer] = [a + b for a, b in zip(before_E, rows_E, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
         problem = brief(f"{type(error).__name__}: {error}")
-        raise UserError(f"{path} is not a load as --expert-stats writes it: {problem}") from None
+        raise UserError(f"{path} is not a load as --expert-load writes it: {problem}") from None
     if not any(map(any, loads.values())):
         raise UserError(f"{path} has no rows: there is nothing to go by")
     return loads
@@ -111,12 +111,12 @@ def _check_rows(layer: Any, rows_E: Any, experts: Any) -> None:
         raise ValueError(f"there are rows of {len(rows_E)} experts, not of {experts!r}")
 
 
-def place_by_load(loads: dict[int, list[int]], ep: int, copies: int) -> ExpertPlacement:
+def rebalance(loads: dict[int, list[int]], ep: int, redundant_experts: int) -> ExpertPlacement:
     """The experts of `ep` ranks in each layer, with so many further copies, by the experts' loads.
     UserError where the slots cannot be the same on all ranks."""
     experts = len(next(iter(loads.values())))
-    slots = slots_of_each(experts, copies, ep)
-    layers = {layer: place_experts(loads_E, ep, slots) for layer, loads_E in loads.items()}
+    slots = num_physical_per_rank(experts, redundant_experts, ep)
+    layers = {layer: rebalance_experts(loads_E, ep, slots) for layer, loads_E in loads.items()}
     return ExpertPlacement(experts, layers)
 
 
@@ -124,10 +124,9 @@ def placement_summary(loads: dict[int, list[int]], placement: ExpertPlacement) -
     """How uneven the counted rows are over ranks in blocks of experts, and as they are placed."""
     experts, ep = placement.experts, placement.ep
     blocks = [range(experts)[block(experts, ep, rank)] for rank in range(ep)]
-    before = [_imbalance(loads_of_ranks(loads_E, blocks)) for loads_E in loads.values()]
+    before = [_imbalance(rank_loads(loads_E, blocks)) for loads_E in loads.values()]
     after = [
-        _imbalance(loads_of_ranks(loads_E, placement.layers[layer]))
-        for layer, loads_E in loads.items()
+        _imbalance(rank_loads(loads_E, placement.layers[layer])) for layer, loads_E in loads.items()
     ]
     slots = sum(map(len, next(iter(placement.layers.values())))) // ep
     return (

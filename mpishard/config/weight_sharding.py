@@ -3,14 +3,14 @@
 Dense weights are cut by tensor parallelism, experts by expert parallelism, each over all ranks of a
 replica or over part of them. Ranks that would hold the same of both share a set, and a file:
 
-=====  =====================  ============================  =================
-ranks  ``Cut(tp=4, ep=2)``    ``Cut(tp=2, ep=4)``           ``Cut(1, 1, 2)``
-=====  =====================  ============================  =================
+=====  =====================  ============================  =======================
+ranks  ``tp=4, ep=2``         ``tp=2, ep=4``                ``tp=1, ep=1``, 2 ranks
+=====  =====================  ============================  =======================
 0      tp 0, experts 0, left  tp 0, the first quarter       all experts, left
 1      tp 1, experts 0, right tp 1, the second quarter      all experts, right
 2      tp 2, experts 1, left  tp 0, the third quarter
 3      tp 3, experts 1, right tp 1, the last quarter
-=====  =====================  ============================  =================
+=====  =====================  ============================  =======================
 
 where left and right are halves of the width of each expert, here of two.
 """
@@ -20,11 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import lcm
 
-from mpishard.description.expert_placement import ExpertPlacement
+from mpishard.config.expert_placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
-class Cut:
+class WeightSharding:
     """The weights in `ranks` sets that differ, the fewest that `tp` and `ep` divide unless given;
     more where context-parallel ranks, too, divide the width of experts.
 
@@ -60,9 +60,9 @@ class Cut:
         """Which part of each of these experts set `index` has."""
         return index % self.etp
 
-    def copies(self, layer: int, expert: int) -> int:
+    def replicas(self, layer: int, expert: int) -> int:
         """How many groups have an expert of a layer."""
-        return 1 if self.placement is None else self.placement.copies(layer, expert)
+        return 1 if self.placement is None else self.placement.replicas(layer, expert)
 
     def __str__(self) -> str:
         experts = f" --ep {self.ep}" if self.ep > 1 else ""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from mpishard.batch.requests import BatchRequest, Wishes, read_request
 from mpishard.errors import UserError, brief
-from mpishard.job.lines import Line, Wishes, read_line
 from mpishard.storage.journal import Journal, write_whole
 
 BOM = b"\xef\xbb\xbf"
@@ -27,16 +27,16 @@ class Span(NamedTuple):
     checksum: int
 
 
-class Task:
+class BatchJob:
     """A batch job: the lines of `source`, to be answered in `target`, as `wishes` say where they do
-    not. `facts` are what else answers depend on.
+    not. `metadata` are what else answers depend on.
 
     Raises UserError where the input cannot be read or has no line, where the output exists or
     cannot be made, and as `Journal` does.
     """
 
     def __init__(
-        self, source: Path, target: Path, wishes: Wishes, facts: dict[str, Any] | None = None
+        self, source: Path, target: Path, wishes: Wishes, metadata: dict[str, Any] | None = None
     ) -> None:
         self.source, self.target, self.wishes = source, target, wishes
         check_output("--output", target, source)
@@ -54,10 +54,10 @@ class Task:
         told = asdict(wishes) | asdict(wishes.sampling) | {"stop": list(wishes.stop)}
         del told["sampling"]
         own = {"input": f"sha256 {digest}", "lines": len(self._spans)}
-        self.journal = Journal(path, {**own, **(facts or {}), **told})
+        self.journal = Journal(path, {**own, **(metadata or {}), **told})
         self._next = 0
 
-    def __enter__(self) -> Task:
+    def __enter__(self) -> BatchJob:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -72,8 +72,8 @@ class Task:
         """The lines not answered yet."""
         return len(self) - len(self.journal)
 
-    def line(self, place: int) -> Line:
-        """What the line at `place` asks for. Raises UserError if the input has changed."""
+    def line(self, place: int) -> BatchRequest:
+        """What the line at `eplb` asks for. Raises UserError if the input has changed."""
         span = self._spans[place]
         where = f"{self.source} line {span.number}"
         with open(self.source, "rb") as file:
@@ -83,10 +83,10 @@ class Task:
                 f"{where} is not what it was when the job began: leave --input as it is until the "
                 "job has ended; what the journal has belongs to what was there"
             )
-        line = read_line(content, span.number, self.wishes, where)
+        line = read_request(content, span.number, self.wishes, where)
         if not line.error and place in self._twice:
             first = self._twice[place]
-            return Line(
+            return BatchRequest(
                 line.number,
                 line.form,
                 line.name,
@@ -94,7 +94,7 @@ class Task:
             )
         return line
 
-    def next(self) -> tuple[int, Line] | None:
+    def next(self) -> tuple[int, BatchRequest] | None:
         """The next line that is not answered yet, and its place; None if there is no other."""
         while self._next < len(self):
             place = self._next
@@ -116,7 +116,7 @@ class Task:
         twice: dict[int, int] = {}
         digest = hashlib.sha256()
         for span, content in self._raw_lines(digest):
-            line = read_line(content, span.number, self.wishes, "")
+            line = read_request(content, span.number, self.wishes, "")
             if not line.error:
                 earlier = first.setdefault((type(line.name), line.name), span.number)
                 if earlier != span.number:

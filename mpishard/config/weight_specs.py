@@ -35,133 +35,142 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mpishard.description.config import Mla, ModelConfig, Moe, Separate
-from mpishard.description.cut import Cut
-from mpishard.description.layout import (
+from mpishard.config.layout import (
     block,
     check_expert_parallel,
     check_tensor_parallel,
     kv_heads_of,
     query_heads_of,
 )
+from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig, PerExpertNames
+from mpishard.config.weight_sharding import WeightSharding
 from mpishard.errors import UserError
 
 
-def experts_of(experts: int, cut: Cut, index: int) -> slice:
+def local_experts(experts: int, sharding: WeightSharding, index: int) -> slice:
     """The experts, of so many, that set `index` of the weights has where they are dealt in
     blocks."""
-    return block(experts, cut.ep, cut.ep_rank(index))
+    return block(experts, sharding.ep, sharding.ep_rank(index))
 
 
-def experts_of_groups(experts: int, cut: Cut, layer: int) -> Sequence[Sequence[int]]:
+def experts_by_ep_rank(
+    experts: int, sharding: WeightSharding, layer: int
+) -> Sequence[Sequence[int]]:
     """The experts of a layer, of so many, that each of the `ep` groups of sets has."""
-    if cut.placement is not None:
-        return cut.placement.layers[layer]
-    return [range(experts)[block(experts, cut.ep, rank)] for rank in range(cut.ep)]
+    if sharding.placement is not None:
+        return sharding.placement.layers[layer]
+    return [range(experts)[block(experts, sharding.ep, rank)] for rank in range(sharding.ep)]
 
 
-def check_cut(config: ModelConfig, cut: Cut) -> None:
+def check_weight_sharding(config: ModelConfig, sharding: WeightSharding) -> None:
     """Refuse a cut for which some rank would be left without a query head or an expert, or which
     does not add up (UserError)."""
-    for flag, value in (("--tp", cut.tp), ("--ep", cut.ep)):
+    for flag, value in (("--tp", sharding.tp), ("--ep", sharding.ep)):
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
-    check_tensor_parallel(config, cut.tp)
-    if config.moe is None and (cut.ep > 1 or cut.ranks != cut.tp):
+    check_tensor_parallel(config, sharding.tp)
+    if config.moe is None and (sharding.ep > 1 or sharding.ranks != sharding.tp):
         raise UserError(
-            f"{cut} divides experts, but a {config.family} model with this config.json has none: "
-            f"use --tp {cut.tp} alone"
+            f"{sharding} divides experts, but a {config.family} model with this config.json has "
+            f"none: use --tp {sharding.tp} alone"
         )
     if config.moe is not None:
-        check_expert_parallel(config.moe, cut.ep)
-    if cut.ranks < 1 or cut.ranks % cut.tp or cut.ranks % cut.ep:
+        check_expert_parallel(config.moe, sharding.ep)
+    if sharding.ranks < 1 or sharding.ranks % sharding.tp or sharding.ranks % sharding.ep:
         raise UserError(
-            f"weights cannot be cut into {cut.ranks} parts for --tp {cut.tp} --ep {cut.ep}: "
-            f"the number must be a multiple of both, as {Cut(cut.tp, cut.ep).ranks} is"
+            f"weights cannot be cut into {sharding.ranks} parts for --tp {sharding.tp} "
+            f"--ep {sharding.ep}: the number must be a multiple of both, "
+            f"as {WeightSharding(sharding.tp, sharding.ep).ranks} is"
         )
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightSpec:
     """One tensor of the checkpoint.
 
     `name` is its Hugging Face name. `layer`, `field` and `expert` say where the model keeps it:
     `field` of decoder layer `layer`, or of the model itself where `layer` is None; of expert
     `expert`, or where that is None of what every token passes, which in a layer with experts is the
-    shared one. `axis` is the axis along which it is cut and `unit` what the cut follows; both None
-    for a weight that is not cut. A `wide` weight is stored in float32 whatever the others are.
-    """
+    shared one. `axis` is the axis along which it is cut and `split_by` what the cut follows; both
+    None for a weight that is not cut. A `keep_fp32` weight is stored in float32 whatever the others
+    are."""
 
     name: str
     layer: int | None
     field: str
     shape: tuple[int, ...]
     axis: int | None = None
-    unit: str | None = None  # "query heads", "kv heads", "ffn", "vocabulary" or "expert ffn"
+    split_by: str | None = None  # "query heads", "kv heads", "ffn", "vocabulary" or "expert ffn"
     expert: int | None = None
-    wide: bool = False
+    keep_fp32: bool = False
 
-    def held(self, config: ModelConfig, cut: Cut, index: int) -> bool:
+    def is_held(self, config: ModelConfig, sharding: WeightSharding, index: int) -> bool:
         """Whether set `index` of the weights has a part of it; only experts are not in all."""
         if self.expert is None or config.moe is None:
             return True
-        if cut.placement is not None and self.layer is not None:
-            return self.expert in cut.placement.layers[self.layer][cut.ep_rank(index)]
-        own = experts_of(config.moe.experts, cut, index)
+        if sharding.placement is not None and self.layer is not None:
+            return self.expert in sharding.placement.layers[self.layer][sharding.ep_rank(index)]
+        own = local_experts(config.moe.num_experts, sharding, index)
         return own.start <= self.expert < own.stop
 
-    def slices(self, config: ModelConfig, cut: Cut, index: int) -> tuple[slice, ...]:
+    def slices(
+        self, config: ModelConfig, sharding: WeightSharding, index: int
+    ) -> tuple[slice, ...]:
         """The part that set `index` of the weights has, one slice per axis, if it has any."""
         whole = tuple(slice(0, length) for length in self.shape)
         if self.axis is None:
             return whole
-        bounds = _bounds(config, self.unit, self.shape[self.axis], cut, index)
+        bounds = _bounds(config, self.split_by, self.shape[self.axis], sharding, index)
         return whole[: self.axis] + (bounds,) + whole[self.axis + 1 :]
 
-    def shard_shape(self, config: ModelConfig, cut: Cut, index: int) -> tuple[int, ...]:
+    def shard_shape(
+        self, config: ModelConfig, sharding: WeightSharding, index: int
+    ) -> tuple[int, ...]:
         """The shape of the part that set `index` of the weights has, if it has any."""
-        return tuple(part.stop - part.start for part in self.slices(config, cut, index))
+        return tuple(part.stop - part.start for part in self.slices(config, sharding, index))
 
 
-def _bounds(config: ModelConfig, unit: str | None, length: int, cut: Cut, index: int) -> slice:
-    tp, rank = cut.tp, cut.tp_rank(index)
-    if unit == "query heads":
+def _bounds(
+    config: ModelConfig, split_by: str | None, length: int, sharding: WeightSharding, index: int
+) -> slice:
+    tp, rank = sharding.tp, sharding.tp_rank(index)
+    if split_by == "query heads":
         return _scaled(query_heads_of(config, tp, rank), length // config.heads)
-    if unit == "kv heads":
+    if split_by == "kv heads":
         return _scaled(kv_heads_of(config, tp, rank), length // config.kv_heads)
-    if unit in ("ffn", "vocabulary"):
+    if split_by in ("ffn", "vocabulary"):
         return block(length, tp, rank)
-    if unit == "expert ffn":
-        return block(length, cut.etp, cut.etp_rank(index))
-    raise ValueError(f"unknown unit {unit!r}")
+    if split_by == "expert ffn":
+        return block(length, sharding.etp, sharding.etp_rank(index))
+    raise ValueError(f"unknown unit {split_by!r}")
 
 
 def _scaled(heads: slice, width: int) -> slice:
     return slice(heads.start * width, heads.stop * width)
 
 
-def weights_of(config: ModelConfig, cut: Cut, index: int) -> list[Weight]:
-    """The weights of which set `index` has a part, in the order of `weight_table`."""
-    return [weight for weight in weight_table(config) if weight.held(config, cut, index)]
+def specs_of_shard(config: ModelConfig, sharding: WeightSharding, index: int) -> list[WeightSpec]:
+    """The weights of which set `index` has a part, in the order of `weight_specs`."""
+    return [weight for weight in weight_specs(config) if weight.is_held(config, sharding, index)]
 
 
-def weight_table(config: ModelConfig) -> list[Weight]:
+def weight_specs(config: ModelConfig) -> list[WeightSpec]:
     """Every weight of the model, in the order in which the forward pass meets them."""
     D, V = config.hidden, config.vocab
-    table = [Weight("model.embed_tokens.weight", None, "embedding", (V, D), 0, "vocabulary")]
+    table = [WeightSpec("model.embed_tokens.weight", None, "embedding", (V, D), 0, "vocabulary")]
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}."
         table += [
             replace(weight, name=prefix + weight.name, layer=layer)
             for weight in _layer_weights(config, layer)
         ]
-    table.append(Weight("model.norm.weight", None, "norm", (D,)))
+    table.append(WeightSpec("model.norm.weight", None, "norm", (D,)))
     if not config.tied:
-        table.append(Weight("lm_head.weight", None, "head", (V, D), 0, "vocabulary"))
+        table.append(WeightSpec("lm_head.weight", None, "head", (V, D), 0, "vocabulary"))
     return table
 
 
-def _layer_weights(config: ModelConfig, layer: int) -> Iterator[Weight]:
+def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     """The weights of a layer, under their names in it."""
     D = config.hidden
     yield _weight("input_layernorm.weight", "attention_norm", (D,))
@@ -178,24 +187,28 @@ def _weight(
     field: str,
     shape: tuple[int, ...],
     axis: int | None = None,
-    unit: str | None = None,
+    split_by: str | None = None,
     expert: int | None = None,
-) -> Weight:
+) -> WeightSpec:
     assert name is not None, f"a family whose layers have {field} has a name for it"
-    return Weight(name, None, field, shape, axis, unit, expert)
+    return WeightSpec(name, None, field, shape, axis, split_by, expert)
 
 
-def _attention(config: ModelConfig) -> Iterator[Weight]:
+def _attention(config: ModelConfig) -> Iterator[WeightSpec]:
     D, K = config.hidden, config.head_dim
     q, kv = config.heads * K, config.kv_heads * K
-    for part, rows, unit in (("q", q, "query heads"), ("k", kv, "kv heads"), ("v", kv, "kv heads")):
-        yield _weight(f"self_attn.{part}_proj.weight", part, (rows, D), 0, unit)
+    for part, rows, split_by in (
+        ("q", q, "query heads"),
+        ("k", kv, "kv heads"),
+        ("v", kv, "kv heads"),
+    ):
+        yield _weight(f"self_attn.{part}_proj.weight", part, (rows, D), 0, split_by)
         if config.qkv_bias:
-            yield _weight(f"self_attn.{part}_proj.bias", f"{part}_bias", (rows,), 0, unit)
+            yield _weight(f"self_attn.{part}_proj.bias", f"{part}_bias", (rows,), 0, split_by)
     if config.qk_norm:
         yield _weight("self_attn.q_norm.weight", "q_norm", (K,))
         yield _weight("self_attn.k_norm.weight", "k_norm", (K,))
-    if config.qk_norm_whole:
+    if config.full_width_qk_norm:
         yield _weight("self_attn.q_norm.weight", "q_norm", (q,), 0, "query heads")
         yield _weight("self_attn.k_norm.weight", "k_norm", (kv,), 0, "kv heads")
     if config.sinks:
@@ -203,35 +216,37 @@ def _attention(config: ModelConfig) -> Iterator[Weight]:
     yield from _output(config, q)
 
 
-def _latent_attention(config: ModelConfig, mla: Mla) -> Iterator[Weight]:
+def _latent_attention(config: ModelConfig, mla: MLAConfig) -> Iterator[WeightSpec]:
     D, q = config.hidden, config.heads * config.head_dim
-    if mla.q_rank is None:
+    if mla.q_lora_rank is None:
         yield _weight("self_attn.q_proj.weight", "q", (q, D), 0, "query heads")
     else:
-        yield from _latent("q_a_proj", "q_a", mla.q_rank, D, mla.bias)
-        yield _weight("self_attn.q_a_layernorm.weight", "q_a_norm", (mla.q_rank,))
-        yield _weight("self_attn.q_b_proj.weight", "q_b", (q, mla.q_rank), 0, "query heads")
-    latent = mla.kv_rank + mla.rope_dim  # the rotated key comes out of the same product
+        yield from _latent("q_a_proj", "q_a", mla.q_lora_rank, D, mla.bias)
+        yield _weight("self_attn.q_a_layernorm.weight", "q_a_norm", (mla.q_lora_rank,))
+        yield _weight("self_attn.q_b_proj.weight", "q_b", (q, mla.q_lora_rank), 0, "query heads")
+    latent = (
+        mla.kv_lora_rank + mla.qk_rope_head_dim
+    )  # the rotated key comes out of the same product
     yield from _latent("kv_a_proj_with_mqa", "kv_a", latent, D, mla.bias)
-    yield _weight("self_attn.kv_a_layernorm.weight", "kv_a_norm", (mla.kv_rank,))
-    kv = config.heads * (mla.nope_dim + mla.value_dim)
-    yield _weight("self_attn.kv_b_proj.weight", "kv_b", (kv, mla.kv_rank), 0, "query heads")
-    yield from _output(config, config.heads * mla.value_dim)
+    yield _weight("self_attn.kv_a_layernorm.weight", "kv_a_norm", (mla.kv_lora_rank,))
+    kv = config.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    yield _weight("self_attn.kv_b_proj.weight", "kv_b", (kv, mla.kv_lora_rank), 0, "query heads")
+    yield from _output(config, config.heads * mla.v_head_dim)
 
 
-def _latent(name: str, field: str, rows: int, D: int, bias: bool) -> Iterator[Weight]:
+def _latent(name: str, field: str, rows: int, D: int, bias: bool) -> Iterator[WeightSpec]:
     yield _weight(f"self_attn.{name}.weight", field, (rows, D))
     if bias:
         yield _weight(f"self_attn.{name}.bias", f"{field}_bias", (rows,))
 
 
-def _output(config: ModelConfig, columns: int) -> Iterator[Weight]:
+def _output(config: ModelConfig, columns: int) -> Iterator[WeightSpec]:
     yield _weight("self_attn.o_proj.weight", "o", (config.hidden, columns), 1, "query heads")
     if config.o_bias:
         yield _weight("self_attn.o_proj.bias", "o_bias", (config.hidden,))
 
 
-def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[Weight]:
+def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[WeightSpec]:
     """A gated feed-forward network: a dense layer's, or an expert that every token goes to."""
     for part in ("gate", "up"):
         yield _weight(f"{name}.{part}_proj.weight", part, (F, D), 0, "ffn")
@@ -242,24 +257,28 @@ def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[Weig
         yield _weight(f"{name}.down_proj.bias", "down_bias", (D,))
 
 
-def _mixture(config: ModelConfig, moe: Moe) -> Iterator[Weight]:
-    D, E, names = config.hidden, moe.experts, moe.names
-    yield _weight(separate_names(moe).router, "router", (E, D))
+def _mixture(config: ModelConfig, moe: MoEConfig) -> Iterator[WeightSpec]:
+    D, E, names = config.hidden, moe.num_experts, moe.names
+    yield _weight(per_expert_names(moe).router, "router", (E, D))
     if moe.router_bias:
         yield _weight(names.stacked.router_bias, "router_bias", (E,))
-    if moe.selection_bias:
+    if moe.e_score_correction_bias:
         # Experts are chosen by sums with it, in which a rounded digit can change the choice.
-        yield replace(_weight(names.selection_bias, "selection_bias", (E,)), wide=True)
-    if moe.shared_ffn:
-        yield from _feed_forward(names.shared, D, moe.shared_ffn, config.mlp_bias)
+        yield replace(
+            _weight(names.e_score_correction_bias, "selection_bias", (E,)), keep_fp32=True
+        )
+    if moe.shared_expert_intermediate_size:
+        yield from _feed_forward(
+            names.shared, D, moe.shared_expert_intermediate_size, config.mlp_bias
+        )
     if moe.shared_gate:
         yield _weight(names.shared_gate, "shared_gate", (1, D))
     for expert in range(E):
         yield from _expert(moe, D, expert)
 
 
-def _expert(moe: Moe, D: int, expert: int) -> Iterator[Weight]:
-    F, names = moe.ffn, separate_names(moe)
+def _expert(moe: MoEConfig, D: int, expert: int) -> Iterator[WeightSpec]:
+    F, names = moe.moe_intermediate_size, per_expert_names(moe)
     for part, name in (("gate", names.gate), ("up", names.up)):
         name = name.format(expert)
         yield _weight(name, part, (F, D), 0, "expert ffn", expert)
@@ -271,37 +290,37 @@ def _expert(moe: Moe, D: int, expert: int) -> Iterator[Weight]:
         yield _weight(_bias(name), "down_bias", (D,), expert=expert)
 
 
-def separate_names(moe: Moe) -> Separate:
+def per_expert_names(moe: MoEConfig) -> PerExpertNames:
     """The names of a mixture's tensors one by one, as the table has them, also for a family that
     only stores its experts together."""
-    return moe.names.separate or Separate(router=moe.names.stacked.router)
+    return moe.names.separate or PerExpertNames(router=moe.names.stacked.router)
 
 
 def _bias(name: str) -> str:
     return f"{name.removesuffix('.weight')}.bias"
 
 
-def uncovered(config: ModelConfig, cut: Cut) -> list[str]:
+def missing_weights(config: ModelConfig, sharding: WeightSharding) -> list[str]:
     """The names of weights of which some element lies on no rank: empty for a correct table."""
     # Whether a weight is covered does not depend on its layer, of which there may be many.
-    known: dict[Weight, bool] = {}
+    known: dict[WeightSpec, bool] = {}
     gaps = []
-    for weight in weight_table(config):
+    for weight in weight_specs(config):
         kind = replace(weight, name="", layer=None)
         if kind not in known:
-            known[kind] = _covered(weight, config, cut)
+            known[kind] = _is_covered(weight, config, sharding)
         if not known[kind]:
             gaps.append(weight.name)
     return gaps
 
 
-def _covered(weight: Weight, config: ModelConfig, cut: Cut) -> bool:
+def _is_covered(weight: WeightSpec, config: ModelConfig, sharding: WeightSharding) -> bool:
     """Whether all of a weight lies on some rank. Its slices are boxes that differ along one axis,
     so that covering the weight means covering that axis."""
     boxes = [
-        weight.slices(config, cut, index)
-        for index in range(cut.ranks)
-        if weight.held(config, cut, index)
+        weight.slices(config, sharding, index)
+        for index in range(sharding.ranks)
+        if weight.is_held(config, sharding, index)
     ]
     if weight.axis is None:
         return boxes != []

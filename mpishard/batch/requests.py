@@ -72,7 +72,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Line:
+class BatchRequest:
     """What one line asks for. `error` says why it cannot be answered, if it cannot."""
 
     number: int  # in the file, from 1
@@ -113,7 +113,7 @@ class Line:
         }
         return self._respond(200, body, None)
 
-    def refusal(self, reason: str) -> bytes:
+    def error_response(self, reason: str) -> bytes:
         """The line of the output that says why there is no answer."""
         if self.form == PLAIN:
             return _dump({"id": self.name, "line": self.number, "error": reason})
@@ -128,10 +128,10 @@ class Line:
         return _dump({"id": request, "custom_id": self.name, "response": response, "error": error})
 
 
-def read_line(content: bytes, number: int, wishes: Wishes, where: str) -> Line:
+def read_request(content: bytes, number: int, wishes: Wishes, where: str) -> BatchRequest:
     """What line `number` of a file, which errors call `where`, asks for, if not otherwise as
     `wishes` say."""
-    line = Line(number)
+    line = BatchRequest(number)
     try:
         fields = read_object(content, where)
         if fields.keys() & {"custom_id", "body"}:
@@ -233,7 +233,9 @@ def _form(fields: dict[str, Any]) -> str:
     return fields["url"] if fields.get("url") in (COMPLETION, CHAT) else CHAT
 
 
-def _read_openai(line: Line, fields: dict[str, Any], wishes: Wishes, where: str) -> Line:
+def _read_openai(
+    line: BatchRequest, fields: dict[str, Any], wishes: Wishes, where: str
+) -> BatchRequest:
     check_fields(fields, OPENAI_FIELDS, where)
     name_of(fields, "custom_id", where)
     if fields.get("method", "POST") != "POST":

@@ -1,9 +1,10 @@
 """How requests come to replicas and answers to the disk, while the replicas compute.
 
-Rank 0 has the files, and is the job's `Clerk`: it hands out requests to the replicas that ask, and
-writes down the answers that arrive. It looks after that once in each step of its own replica, and
-all the time when that one has nothing to do. So that nobody waits for it, the first rank of each
-replica, which speaks for it at its `Desk`, asks for more than can run at once.
+Rank 0 has the files, and is the job's `Coordinator`: it hands out requests to the replicas that
+ask, and writes down the answers that arrive. It looks after that once in each step of its own
+replica, and all the time when that one has nothing to do. So that nobody waits for it, the first
+rank of each replica, which speaks for it at its `ReplicaClient`, asks for more than can run at
+once.
 
 No collective spans replicas. Between the ranks of one, a small all_reduce a step says what has
 come, which then is broadcast, and whether any of them is to stop.
@@ -26,21 +27,21 @@ from typing import Any
 
 import numpy as np
 
+from mpishard.batch.job import BatchJob
+from mpishard.batch.requests import BatchRequest, Wishes
 from mpishard.communication.collectives import MAX, all_reduce, broadcast
+from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
-from mpishard.communication.post import Post
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.schedule import Answer, Request
+from mpishard.engine.scheduler import Request, RequestOutput
 from mpishard.errors import UserError
-from mpishard.job.lines import Line, Wishes
-from mpishard.job.task import Task
-from mpishard.text import Growing, Text, outcome
+from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
 
-UP, DOWN = 1, 2  # tags of messages to the clerk, and to a desk
+TO_COORDINATOR, TO_REPLICA = 1, 2  # tags of messages to the clerk, and to a desk
 
-NAP = 0.001  # seconds between two looks of one who has nothing to do
+POLL_SECONDS = 0.001  # seconds between two looks of one who has nothing to do
 
-Encode = Callable[[Line], list[int]]
+Encode = Callable[[BatchRequest], list[int]]
 
 
 @dataclass
@@ -61,13 +62,13 @@ class Progress:
 
 
 @dataclass
-class Clerk:
+class Coordinator:
     """Rank 0's side: hands out the requests of `task`, whose token ids `encode` finds, to the
     replicas, whose first ranks are `leaders`, and writes down their answers. `report` is called
     after answers have been written."""
 
-    task: Task
-    post: Post
+    task: BatchJob
+    post: Mailbox
     leaders: list[int]
     encode: Encode
     report: Callable[[Progress], None]
@@ -76,7 +77,7 @@ class Clerk:
     _asked: Counter[int] = field(default_factory=Counter)
     _heard: set[int] = field(default_factory=set)
     _left: set[int] = field(default_factory=set)
-    _out: dict[int, tuple[Line, int]] = field(default_factory=dict)
+    _out: dict[int, tuple[BatchRequest, int]] = field(default_factory=dict)
     _ended: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ class Clerk:
         was anything."""
         made: list[tuple[int, bytes]] = []
         busy = False
-        for source, message in self.post.arrived(UP):
+        for source, message in self.post.poll(TO_COORDINATOR):
             busy = True
             self._take(source, json.loads(message), made)
         if len(self._heard) == len(self.leaders) and not self.stopped:
@@ -130,9 +131,11 @@ class Clerk:
             said = line.answer(answer["text"], ids, answer["finish_reason"], prompt_tokens)
             made.append((answer["place"], said))
 
-    def _refuse(self, place: int, line: Line, why: str, made: list[tuple[int, bytes]]) -> None:
+    def _refuse(
+        self, place: int, line: BatchRequest, why: str, made: list[tuple[int, bytes]]
+    ) -> None:
         self.progress.refused += 1
-        made.append((place, line.refusal(why)))
+        made.append((place, line.error_response(why)))
 
     def _hand_out(self, made: list[tuple[int, bytes]]) -> None:
         """Give requests to those who ask, one by one in turn."""
@@ -146,7 +149,7 @@ class Clerk:
                 self._asked[leader] -= 1
                 parcels.setdefault(leader, []).append(request)
         for leader, requests in parcels.items():
-            self.post.send(json.dumps({"requests": requests}).encode(), leader, DOWN)
+            self.post.send(json.dumps({"requests": requests}).encode(), leader, TO_REPLICA)
 
     def _next(self, made: list[tuple[int, bytes]]) -> dict[str, Any] | None:
         """The next request, in a form that travels. Lines that cannot be one are answered."""
@@ -173,34 +176,34 @@ class Clerk:
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         for leader in self.leaders:
-            self.post.send(json.dumps(message).encode(), leader, DOWN)
+            self.post.send(json.dumps(message).encode(), leader, TO_REPLICA)
 
 
-class Desk:
+class ReplicaClient:
     """A replica's side: the engine's `Work`, on each of its ranks.
 
-    `text` is the model's tokenizer, if there is one; `told_to_stop` whether this rank has been told
+    `text` is the model's tokenizer, if there is one; `should_stop` whether this rank has been told
     to stop; `clerk` is rank 0's.
     """
 
     def __init__(
         self,
         mesh: Mesh,
-        post: Post,
-        text: Text | None,
+        post: Mailbox,
+        text: Tokenizer | None,
         eos_ids: frozenset[int],
-        told_to_stop: Callable[[], bool],
-        clerk: Clerk | None,
+        should_stop: Callable[[], bool],
+        clerk: Coordinator | None,
     ) -> None:
-        self.more, self.stopping = True, False
+        self.has_more, self.should_stop = True, False
         self._mesh, self._post, self._clerk = mesh, post, clerk
-        self._text, self._eos_ids, self._told_to_stop = text, eos_ids, told_to_stop
+        self._text, self._eos_ids, self._told_to_stop = text, eos_ids, should_stop
         self._leads = mesh.cp.rank == 0 and mesh.tp.rank == 0
-        self._texts: dict[int, Growing] = {}
+        self._texts: dict[int, IncrementalDetokenizer] = {}
         self._asked = 0  # requests asked for that have not come
         self._stops = self._ends = False  # what the leader has heard
 
-    def draw(self, wanted: int, busy: bool) -> list[Request]:
+    def take(self, wanted: int, busy: bool) -> list[Request]:
         """The requests that have come meanwhile; of those still `wanted` the others are asked
         for."""
         come: list[dict[str, Any]] = []
@@ -210,40 +213,40 @@ class Desk:
                 self._asked = wanted
             come = self._listen()
             if not come and not busy:
-                time.sleep(NAP)
+                time.sleep(POLL_SECONDS)
                 come = self._listen()
         return [self._request(fields) for fields in self._agree(come)]
 
-    def answer(self, request: Request, answer: Answer) -> None:
+    def answer(self, request: Request, answer: RequestOutput) -> None:
         """Send an answer off. Called on all ranks of the replica, which have the same."""
         growing = self._texts.pop(request.index, None)
         if not self._leads:
             return
         if growing is None and self._text:
-            growing = Growing(self._text, request.ids)
-        result = outcome(answer.ids, answer.finish_reason, growing)
-        self._say({"answer": {"place": answer.index, "refused": answer.refused, **result}})
+            growing = IncrementalDetokenizer(self._text, request.ids)
+        result = finish_output(answer.ids, answer.finish_reason, growing)
+        self._say({"answer": {"place": answer.index, "refused": answer.error, **result}})
 
     def close(self) -> None:
         """Say good-bye, and hear the end of it; rank 0 waits for all others."""
         if not self._leads:
             return
-        if self.stopping:
+        if self.should_stop:
             self._say({"stop": True})
         self._say({"bye": True})
         while not self._ends or (self._clerk and self._clerk.at_work):
             self._listen()
-            time.sleep(NAP)
+            time.sleep(POLL_SECONDS)
 
     def _say(self, message: dict[str, Any]) -> None:
-        self._post.send(json.dumps(message).encode(), 0, UP)
+        self._post.send(json.dumps(message).encode(), 0, TO_COORDINATOR)
 
     def _listen(self) -> list[dict[str, Any]]:
         """The requests that have arrived; rank 0 serves the others first."""
         if self._clerk:
             self._clerk.serve()
         requests: list[dict[str, Any]] = []
-        for _, content in self._post.arrived(DOWN):
+        for _, content in self._post.poll(TO_REPLICA):
             message = json.loads(content)
             requests += message.get("requests", [])
             self._stops |= message.get("stop", False)
@@ -258,7 +261,7 @@ class Desk:
         stops = self._stops or self._told_to_stop()
         news = np.array([stops, self._ends, len(content)], np.int64)
         stops, ends, length = all_reduce(all_reduce(news, mesh.tp, MAX), mesh.cp, MAX).tolist()
-        self.stopping, self.more = bool(stops), not ends
+        self.should_stop, self.has_more = bool(stops), not ends
         if not length:
             return []
         own = np.frombuffer(content, np.uint8) if self._leads else np.empty(length, np.uint8)
@@ -274,13 +277,13 @@ class Desk:
         )
         stopped = None
         if wishes.stop and self._text:
-            self._texts[place] = Growing(self._text, ids, wishes.stop)
-            stopped = self._texts[place].follow
+            self._texts[place] = IncrementalDetokenizer(self._text, ids, wishes.stop)
+            stopped = self._texts[place].update
         return Request(
             index=place,
             ids=ids,
             max_tokens=wishes.max_tokens,
             sampling=wishes.sampling,
             eos_ids=frozenset() if wishes.ignore_eos else self._eos_ids,
-            stopped=stopped,
+            stop_fn=stopped,
         )

@@ -1,0 +1,1 @@
+"""Configuration: models, layouts, and how weights are sharded."""

@@ -1,1 +1,0 @@
-"""Floor of description: configuration, layout and the table that cuts the weights."""

@@ -1,0 +1,1 @@
+"""Runtime: starting and ending ranks, the watchdog, and memory kept from one step to the next."""
