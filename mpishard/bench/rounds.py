@@ -42,7 +42,8 @@ from mpishard.model import Decoder, Layer
 from mpishard.parallel.expert import Dispatch, MoELayer, Routing
 from mpishard.parallel.qkv import QKV, Attend
 from mpishard.parallel.tensor import FeedForward
-from mpishard.sequences.step import KVCache, ScheduledChunk, Step, pack
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.step import ScheduledChunk, Step, pack
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.

@@ -21,7 +21,9 @@ import numpy as np
 
 from mpishard.engine.sampling import Sampling
 from mpishard.model import Decoder
-from mpishard.sequences.step import FirstChunk, KVCache, ScheduledChunk
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import FirstChunk
+from mpishard.sequences.step import ScheduledChunk
 
 # Requests that a replica has at hand beyond those that run, so that a place is taken at once.
 PREFETCH = 2

@@ -16,7 +16,8 @@ from mpishard.config.layout import Layout
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling import Sampling
 from mpishard.engine.scheduler import MIN_PREFIX_TOKENS, Request, SchedulerConfig
-from mpishard.sequences.step import FirstChunk, Step
+from mpishard.sequences.sharding import FirstChunk
+from mpishard.sequences.step import Step
 
 pytestmark = pytest.mark.ranks
 
@@ -59,7 +60,7 @@ def alone(requests: list[Request]) -> int:
 
 def begun(model: Recorder) -> list[bool]:
     """Of each sequence whether it began with nothing, rather than with what another one had."""
-    first = {id(s.cache): s.first_chunks for step in model.steps[::-1] for s in step.segments}
+    first = {id(s.cache): s.is_first_chunk for step in model.steps[::-1] for s in step.segments}
     return list(first.values())
 
 

@@ -29,7 +29,9 @@ from mpishard.engine.sampling import Sampling
 from mpishard.engine.scheduler import Request, SchedulerConfig
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests
-from mpishard.sequences.step import KVCache, ScheduledChunk, Segment, SequenceSharding, Step, pack
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import SequenceSharding
+from mpishard.sequences.step import ScheduledChunk, Segment, Step, pack
 
 pytestmark = pytest.mark.ranks
 
