@@ -21,7 +21,8 @@ import numpy as np
 
 from mpishard.communication.collectives import MAX, all_reduce
 from mpishard.engine.sampling import NO_TOKEN, SamplingRow, sample
-from mpishard.engine.scheduler import Request, RequestOutput, Scheduler, SchedulerConfig, Sequence
+from mpishard.engine.scheduler import Scheduler, SchedulerConfig
+from mpishard.engine.sequence import Request, RequestOutput, Sequence
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel import context
