@@ -12,7 +12,6 @@ feed_forward  x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
 pick          x_ND -> x_MD, the rows whose logits are wanted
 deal, join    x_ND -> x_nD -> all_gather(tp) -> x_ND, around a mixture of experts
 logits        x_MD -> logits_Mv
-candidates    keys_Mv -> the best C of each row -> all_gather(tp) -> of all ranks
 
 What becomes of queries, keys and values is said in `mpishard.parallel.qkv` and
 `mpishard.parallel.attention`. Nothing here asks how many ranks there are.
@@ -32,7 +31,6 @@ from mpishard.arithmetic.gemm import (
     use_small_gemm,
 )
 from mpishard.arithmetic.ops import GLU
-from mpishard.arithmetic.sampling import row_topk
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block, block_sizes
@@ -117,26 +115,6 @@ def select_logits_rows(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
 def logits(x_MD: np.ndarray, head_vD: np.ndarray) -> np.ndarray:
     """The logits of this rank's block of the vocabulary: (M, v). Nothing is communicated."""
     return linear(x_MD, head_vD)
-
-
-def local_top_k_candidates(
-    keys_Mv: np.ndarray, count: int, vocab_start: int, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest keys of every rank's block of the vocabulary and their ids, on every
-    rank: two (M, tp*count) arrays, rank by rank, each rank's sorted, ties by ascending id.
-
-    A rank with fewer than `count` columns fills up with -inf and an id beyond any vocabulary.
-    """
-    best_MC, column_MC = row_topk(keys_Mv, count)
-    pairs_MC = np.empty(best_MC.shape, np.dtype([("key", keys_Mv.dtype), ("id", np.int64)]))
-    pairs_MC["key"] = best_MC
-    pairs_MC["id"] = np.where(
-        column_MC < keys_Mv.shape[1], column_MC + vocab_start, np.iinfo(int).max
-    )
-    packed = pairs_MC.view(np.uint8)  # one message for keys and ids: (M, C * bytes of a pair)
-    everyones = all_gather(packed, mesh.tp, axis=1)
-    pairs = everyones.view(pairs_MC.dtype)
-    return pairs["key"], pairs["id"]
 
 
 def partial_embedding(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int) -> np.ndarray:
