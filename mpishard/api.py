@@ -73,7 +73,8 @@ from mpishard.config.layout import (
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
 from mpishard.engine.generate import Timing, check_request, generate
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.scheduler import Request, RequestOutput, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results

@@ -184,7 +184,7 @@ def logits(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     seconds = perf_counter() - started
     _write_routing(args, model, names, world)
     tokens = sum(map(len, sequences)) if world.rank == 0 else 0  # counted once for all replicas
-    _summary(model, Timing(prompt_tokens=tokens, prompt_seconds=seconds), seconds)
+    _summary(model, Timing(prefill_tokens=tokens, prefill_seconds=seconds), seconds)
     _report_load(args, model, load)
 
 
@@ -495,8 +495,8 @@ def _summary(model: Model, timing: Timing, seconds: float) -> None:
     """One line on how it went, of all replicas together; time in communication is rank 0's."""
     mesh = model.mesh
     share = 100 * mesh.ledger.seconds / seconds
-    tokens = np.array([timing.prompt_tokens, timing.generated_tokens])
-    longest = np.array([timing.prompt_seconds, timing.generation_seconds])
+    tokens = np.array([timing.prefill_tokens, timing.decode_tokens])
+    longest = np.array([timing.prefill_seconds, timing.decode_seconds])
     prompt, generated = all_reduce(tokens, mesh.dp)
     prompt_seconds, generation_seconds = all_reduce(longest, mesh.dp, MAX)
     peak = model.peak_memory()

@@ -130,8 +130,7 @@ def measure(model: mpishard.Model, walk: Callable[[], float], args: argparse.Nam
     comm.Barrier()
     model.generate(prompts.tolist(), args.max_tokens + 1, ignore_eos=True, timing=timing)
     prompt, generation = (
-        max(comm.allgather(seconds))
-        for seconds in (timing.prompt_seconds, timing.generation_seconds)
+        max(comm.allgather(seconds)) for seconds in (timing.prefill_seconds, timing.decode_seconds)
     )
     return (
         replicas * args.prompt_tokens / prompt,

@@ -44,7 +44,7 @@ class AttentionSpec:
     softcap * tanh(x / softcap)`` (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each
     head's softmax, without a value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it);
     `apply_sinks` adds them once all keys are merged. `values_in_keys` says that values are the
-    first Y numbers of the keys (MLA), and need not be cached or sent beside them. """
+    first Y numbers of the keys (MLA), and need not be cached or sent beside them."""
 
     scale: float
     window: int | None = None
@@ -66,7 +66,7 @@ def attend(
 
     The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or at 0 to ``p`` without a
     window. Sinks are left out. A query that sees none gets the output 0 and the log-sum-exp -inf.
-    Blocks of keys that no query of a block sees are not read. """
+    Blocks of keys that no query of a block sees are not read."""
     S, h, K = q_ShK.shape
     g = len(k_gTK)
     q_SgXK = q_ShK.reshape(S, g, h // g, K)

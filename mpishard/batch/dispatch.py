@@ -33,7 +33,7 @@ from mpishard.communication.collectives import MAX, all_reduce, broadcast
 from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.scheduler import Request, RequestOutput
+from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
 from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
 

@@ -1,1 +1,2 @@
-"""Floor of the engine: cache, steps, sampling and the generate loop."""
+"""The engine: scheduler, prefix cache, sampling and the generate loop. KV caches and steps are in
+`mpishard.sequences`."""

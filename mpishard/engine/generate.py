@@ -1,12 +1,12 @@
 """The generate loop: requests in, tokens out.
 
-The engine knows nothing of text; it takes and gives token ids. All ranks of a replica run the same
-loop on the same requests and take the same tokens, so that they stay together without asking each
-other anything.
+The engine knows nothing of text; it takes and returns token ids. All ranks of a replica run the
+same loop on the same requests and choose the same tokens. So they stay in lockstep without a
+message about what comes next.
 
-In every step sequences feed their new tokens: a whole prompt, or a piece of it, when they enter,
-the token just chosen afterwards (`mpishard.engine.scheduler`). When a sequence ends, the next
-request takes its place.
+Each pass of the loop takes new requests, schedules chunks (`mpishard.engine.scheduler`), runs the
+model on them, chooses a token for every sequence whose tokens have all been processed
+(`mpishard.engine.sampling`), and hands out the finished outputs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from time import perf_counter
 from typing import Protocol
 
@@ -21,62 +22,72 @@ import numpy as np
 
 from mpishard.communication.collectives import MAX, all_reduce
 from mpishard.engine.sampling import NO_TOKEN, SamplingRow, sample
-from mpishard.engine.scheduler import Request, RequestOutput, Scheduler, SchedulerConfig, Sequence
+from mpishard.engine.scheduler import Scheduler, SchedulerConfig
+from mpishard.engine.sequence import Request, RequestOutput, Sequence
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel import context
 from mpishard.sequences.step import ScheduledChunk, Step, pack
 
-# What a replica has to do next, the more urgent the higher.
-NOTHING, WAIT, STEP, STOP = range(4)
-
 
 class RequestSource(Protocol):
-    """Where a replica's requests come from. All its ranks are told the same at the same calls."""
+    """Where a replica's requests come from. All ranks of the replica make the same calls and get
+    the same answers."""
 
     @property
     def has_more(self) -> bool:
-        """Whether requests may still come."""
+        """Whether more requests may come."""
 
     @property
     def should_stop(self) -> bool:
-        """Whether to leave everything as it is."""
+        """Whether to give up all requests that have not finished."""
 
     def take(self, num_wanted: int, busy: bool) -> list[Request]:
-        """At most `num_wanted` requests; none where others may come later. Unless the replica is
-        `busy` it may take a moment, in which nothing else would happen."""
+        """At most `num_wanted` requests, possibly none although more may come. If the replica is
+        not `busy`, the call may wait a moment for one."""
 
 
 class ListSource:
-    """Requests that are all there from the beginning."""
+    """Requests that are all known from the start."""
 
     should_stop = False
 
     def __init__(self, requests: Iterable[Request]) -> None:
-        self._left = deque(requests)
+        self._requests = deque(requests)
 
     @property
     def has_more(self) -> bool:
-        """Whether there are any left."""
-        return bool(self._left)
+        """Whether any request has not been taken."""
+        return bool(self._requests)
 
     def take(self, num_wanted: int, busy: bool) -> list[Request]:
-        """The next `num_wanted` of them."""
-        return [self._left.popleft() for _ in range(min(num_wanted, len(self._left)))]
+        """The next `num_wanted` requests, or as many as there are."""
+        return [self._requests.popleft() for _ in range(min(num_wanted, len(self._requests)))]
+
+
+class Action(IntEnum):
+    """What a replica does next. Of several replicas' actions, the greatest is the most urgent."""
+
+    NOTHING = 0  # all requests are finished and no more will come
+    WAIT = 1  # there is nothing to process, but requests may come
+    STEP = 2  # run the model
+    STOP = 3  # give up the requests that have not finished
 
 
 @dataclass
 class Timing:
-    """Tokens and seconds of the steps that took prompts in, and of those that only generated."""
+    """Tokens and seconds of prefill and of decode. A step that processes any prompt tokens is a
+    prefill step; the tokens that it decodes beside them are not counted."""
 
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    generated_tokens: int = 0
-    generation_seconds: float = 0.0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
 
 
 def check_request(model: Decoder, ids: list[int], what: str) -> None:
-    """Refuse a prompt that the model cannot take (UserError); `what` names it."""
+    """Raise UserError if the model cannot process the prompt `ids`. `what` names the prompt in the
+    message."""
     config = model.config
     if not ids:
         raise UserError(f"{what} is empty: it has no token, and at least one is needed")
@@ -101,8 +112,9 @@ def generate(
     timing: Timing | None = None,
     limits: SchedulerConfig = SchedulerConfig(),  # noqa: B008 (immutable)
 ) -> list[RequestOutput]:
-    """The answers of this replica's `requests`, in their order, as `serve` finds them. Raises
-    UserError, on all ranks of the replica, for one that has none."""
+    """The outputs of this replica's `requests`, in their order; the callbacks, `timing` and
+    `limits` are those of `serve`. Raises UserError, on all ranks of the replica, if a request is
+    rejected or fails."""
     requests = list(requests)
     outputs: dict[int, RequestOutput] = {}
 
@@ -125,11 +137,11 @@ def serve(
     timing: Timing | None = None,
     limits: SchedulerConfig = SchedulerConfig(),  # noqa: B008 (immutable)
 ) -> None:
-    """Answer this replica's `source`, within `limits`, until there is no more of it or it is
-    stopped; then the sequences that run are given up.
+    """Process the requests of this replica's `source`, within `limits`, until there are no more or
+    the source says to stop.
 
-    `on_token` is called with every token as it is chosen, `on_finish` with every answer as it is
-    completed; `timing` is added to.
+    `on_token` is called with every token when it is chosen, `on_finish` with every output when it
+    is finished, failed or rejected. Tokens and seconds are added to `timing`.
     """
     timing = timing if timing is not None else Timing()
     scheduler = Scheduler(model, limits)
@@ -138,88 +150,89 @@ def serve(
         for request, output in scheduler.add(source.take(scheduler.num_wanted, scheduler.has_work)):
             on_finish(request, output)
         action = _next_action(model, scheduler, source)
-        if action in (NOTHING, STOP):
+        if action in (Action.NOTHING, Action.STOP):
             return
-        if action == STEP:
-            _step(model, scheduler, on_token, timing, started)
+        if action == Action.STEP:
+            chunks = scheduler.schedule()
+            _run_step(model, chunks, on_token)
+            _add_step(timing, chunks, perf_counter() - started)
             for request, output in scheduler.pop_finished():
                 on_finish(request, output)
 
 
-def _next_action(model: Decoder, scheduler: Scheduler, source: RequestSource) -> int:
-    """What to do next. Replicas that share experts take their steps together, those without work
-    with no tokens, and stop together."""
-    mine = (
-        STOP
-        if source.should_stop
-        else STEP
-        if scheduler.has_work
-        else WAIT
-        if source.has_more
-        else NOTHING
-    )
+def _next_action(model: Decoder, scheduler: Scheduler, source: RequestSource) -> Action:
+    """What this replica does next. Replicas that share experts all do the same: if one has to step,
+    the others step along with no tokens; they stop and finish together."""
+    if source.should_stop:
+        action = Action.STOP
+    elif scheduler.has_work:
+        action = Action.STEP
+    elif source.has_more:
+        action = Action.WAIT
+    else:
+        action = Action.NOTHING
     if model.mesh.layout.replicas_per_ep_group == 1:
-        return mine
-    return int(all_reduce(np.array(mine, np.int64), model.mesh.moe, MAX))
+        return action
+    return Action(int(all_reduce(np.array(action, np.int64), model.mesh.moe, MAX)))
 
 
 def next_tokens(model: Decoder, step: Step, rows: list[SamplingRow]) -> list[int]:
-    """One pass through the model, and the token chosen for each of the tokens that `step` wants
-    answered, as `sample` chooses it, the same on every rank of the replica."""
+    """Run the model on `step` and choose a token for each of the `rows`, one for each position
+    whose logits the step asks for. All ranks of the replica get the same tokens."""
     mesh = model.mesh
     logits_Mv = model.forward(step)
-    mine = [rows[place] for place in step.logits_owner_index[mesh.cp.rank]]
-    chosen = np.array(sample(logits_Mv, mine, model.config.vocab, mesh), np.int64)
-    return context.gather_sequence(chosen, step.logits_owner_index, mesh).tolist()
+    own_rows = [rows[index] for index in step.logits_owner_index[mesh.cp.rank]]
+    tokens_M = np.array(sample(logits_Mv, own_rows, model.config.vocab, mesh), np.int64)
+    return context.gather_sequence(tokens_M, step.logits_owner_index, mesh).tolist()
 
 
-def _step(
+def _run_step(
     model: Decoder,
-    scheduler: Scheduler,
+    chunks: list[tuple[Sequence, ScheduledChunk]],
     on_token: Callable[[Request, int], None] | None,
-    timing: Timing,
-    started: float,
 ) -> None:
-    """One pass through the model, and the next token of every sequence that has fed all it
-    knows."""
-    chunks = scheduler.schedule()
+    """Run the model on the scheduled `chunks`. Every sequence that has no uncomputed tokens left
+    gets its next token."""
     step = pack([chunk for _, chunk in chunks], model.sequence_sharding)
     complete = [sequence for sequence, chunk in chunks if not chunk.remaining]
     rows = [SamplingRow(s.request.sampling, s.request.index, s.cache.length) for s in complete]
     for sequence, token in zip(complete, next_tokens(model, step, rows), strict=True):
+        output = sequence.output
         if token == NO_TOKEN:
-            sequence.output.finish_reason = "error"
-            sequence.output.error = (
+            output.finish_reason = "error"
+            output.error = (
                 f"its logits for position {sequence.cache.length} are infinite or not numbers: "
                 "`mpishard inspect MODEL --verify` says whether weights are; where they are not, "
                 "--compute-dtype float64 has the range that float32 lacks"
             )
             continue
-        sequence.output.ids.append(token)
-        sequence.output.finish_reason = _finish_reason(sequence, token)
+        output.ids.append(token)
+        output.finish_reason = _finish_reason(sequence, token)
         if on_token:
             on_token(sequence.request, token)
-    _count(timing, chunks, perf_counter() - started)
 
 
 def _finish_reason(sequence: Sequence, token: int) -> str:
+    """Why generation ends with `token`, the sequence's last; empty if it goes on."""
     request, ids = sequence.request, sequence.output.ids
     if token in request.eos_ids or (request.stop_fn and request.stop_fn(ids)):
         return "stop"
-    full = sequence.cache.length == sequence.cache.capacity
-    return "length" if len(ids) == request.max_tokens or full else ""
+    cache_is_full = sequence.cache.length == sequence.cache.capacity
+    return "length" if len(ids) == request.max_tokens or cache_is_full else ""
 
 
-def _count(timing: Timing, chunks: list[tuple[Sequence, ScheduledChunk]], seconds: float) -> None:
-    """Add a step: one that took in some of a prompt, or one that only generated."""
-    prompts = [
+def _add_step(
+    timing: Timing, chunks: list[tuple[Sequence, ScheduledChunk]], seconds: float
+) -> None:
+    """Add a step that processed `chunks` to `timing`, as prefill if any of them is of a prompt."""
+    prefill_sizes = [
         len(chunk.ids_S)
         for sequence, chunk in chunks
         if sequence.cache.length <= len(sequence.request.ids)
     ]
-    if prompts:
-        timing.prompt_tokens += sum(prompts)
-        timing.prompt_seconds += seconds
+    if prefill_sizes:
+        timing.prefill_tokens += sum(prefill_sizes)
+        timing.prefill_seconds += seconds
     elif chunks:
-        timing.generated_tokens += len(chunks)
-        timing.generation_seconds += seconds
+        timing.decode_tokens += len(chunks)
+        timing.decode_seconds += seconds

@@ -1,16 +1,20 @@
-"""Choosing the next tokens from logits that are divided over ranks.
+"""Sampling: the next tokens, from logits that are sharded by vocabulary over the ranks.
 
-No rank ever sees the whole vocabulary. Each sends its best few candidates, in one all_gather:
+No rank ever has the logits of the whole vocabulary. Each sends its best candidates, in one
+all_gather:
 
 - greedy: its largest logit.
-- temperature alone: its largest ``logit / temperature + Gumbel noise``; the noise belongs to the
-  token, so the largest of all ranks' is a sample of the whole softmax.
-- top-k, top-p, min-p: its largest logits, enough of them to know for certain which tokens the
-  filters keep (see `_sample_filtered`), which then compete with their noise.
+- temperature alone: its largest ``logit / temperature + Gumbel noise``. The noise belongs to the
+  token, so the largest value of all ranks is a sample of the whole softmax.
+- top-k, top-p, min-p: its largest logits. They are enough if they decide which tokens the filters
+  keep; otherwise every rank sends four times as many. Those kept then compete with their noise.
 
-Every rank of a replica takes the same token. For the first two that is so because all compare the
-same numbers, which the owner of each token made. The filters take exponentials, and two machines
-may differ in the last bit of those; then rank 0 decides and broadcasts.
+Every rank of a replica chooses the same token. In the first two cases all ranks compare the same
+numbers, which the owner of each token computed. The filters take exponentials, of which the last
+bit may differ between two machines; therefore rank 0 decides and broadcasts.
+
+sample                   scores_Mv -> local_top_k_candidates -> one token for each row
+local_top_k_candidates   scores_Mv -> the best of each row -> all_gather(tp) -> score_MC, id_MC
 """
 
 from __future__ import annotations
@@ -19,16 +23,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpishard.arithmetic.sampling import gumbel, logsumexp, num_kept
+from mpishard.arithmetic.sampling import gumbel, logsumexp, num_kept, row_topk
 from mpishard.communication.collectives import all_gather, broadcast
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block, block_sizes
 from mpishard.errors import UserError
-from mpishard.parallel.tensor import local_top_k_candidates
 
-# Candidates that each rank sends at first when the filters do not say how many are needed.
+# Candidates that each rank sends first if no top-k says how many are needed.
 FIRST_CANDIDATES = 64
-# Instead of a token id, where there are no logits to choose by.
+# In place of a token id where the logits are not finite.
 NO_TOKEN = -1
 
 
@@ -80,7 +83,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One token to choose: how, and the request and position that its random numbers belong to."""
+    """How to choose the token of one row of logits (one row of vLLM's SamplingMetadata). The random
+    numbers depend on `request` and `position`."""
 
     sampling: Sampling
     request: int
@@ -88,8 +92,8 @@ class SamplingRow:
 
 
 def sample(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab: int, mesh: Mesh) -> list[int]:
-    """The token chosen for each of the M draws, the same on every rank of the replica. Equal keys
-    go to the lowest id; where the largest is infinite or not a number there is `NO_TOKEN`."""
+    """One token for each of the M rows, the same on every rank of the replica. Among equal scores
+    the lowest id wins. A row whose largest logit is infinite or not a number gets `NO_TOKEN`."""
     vocab_start = block(vocab, mesh.tp.size, mesh.tp.rank).start
     scores_Mv = _scores(logits_Mv, rows, vocab_start)
     if any(row.sampling.filtered for row in rows):
@@ -97,43 +101,64 @@ def sample(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab: int, mesh: Mes
         tokens_M = _sample_rows_filtered(scores_Mv, rows, vocab_start, widest, mesh)
         return [int(token) for token in broadcast(tokens_M, mesh.tp)]
     score_MC, id_MC = local_top_k_candidates(scores_Mv, 1, vocab_start, mesh)
-    best_M = score_MC.argmax(axis=1)  # the first of equal keys is on the lowest rank: the lowest id
+    best_M = score_MC.argmax(axis=1)  # the first maximum is the lowest rank's: the lowest id
     return [
-        int(ids[best]) if np.isfinite(scores[best]) else NO_TOKEN
-        for scores, ids, best in zip(score_MC, id_MC, best_M, strict=True)
+        int(id_C[best]) if np.isfinite(score_C[best]) else NO_TOKEN
+        for score_C, id_C, best in zip(score_MC, id_MC, best_M, strict=True)
     ]
 
 
+def local_top_k_candidates(
+    scores_Mv: np.ndarray, count: int, vocab_start: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` best candidates of every rank, on every rank: their scores and their token ids,
+    two (M, tp * count) arrays. They are in order of rank, then of descending score, then of id.
+
+    A rank with fewer than `count` tokens sends -inf and an id beyond any vocabulary for the rest.
+    """
+    best_MC, column_MC = row_topk(scores_Mv, count)
+    pair = np.dtype([("score", scores_Mv.dtype), ("id", np.int64)])
+    pair_MC = np.empty(best_MC.shape, pair)
+    pair_MC["score"] = best_MC
+    is_token_MC = column_MC < scores_Mv.shape[1]
+    pair_MC["id"] = np.where(is_token_MC, column_MC + vocab_start, np.iinfo(np.int64).max)
+    packed = pair_MC.view(np.uint8)  # one message for scores and ids: (M, count * bytes of a pair)
+    pairs_of_all = all_gather(packed, mesh.tp, axis=1).view(pair)
+    return pairs_of_all["score"], pairs_of_all["id"]
+
+
 def _scores(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int) -> np.ndarray:
-    """What candidates compete by: logits where greedy; logits over temperature, with noise unless
-    filters come first, where sampled."""
+    """What tokens are ranked by. A greedy row keeps its logits. A sampled row has logits over
+    temperature, with noise unless a filter comes first."""
     if all(row.sampling.greedy for row in rows):
         return logits_Mv
     scores_Mv = logits_Mv.astype(np.float64)
-    ids_v = np.arange(vocab_start, vocab_start + logits_Mv.shape[1])
+    id_v = np.arange(vocab_start, vocab_start + logits_Mv.shape[1])
     for scores_v, row in zip(scores_Mv, rows, strict=True):
         if not row.sampling.greedy:
             scores_v /= row.sampling.temperature
             if not row.sampling.filtered:
-                scores_v += gumbel(row.sampling.seed, row.request, row.position, ids_v)
+                scores_v += gumbel(row.sampling.seed, row.request, row.position, id_v)
     return scores_Mv
 
 
 def _sample_rows_filtered(
     scores_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int, widest: int, mesh: Mesh
 ) -> np.ndarray:
-    """The tokens of draws of which some have filters: the ranks, of which the `widest` holds so
-    many tokens, send ever more candidates until there are enough for every draw."""
+    """The tokens of rows of which at least one has filters: (M,). Every rank sends candidates,
+    four times as many each time, until they decide every row. `widest` is the largest number of
+    tokens that a rank has, so that many candidates are all there are."""
     log_total_M = np.zeros(len(rows))
     if any(row.sampling.needs_total for row in rows):
         log_total_RM = all_gather(logsumexp(scores_Mv)[np.newaxis], mesh.tp)
         log_total_M = logsumexp(log_total_RM.T)
-    asked = [row.sampling.top_k or FIRST_CANDIDATES for row in rows if row.sampling.filtered]
-    count = min(max(asked), widest)
+    top_ks = [row.sampling.top_k or FIRST_CANDIDATES for row in rows if row.sampling.filtered]
+    count = min(max(top_ks), widest)
     while True:
         score_MC, id_MC = local_top_k_candidates(scores_Mv, count, vocab_start, mesh)
+        complete = count >= widest
         tokens = [
-            _sample_filtered(score_C, id_C, float(log_total), row, count, complete=count >= widest)
+            _sample_filtered(score_C, id_C, float(log_total), row, count, complete)
             for score_C, id_C, log_total, row in zip(
                 score_MC, id_MC, log_total_M, rows, strict=True
             )
@@ -151,25 +176,24 @@ def _sample_filtered(
     count: int,
     complete: bool,
 ) -> int | None:
-    """The token of one draw from the `count` best candidates of every rank, or None if the
-    filters may keep one that was not sent.
+    """The token of one row from the `count` best candidates of every rank, or None if the filters
+    may keep a token that was not sent. `complete` says that all were sent.
 
-    Whatever a rank did not send comes after the last that it sent. So in the order of all
-    candidates, everything up to the first such last one is certain.
+    A token that a rank did not send ranks after the last one that it sent. So the ranking of all
+    candidates is certain up to the first of these last ones.
     """
     if not np.isfinite(score_C.max()):
         return NO_TOKEN
-    order = np.lexsort((id_C, -score_C))
+    ranking = np.lexsort((id_C, -score_C))
     if not complete:
-        last_sent = (order + 1) % count == 0
-        order = order[: int(np.flatnonzero(last_sent)[0]) + 1]
-    how = row.sampling
-    if not how.filtered:
-        return int(id_C[order[0]])
-    scores = score_C[order]
-    number = num_kept(scores, log_total, how.top_k, how.top_p, how.min_p, complete)
-    if number is None:
+        is_last_sent = (ranking + 1) % count == 0
+        ranking = ranking[: int(np.flatnonzero(is_last_sent)[0]) + 1]
+    params = row.sampling
+    if not params.filtered:
+        return int(id_C[ranking[0]])
+    scores, ids = score_C[ranking], id_C[ranking]
+    kept = num_kept(scores, log_total, params.top_k, params.top_p, params.min_p, complete)
+    if kept is None:
         return None
-    ids = id_C[order[:number]]
-    noise = gumbel(how.seed, row.request, row.position, ids)
-    return int(ids[np.argmax(scores[:number] + noise)])
+    noise = gumbel(params.seed, row.request, row.position, ids[:kept])
+    return int(ids[np.argmax(scores[:kept] + noise)])

@@ -91,7 +91,7 @@ def test_prompts_taken_in_by_pieces_are_answered_the_same(path, comm, chunk):
         )
         assert [answer.output_ids for answer in answers] == right
         mine = prompts[model.mesh.dp.rank :: model.mesh.dp.size]
-        assert timing.prompt_tokens >= sum(map(len, mine))
+        assert timing.prefill_tokens >= sum(map(len, mine))
 
 
 @pytest.mark.ranks(1, 2, 3)
@@ -134,8 +134,8 @@ def test_the_time_is_that_of_the_replica(path, comm):
         timing = Timing()
         answers = model.generate(IDS, max_tokens=4, ignore_eos=True, timing=timing)
         mine = answers[model.mesh.dp.rank :: model.mesh.dp.size]
-        assert timing.prompt_tokens == sum(answer.prompt_tokens for answer in mine)
-        assert timing.generated_tokens == sum(answer.completion_tokens - 1 for answer in mine)
+        assert timing.prefill_tokens == sum(answer.prompt_tokens for answer in mine)
+        assert timing.decode_tokens == sum(answer.completion_tokens - 1 for answer in mine)
 
 
 @pytest.mark.ranks(1, 3)

@@ -16,7 +16,8 @@ from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block
 from mpishard.engine.generate import generate
-from mpishard.engine.scheduler import Request, RequestOutput, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.model import Decoder
 from mpishard.parallel import expert
 from mpishard.parallel.data import assign_requests

@@ -26,7 +26,8 @@ from toys import (
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block, check_experts
 from mpishard.engine.generate import generate
-from mpishard.engine.scheduler import Request, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request
 from mpishard.errors import UserError
 from mpishard.parallel.data import assign_requests
 from mpishard.parallel.expert import MoELayer

@@ -14,8 +14,10 @@ from toys import FORMS, Recorder, mesh_of, meshes, oracle, switched, toy
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout
 from mpishard.engine.generate import generate
+from mpishard.engine.prefix_cache import MIN_PREFIX_TOKENS
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.scheduler import MIN_PREFIX_TOKENS, Request, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request
 from mpishard.sequences.sharding import FirstChunk
 from mpishard.sequences.step import Step
 
@@ -161,7 +163,7 @@ def test_what_prompts_begin_with_is_computed_once(
     """By the first of them, for which the others wait a step; windows and divided caches included.
     Not where the frequencies go by the length, nor, over context-parallel ranks, the 7 of the
     shortest, after which there are more to feed."""
-    monkeypatch.setattr("mpishard.engine.scheduler.MIN_PREFIX_TOKENS", 5)
+    monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     config = oracle(variant).config
     random = np.random.RandomState(3)
     length = min(38, config.max_position_embeddings - 10)
@@ -220,7 +222,7 @@ def test_a_document_is_computed_once_for_all_questions(
 ):
     """Whole or in pieces, it is divided and goes round once, and the caches of those that take it
     over have room for what is to come, and for nothing else."""
-    monkeypatch.setattr("mpishard.engine.scheduler.MIN_PREFIX_TOKENS", 11)
+    monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 11)
     random = np.random.RandomState(5)
     document = random.randint(0, oracle(variant).config.vocab, 41).tolist()
     requests = [Request(n, document + [n] * (1 + 3 * n % 7), 3 + n % 3) for n in range(5)]
@@ -244,7 +246,7 @@ def test_what_lies_on_few_ranks_is_computed_anew(
     comm: MPI.Intracomm, order: str, shares: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """A third of a prompt in contiguous order is the first rank's, or the first two ranks'."""
-    monkeypatch.setattr("mpishard.engine.scheduler.MIN_PREFIX_TOKENS", 5)
+    monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(6).randint(0, 67, 60).tolist()
     requests = [Request(0, long, 3), Request(1, [*long[:20], 1], 3)]
     right = greedy("llama-gqa", requests)
@@ -260,7 +262,7 @@ def test_what_lies_on_few_ranks_is_computed_anew(
 def test_a_prefix_is_as_long_as_what_a_step_feeds_after_it(
     comm: MPI.Intracomm, chunk: int | None, shares: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mpishard.engine.scheduler.MIN_PREFIX_TOKENS", 5)
+    monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(7).randint(0, 67, 30).tolist()
     requests = [Request(0, long, 3), Request(1, [*long[:6], *range(20)], 3)]
     right = greedy("llama-gqa", requests)
@@ -277,7 +279,7 @@ def test_a_prefix_is_taken_over_where_its_ranks_have_the_memory(
     comm: MPI.Intracomm, shares: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """In contiguous order the first of two ranks has all of it, which is more than an even part."""
-    monkeypatch.setattr("mpishard.engine.scheduler.MIN_PREFIX_TOKENS", 5)
+    monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(8).randint(0, 67, 40).tolist()
     requests = [Request(0, long, 4), Request(1, [*long[:20], 1], 3)]
     right = greedy("llama-gqa", requests)

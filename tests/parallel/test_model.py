@@ -13,7 +13,8 @@ from tiny_models import VARIANTS, tiny_config
 from toys import Recorder, meshes, oracle, slices, toy, whole_logits
 
 from mpishard.engine.generate import generate
-from mpishard.engine.scheduler import Request, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
 from mpishard.sequences.step import pack

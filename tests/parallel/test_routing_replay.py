@@ -15,7 +15,8 @@ from toys import mesh_of, oracle, toy, whole_logits
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout
 from mpishard.engine.generate import generate
-from mpishard.engine.scheduler import Request, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request
 from mpishard.errors import UserError
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests

@@ -26,7 +26,8 @@ from mpishard.config.layout import CP_ORDERS, CP_PREFILLS, DECODE_MERGES, Layout
 from mpishard.config.model_config import ModelConfig
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling import Sampling
-from mpishard.engine.scheduler import Request, SchedulerConfig
+from mpishard.engine.scheduler import SchedulerConfig
+from mpishard.engine.sequence import Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests
 from mpishard.sequences.kv_cache import KVCache

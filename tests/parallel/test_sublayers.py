@@ -111,6 +111,7 @@ def test_logits(comm: MPI.Intracomm, variant: str):
         feeds = [(np.zeros(len(x_SD), int), model.allocate_cache(len(x_SD))) for x_SD in x]
         step = pack(feeds, model.sequence_sharding)
         x_MD = model.stream.select_logits_rows(mine(np.concatenate(x), step, mesh), step, mesh)
+        assert model.head is not None
         logits_MV = whole_logits(tensor.logits(x_MD, model.head), model, step)
         last_MD = np.array([x_SD[-1] for x_SD in x])
         agree(logits_MV, last_MD @ reference.weights[f"{head}.weight"].T)

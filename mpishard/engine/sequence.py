@@ -1,0 +1,104 @@
+"""What the engine works on: a request, the sequence that runs for it, and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpishard.engine.sampling import Sampling
+from mpishard.model import Decoder
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import FirstChunk
+from mpishard.sequences.step import ScheduledChunk
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, `ids`, to be continued by at most `max_tokens` (1 or more) tokens.
+
+    `index` is the request's place in the input; its random numbers depend on it. Generation ends
+    with the first token that is one of `eos_ids`, or after which `stop_fn` is true of all tokens
+    generated so far. That token is the last of the output.
+    """
+
+    index: int
+    ids: list[int]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    eos_ids: frozenset[int] = frozenset()
+    stop_fn: Callable[[list[int]], bool] | None = None
+
+    def max_length(self, model: Decoder) -> int:
+        """The most positions that the KV cache can hold. The last token of the longest output is
+        not one of them: the model never processes it."""
+        return min(len(self.ids) + self.max_tokens - 1, model.config.max_position_embeddings)
+
+
+@dataclass
+class RequestOutput:
+    """The tokens generated for a request.
+
+    `finish_reason` is "stop", "length" or "error", and empty until generation has ended. `error`
+    says why the scheduler rejected the request, or why its generation failed.
+    """
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    error: str = ""
+
+
+@dataclass
+class Sequence:
+    """A request that has been admitted, with its KV cache.
+
+    `cache_bytes` is the memory reserved for the cache. `first_chunk` says on which ranks its first
+    positions are. `rope_length` matters under dynamic RoPE only: it is the sequence length whose
+    rotary frequencies the cached keys have.
+    """
+
+    request: Request
+    output: RequestOutput
+    cache: KVCache
+    cache_bytes: int
+    first_chunk: FirstChunk
+    rope_length: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether generation has ended."""
+        return bool(self.output.finish_reason)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The prompt and the tokens generated so far."""
+        return self.request.ids + self.output.ids
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of `token_ids`."""
+        return len(self.request.ids) + len(self.output.ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """How many of the `token_ids` the cache does not hold yet: 1 while the sequence decodes,
+        more during prefill."""
+        return self.num_tokens - self.cache.length
+
+    def reset_if_rope_changed(self, model: Decoder) -> None:
+        """Empty the cache if dynamic RoPE gives the sequence other rotary frequencies than the
+        cached keys have, so that all tokens are computed again."""
+        if model.uses_dynamic_rope(self.num_tokens) and self.rope_length != self.num_tokens:
+            self.cache.clear()
+            self.rope_length = self.num_tokens
+
+    def next_chunk(self, num_tokens: int) -> ScheduledChunk:
+        """The next `num_tokens` of the uncomputed tokens."""
+        start = self.cache.length
+        ids_S = np.array(self.token_ids[start : start + num_tokens], np.int64)
+        remaining = self.num_uncomputed_tokens - num_tokens
+        return ScheduledChunk(
+            ids_S, self.cache, remaining, self.request.index, len(self.request.ids)
+        )
