@@ -456,7 +456,8 @@ def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> di
     """
     excerpt, ids_S = LayerSample(model.decoder), np.zeros(prompt_tokens, np.int64)
     caches = [
-        excerpt.allocate_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)
+        model.decoder.allocate_cache(prompt_tokens + max_tokens, prompt_tokens)
+        for _ in range(batch)
     ]
     step, streams = pack([(ids_S, cache) for cache in caches], excerpt.sequence_sharding), [0]
     tracemalloc.start()
