@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import (  # noqa: E402
-    GEMMA2_VARIANTS,
     MOE_VARIANTS,
     VARIANTS,
     stacked_weights,
@@ -38,7 +37,7 @@ from tiny_models import (  # noqa: E402
 
 from mpishard.reference import Reference  # noqa: E402
 
-EVERY_VARIANT = VARIANTS | MOE_VARIANTS | GEMMA2_VARIANTS
+EVERY_VARIANT = VARIANTS | MOE_VARIANTS
 GOLDEN = ROOT / "tests" / "golden"
 CONTINUATION = 8
 LEAST_MARGIN = 2e-3  # of the logits' standard deviation, ten times the tolerance of the tests

@@ -186,4 +186,6 @@ def test_every_rank_holds_the_weights_of_its_experts_and_no_others(comm: MPI.Int
                 assert sorted(layer.ffn.experts) == own
                 for chosen in own:
                     name = f"model.layers.{number}.mlp.experts.{chosen}.down_proj.weight"
-                    np.testing.assert_array_equal(layer.ffn.experts[chosen].down.weight, weights[name])
+                    np.testing.assert_array_equal(
+                        layer.ffn.experts[chosen].down.weight, weights[name]
+                    )
