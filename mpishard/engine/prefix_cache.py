@@ -90,14 +90,10 @@ class PrefixCache:
             for donor in sequences
             if not self._uses_dynamic_rope(donor.request)
         ]
-        cached = [(donor, min(num_tokens, donor.cache.length)) for donor, num_tokens in common]
-        pending = [
-            (donor, num_tokens)
-            for donor, num_tokens in common
-            if num_tokens > donor.cache.length and not donor.is_finished
-        ]
-        hit, later_hit = self._longest(request, cached), self._longest(request, pending)
-        gain = (later_hit.num_tokens if later_hit else 0) - (hit.num_tokens if hit else 0)
+        held = [(donor, min(num_tokens, donor.cache.length)) for donor, num_tokens in common]
+        soon = [(donor, num_tokens) for donor, num_tokens in common if not donor.is_finished]
+        hit, hit_soon = self._longest(request, held), self._longest(request, soon)
+        gain = (hit_soon.num_tokens if hit_soon else 0) - (hit.num_tokens if hit else 0)
         return hit, gain >= MIN_PREFIX_TOKENS
 
     def _uses_dynamic_rope(self, request: Request) -> bool:
