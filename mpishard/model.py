@@ -1,72 +1,102 @@
 """The decoder, written once and oblivious of the layout.
 
-The residual stream enters and leaves each sub-layer; how it and the weights are divided and what is
-communicated stands in `mpishard.parallel`, in the form that the layout chose. Model families differ
-only in which optional weights they have, what their rotary embedding is and which layers have a
-sliding window.
+The residual stream enters and leaves each sub-layer; how it and the weights are sharded and what is
+communicated stands in `mpishard.parallel`, in the form that the layout chose. A layer is
+``x + post_norm(sub_layer(norm(x)))`` twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpishard.arithmetic import rotary
-from mpishard.arithmetic.ops import GLU, clamped_swiglu, glu, rms_norm
-from mpishard.arithmetic.routing import ExpertCapacity, Router
+from mpishard.arithmetic.linear import Linear
+from mpishard.arithmetic.ops import softcap
 from mpishard.communication.mesh import Mesh
-from mpishard.config.layout import (
-    Layout,
-    block,
-    kv_heads_of,
-    kv_replica_ranks,
-    query_heads_of,
-)
-from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig
-from mpishard.config.weight_specs import experts_by_ep_rank, weight_specs
+from mpishard.config.layout import Layout, block, kv_heads_of, kv_replica_ranks, query_heads_of
+from mpishard.config.model_config import ModelConfig
+from mpishard.layers import make_layer, make_norm, weights_by_field
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import select_attention
-from mpishard.parallel.qkv import MLA, Attend, Attention, QKNormAllHeads
-from mpishard.sequences.step import FirstChunk, KVCache, SequenceSharding, Step
+from mpishard.parallel.expert import MoELayer
+from mpishard.rope import RotaryEmbedding
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import FirstChunk, SequenceSharding
+from mpishard.sequences.step import Step
 
 # Called with (layer, x_nD) for this rank's tokens of the residual stream entering each layer, and
 # with the number of layers for the stream after the final norm.
 HiddenStateHook = Callable[[int, np.ndarray], None]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer on this rank."""
+class ResidualStream(NamedTuple):
+    """What is done with a residual stream, in one of two forms: every tp rank has all tokens of its
+    cp rank, or a block of them."""
 
-    attention_norm: np.ndarray  # (D,)
-    attention: Attention | MLA
-    ffn_norm: np.ndarray  # (D,)
-    ffn: tensor.FeedForward | expert.MoELayer
+    embed: Callable[..., np.ndarray]
+    attention: Callable[..., np.ndarray]
+    feed_forward: Callable[..., np.ndarray]
+    moe: Callable[..., np.ndarray]
+    select_logits_rows: Callable[..., np.ndarray]
+    all_tokens: Callable[..., np.ndarray]
+
+
+RESIDUAL_STREAMS = {
+    "whole": ResidualStream(
+        tensor.embed,
+        tensor.attention,
+        tensor.feed_forward,
+        expert.feed_forward,
+        tensor.select_logits_rows,
+        tensor.all_tokens,
+    ),
+    "sequence-parallel": ResidualStream(
+        sequence.embed,
+        sequence.attention,
+        sequence.feed_forward,
+        expert.sequence_feed_forward,
+        sequence.select_logits_rows,
+        sequence.all_tokens,
+    ),
+}
 
 
 class Decoder:
     """A model's layers on this rank of a mesh.
 
     `weights` are this rank's shards by Hugging Face name, all of one floating-point type, in which
-    everything is computed.
+    everything is computed. A pipeline stage is a decoder with some of the `layers`: its `entry`
+    makes the residual stream of a step, and its `exit` takes the stream after the last of them.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray], mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, np.ndarray],
+        mesh: Mesh,
+        layers: range | None = None,
+        entry: Entry | None = None,
+        exit: Exit | None = None,
+    ) -> None:
         self.config, self.mesh = config, mesh
-        own, layers = _by_field(config, weights)
-        self.embedding_vD = own["embedding"]
-        self.norm = own["norm"]
-        self.head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
-        self.stream = sequence if mesh.layout.sequence_parallel else tensor
-        attend = select_attention(mesh.layout)
-        qk_norm_all_heads = _qk_norm_all_heads(config, mesh) if config.full_width_qk_norm else None
-        self.layers = [
-            _layer(config, number, w, attend, mesh, qk_norm_all_heads)
-            for number, w in enumerate(layers)
-        ]
+        self.layer_numbers = range(config.layers) if layers is None else layers
+        self.entry, self.exit = entry or embed_tokens, exit or final_logits
+        own, fields = weights_by_field(config, weights)
+        self.dtype = next(iter(weights.values())).dtype
+        self.embedding_vD = own.get("embedding")
+        self.norm = make_norm(config, own, "norm")
+        head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
+        self.head = None if head_vD is None else Linear(head_vD)
+        self.vocab_start = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
+        self.layers = [make_layer(config, n, fields[n], mesh) for n in self.layer_numbers]
+        sharded = mesh.layout.sequence_parallel
+        self.stream = RESIDUAL_STREAMS["sequence-parallel" if sharded else "whole"]
+        self.attend = select_attention(mesh.layout)
+        self.rope = RotaryEmbedding(config, self.dtype)
         # Of this rank and of those beside it, by which all know the fullest cache.
         self._sequence_shardings = [
             sequence_sharding_of(config, mesh.layout, mesh.cp.rank, rank)
@@ -74,117 +104,113 @@ class Decoder:
         ]
         self._kv_heads = [_kv_heads(config, mesh.layout, rank) for rank in range(mesh.tp.size)]
         self.sequence_sharding = self._sequence_shardings[mesh.tp.rank]
-        self.dtype = self.embedding_vD.dtype
         self.kv_heads = self._kv_heads[mesh.tp.rank]
-        self.vocab_start = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
-        self._inv_freq_J, self._attention_scaling = inverse_frequencies(config)
 
-    def map_moe_layers(self, change: Callable[[int, expert.MoELayer], expert.MoELayer]) -> Decoder:
-        """This model, with what `change` makes of each layer's number and mixture in its place."""
-        changed = copy(self)
-        changed.layers = [
-            replace(layer, ffn=change(number, layer.ffn))
-            if isinstance(layer.ffn, expert.MoELayer)
-            else layer
-            for number, layer in enumerate(self.layers)
-        ]
-        return changed
-
-    def allocate_cache(
-        self, capacity: int, first: int | None = None, kept: int | None = None
-    ) -> KVCache:
-        """An empty cache for one sequence of up to `capacity` positions, of which `first` (all
-        unless given) are fed in its first step; or, with `kept`, for one that `first_chunk` so by
-        taking over what another's cache holds: see `FirstChunk`."""
-        config = self.config
-        first = capacity if first is None else first
-        first_chunk = FirstChunk(first, first if kept is None else kept)
-        room = self.sequence_sharding.local_slots(first_chunk, capacity)
-        if self.uses_dynamic_rope(capacity):  # any number of positions may be fed in a first step
-            room = max(room, self.sequence_sharding.max_local_slots(capacity))
-        heads, width = self.kv_heads, config.key_width
-        latent = config.mla.kv_lora_rank if config.mla else 0
-        return KVCache(config.layers, heads, capacity, width, self.dtype, room, latent)
-
-    def cache_bytes(self, capacity: int, first_chunk: FirstChunk | None = None) -> int:
-        """At least as many bytes as the cache of a sequence of up to `capacity` positions takes on
-        any rank of the replica: of one that `first_chunk` so, or, unless that is given, of one that
-        takes over nothing, however it is fed."""
-        config = self.config
-        max_rank_positions = (
-            None
-            if first_chunk is None
-            else self.sequence_sharding.max_rank_positions(first_chunk, capacity)
-        )
-        number = config.layers * config.kv_cache_dim * self.dtype.itemsize
-        return max(
-            sequence_sharding.max_local_slots(capacity, max_rank_positions) * kv_heads * number
-            for sequence_sharding, kv_heads in zip(
-                self._sequence_shardings, self._kv_heads, strict=True
-            )
-        )
-
-    def forward(self, step: Step, hidden_state_hook: HiddenStateHook | None = None) -> np.ndarray:
+    def forward(self, step: Step, hidden_state_hook: HiddenStateHook | None = None) -> Any:
         """The logits of this rank's block of the vocabulary after each of its tokens that `step`
-        wants: (M, v)."""
-        eps, stream, mesh = self.config.norm_eps, self.stream, self.mesh
-        rope = self.rope(step)
-        x_nD = stream.embed(step.ids_N, self.embedding_vD, self.vocab_start, mesh)
-        for number, layer in enumerate(self.layers):
+        wants, (M, v), or what `exit` makes of the residual stream."""
+        stream, mesh, rope = self.stream, self.mesh, self.rope(step)
+        x_nD = self.entry(self, step)
+        for index, layer in enumerate(self.layers):
             if hidden_state_hook:
-                hidden_state_hook(number, x_nD)
-            h_nD = rms_norm(x_nD, layer.attention_norm, eps)
-            x_nD = x_nD + stream.attention(h_nD, layer.attention, number, step, rope, mesh)
-            h_nD = rms_norm(x_nD, layer.ffn_norm, eps)
-            if isinstance(layer.ffn, expert.MoELayer):
-                x_nD = x_nD + expert.feed_forward(h_nD, layer.ffn, stream, step, mesh)
-            else:
-                x_nD = x_nD + stream.feed_forward(h_nD, layer.ffn, step, mesh)
+                hidden_state_hook(self.layer_numbers[index], x_nD)
+            h_nD = layer.attention_norm(x_nD)
+            y_nD = stream.attention(h_nD, layer.attention, index, step, rope, self.attend, mesh)
+            x_nD = x_nD + layer.attention_post_norm(y_nD)
+            h_nD = layer.ffn_norm(x_nD)
+            ffn = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
+            y_nD = ffn(h_nD, layer.ffn, step, mesh)
+            x_nD = x_nD + layer.ffn_post_norm(y_nD)
         if hidden_state_hook:
-            hidden_state_hook(len(self.layers), rms_norm(x_nD, self.norm, eps))
-        x_MD = rms_norm(stream.select_logits_rows(x_nD, step, mesh), self.norm, eps)
-        return tensor.logits(x_MD, self.head_vD)
+            hidden_state_hook(self.layer_numbers.stop, self.norm(x_nD))
+        return self.exit(self, x_nD, step)
 
     def gather_sequence(self, x_nD: np.ndarray, step: Step) -> np.ndarray:
         """The residual stream of all the step's tokens, in the order of the sequences, from each
         rank's: (W, D)."""
-        return context.gather_sequence(
-            self.stream.whole(x_nD, step, self.mesh), step.global_index, self.mesh
-        )
+        x_ND = self.stream.all_tokens(x_nD, step, self.mesh)
+        return context.gather_sequence(x_ND, step.global_index, self.mesh)
+
+    def map_moe_layers(self, change: Callable[[int, MoELayer], MoELayer]) -> Decoder:
+        """This model, with what `change` makes of each MoE layer and its number in its place."""
+        changed = copy(self)
+        changed.layers = [
+            replace(layer, ffn=change(number, layer.ffn))
+            if isinstance(layer.ffn, MoELayer)
+            else layer
+            for number, layer in zip(self.layer_numbers, self.layers, strict=True)
+        ]
+        return changed
 
     def uses_dynamic_rope(self, length: int) -> bool:
         """Whether a sequence of `length` positions has other rotary frequencies than a shorter
-        one, so that what the cache holds of its past does not fit any more."""
-        rope = self.config.rope
-        return rope.kind == "dynamic" and length > rope.original_positions
+        one, so that what its cache holds does not fit any more."""
+        return self.rope.uses_dynamic_rope(length)
 
-    def rope(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary cosines, (N, 1, 1, J), and sines, (N, 1, 2, J), of the step's tokens, as
-        `mpishard.arithmetic.rotary.rotate` takes them."""
-        angles_NJ = step.positions_N[:, np.newaxis] * self._inv_freq_J
-        for segment in step.segments:
-            if self.uses_dynamic_rope(segment.num_known):
-                inv_freq_J = _dynamic_inverse_frequencies(self.config, segment.num_known)
-                angles_NJ[segment.token_slice] = (
-                    step.positions_N[segment.token_slice, np.newaxis] * inv_freq_J
-                )
-        angles_N11J = angles_NJ[:, np.newaxis, np.newaxis]
-        sin_N11J = np.sin(angles_N11J) * self._attention_scaling
-        return (
-            (np.cos(angles_N11J) * self._attention_scaling).astype(self.dtype),
-            np.concatenate([-sin_N11J, sin_N11J], axis=2, dtype=self.dtype, casting="same_kind"),
+    def allocate_cache(
+        self, capacity: int, first: int | None = None, inherited: int | None = None
+    ) -> KVCache:
+        """An empty cache for one sequence of up to `capacity` positions.
+
+        Its first chunk has `first` tokens, all unless given. A sequence that reuses the first
+        `inherited` positions of another one has that one's first chunk: see `FirstChunk`.
+        """
+        config = self.config
+        first = capacity if first is None else first
+        first_chunk = FirstChunk(first, first if inherited is None else inherited)
+        slots = self.sequence_sharding.local_slots(first_chunk, capacity)
+        if self.uses_dynamic_rope(capacity):  # it is computed anew in chunks of any length
+            slots = max(slots, self.sequence_sharding.max_local_slots(capacity))
+        latent = config.mla.kv_lora_rank if config.mla else 0
+        layers, width = len(self.layers), config.key_width
+        return KVCache(layers, self.kv_heads, capacity, width, self.dtype, slots, latent)
+
+    def cache_bytes(self, capacity: int, first_chunk: FirstChunk | None = None) -> int:
+        """Upper bound on the bytes that the cache of a sequence of up to `capacity` positions takes
+        on any rank of the replica. Without `first_chunk`, any first chunk and no reused prefix are
+        assumed."""
+        config, most = self.config, None
+        if first_chunk is not None:
+            most = self.sequence_sharding.max_rank_positions(first_chunk, capacity)
+        position = len(self.layers) * config.kv_cache_dim * self.dtype.itemsize
+        return max(
+            sharding.max_local_slots(capacity, most) * kv_heads * position
+            for sharding, kv_heads in zip(self._sequence_shardings, self._kv_heads, strict=True)
         )
+
+
+def embed_tokens(model: Decoder, step: Step) -> np.ndarray:
+    """The residual stream as it enters the first layer: (n, D)."""
+    x_nD = model.stream.embed(step.ids_N, model.embedding_vD, model.vocab_start, model.mesh)
+    if model.config.embedding_scale != 1:
+        x_nD *= x_nD.dtype.type(model.config.embedding_scale)
+    return x_nD
+
+
+def final_logits(model: Decoder, x_nD: np.ndarray, step: Step) -> np.ndarray:
+    """The logits of this rank's block of the vocabulary, from the residual stream after the last
+    layer: (M, v)."""
+    assert model.head is not None, "a stage without the head has an exit of its own"
+    x_MD = model.norm(model.stream.select_logits_rows(x_nD, step, model.mesh))
+    logits_Mv = tensor.logits(x_MD, model.head)
+    if model.config.final_logit_softcapping is not None:
+        softcap(logits_Mv, model.config.final_logit_softcapping)
+    return logits_Mv
+
+
+# What makes a step's residual stream, x_nD, and what is made of it after the last layer.
+Entry = Callable[[Decoder, Step], np.ndarray]
+Exit = Callable[[Decoder, np.ndarray, Step], Any]
 
 
 def sequence_sharding_of(
     config: ModelConfig, layout: Layout, cp_rank: int, tp_rank: int
 ) -> SequenceSharding:
-    """How sequences and caches are divided over the ranks of a replica, as one of them sees it."""
-    shared = layout.flash_decoding
-    ranks = (
-        kv_replica_ranks(config, layout.tp, tp_rank)[1] if shared else range(tp_rank, tp_rank + 1)
-    )
-    held = [query_heads_of(config, layout.tp, kv_replica_rank) for kv_replica_rank in ranks]
+    """How sequences and caches are sharded over the ranks of a replica, as one of them sees it."""
+    ranks = range(tp_rank, tp_rank + 1)
+    if layout.flash_decoding:
+        _, ranks = kv_replica_ranks(config, layout.tp, tp_rank)
+    held = [query_heads_of(config, layout.tp, rank) for rank in ranks]
     return SequenceSharding(
         cp=layout.cp,
         cp_rank=cp_rank,
@@ -199,199 +225,3 @@ def _kv_heads(config: ModelConfig, layout: Layout, tp_rank: int) -> int:
     """The number of key/value heads that a rank holds."""
     held = kv_heads_of(config, layout.tp, tp_rank)
     return held.stop - held.start
-
-
-def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """A model's rotary angles per position, (J,), and the factor on cosines and sines."""
-    rope = config.rope
-    inv_freq_J = rotary.inverse_frequencies(config.rotary_dim, rope.theta)
-    if rope.kind == "linear":
-        return inv_freq_J / rope.factor, 1.0
-    if rope.kind == "llama3":
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        original_max_position = rope.original_positions
-        return rotary.llama3_frequencies(
-            inv_freq_J, rope.factor, low, high, original_max_position
-        ), 1.0
-    if rope.kind == "yarn":
-        amplitude = rope.attention_factor
-        if amplitude is None:
-            amplitude = rotary.yarn_attention_factor(rope.factor, rope.mscale, rope.mscale_all_dim)
-        fast, slow, original_max_position = rope.beta_fast, rope.beta_slow, rope.original_positions
-        return (
-            rotary.yarn_frequencies(
-                inv_freq_J,
-                rope.theta,
-                rope.factor,
-                fast,
-                slow,
-                original_max_position,
-                rope.truncate,
-            ),
-            amplitude,
-        )
-    return inv_freq_J, 1.0
-
-
-def _dynamic_inverse_frequencies(config: ModelConfig, length: int) -> np.ndarray:
-    rope, width = config.rope, config.rotary_dim
-    theta = rotary.dynamic_theta(rope.theta, rope.factor, length, rope.original_positions, width)
-    return rotary.inverse_frequencies(width, theta)
-
-
-Fields = dict[str, np.ndarray]
-
-
-def _by_field(
-    config: ModelConfig, weights: dict[str, np.ndarray]
-) -> tuple[Fields, list[dict[int | None, Fields]]]:
-    """The weights by the partition table's field names: the model's own, and each layer's, those of
-    each expert apart. Of the experts there are those that this rank has."""
-    own: Fields = {}
-    layers: list[dict[int | None, Fields]] = [{None: {}} for _ in range(config.layers)]
-    for weight in weight_specs(config):
-        if weight.name in weights:
-            place = own
-            if weight.layer is not None:
-                place = layers[weight.layer].setdefault(weight.expert, {})
-            place[weight.field] = weights[weight.name]
-    return own, layers
-
-
-def _layer(
-    config: ModelConfig,
-    number: int,
-    fields: dict[int | None, Fields],
-    attend: Attend,
-    mesh: Mesh,
-    qk_norm_all_heads: QKNormAllHeads | None,
-) -> Layer:
-    w = fields[None]
-    ffn: tensor.FeedForward | expert.MoELayer
-    if config.moe and config.moe.layers[number]:
-        experts = {place: own for place, own in fields.items() if place is not None}
-        ffn = _moe_layer(config, config.moe, number, w, experts, mesh)
-    else:
-        ffn = _feed_forward(w, glu(config.activation))
-    return Layer(
-        attention_norm=w["attention_norm"],
-        attention=(
-            _latent_attention(config, config.mla, number, w, attend)
-            if config.mla
-            else _attention(config, number, w, attend, qk_norm_all_heads)
-        ),
-        ffn_norm=w["ffn_norm"],
-        ffn=ffn,
-    )
-
-
-def _attention(
-    config: ModelConfig,
-    number: int,
-    w: Fields,
-    attend: Attend,
-    qk_norm_all_heads: QKNormAllHeads | None,
-) -> Attention:
-    return Attention(
-        q=w["q"],
-        k=w["k"],
-        v=w["v"],
-        o=w["o"],
-        q_bias=w.get("q_bias"),
-        k_bias=w.get("k_bias"),
-        v_bias=w.get("v_bias"),
-        o_bias=w.get("o_bias"),
-        q_norm=w.get("q_norm"),
-        k_norm=w.get("k_norm"),
-        qk_norm_all_heads=qk_norm_all_heads,
-        sinks=w.get("sinks"),
-        head_dim=config.head_dim,
-        norm_eps=config.norm_eps,
-        window=config.windows[number],
-        attend=attend,
-    )
-
-
-def _latent_attention(
-    config: ModelConfig, mla: MLAConfig, number: int, w: Fields, attend: Attend
-) -> MLA:
-    rope, scale = config.rope, config.head_dim**-0.5
-    if rope.kind == "yarn":
-        scale *= rotary.yarn_softmax_scale(rope.factor, rope.mscale_all_dim)
-    return MLA(
-        q=w["q"] if mla.q_lora_rank is None else w["q_b"],
-        q_latent=w.get("q_a"),
-        q_latent_bias=w.get("q_a_bias"),
-        q_latent_norm=w.get("q_a_norm"),
-        latent=w["kv_a"],
-        latent_bias=w.get("kv_a_bias"),
-        latent_norm=w["kv_a_norm"],
-        up=w["kv_b"],
-        o=w["o"],
-        o_bias=w.get("o_bias"),
-        key_width=mla.qk_nope_head_dim,
-        rotary_dim=mla.qk_rope_head_dim,
-        value_width=mla.v_head_dim,
-        interleaved=mla.interleaved,
-        scale=scale,
-        norm_eps=mla.norm_eps,
-        window=config.windows[number],
-        attend=attend,
-    )
-
-
-def _qk_norm_all_heads(config: ModelConfig, mesh: Mesh) -> QKNormAllHeads:
-    K, (_, ranks) = config.head_dim, kv_replica_ranks(config, mesh.tp.size, mesh.tp.rank)
-    return QKNormAllHeads(config.heads * K, config.kv_heads * K, len(ranks))
-
-
-def _feed_forward(w: Fields, act_and_mul: GLU) -> tensor.FeedForward:
-    return tensor.FeedForward(
-        gate=w["gate"],
-        up=w["up"],
-        down=w["down"],
-        gate_bias=w.get("gate_bias"),
-        up_bias=w.get("up_bias"),
-        down_bias=w.get("down_bias"),
-        act_and_mul=act_and_mul,
-    )
-
-
-def _moe_layer(
-    config: ModelConfig,
-    moe: MoEConfig,
-    number: int,
-    w: Fields,
-    experts: dict[int, Fields],
-    mesh: Mesh,
-) -> expert.MoELayer:
-    dense = glu(config.activation)
-    tokens_per_expert = dense
-    if moe.alpha is not None and moe.limit is not None:
-        tokens_per_expert = clamped_swiglu(moe.alpha, moe.limit)
-    layout, sharding = mesh.layout, mesh.weight_sharding
-    router_fn = Router(
-        moe.top_k,
-        moe.scoring,
-        moe.norm_topk_prob,
-        moe.routed_scaling_factor,
-        moe.n_group,
-        moe.topk_group,
-        moe.group_score,
-    )
-    return expert.MoELayer(
-        router=w["router"],
-        router_bias=w.get("router_bias"),
-        e_score_correction_bias=w.get("selection_bias"),
-        experts={number: _feed_forward(own, tokens_per_expert) for number, own in experts.items()},
-        shared=_feed_forward(w, dense) if moe.shared_expert_intermediate_size else None,
-        shared_gate=w.get("shared_gate"),
-        router_fn=router_fn,
-        physical_experts=expert.PhysicalExperts.of(
-            experts_by_ep_rank(moe.num_experts, sharding, number)
-        ),
-        capacity=ExpertCapacity(layout.expert_capacity_factor, layout.token_drop_policy)
-        if layout.expert_capacity_factor
-        else None,
-        dispatch=expert.TOKEN_DISPATCHERS[layout.moe_token_dispatcher],
-    )

@@ -21,7 +21,8 @@ from mpishard.config.weight_specs import specs_of_shard
 from mpishard.model import Decoder, HiddenStateHook
 from mpishard.parallel import context
 from mpishard.reference import Reference
-from mpishard.sequences.step import KVCache, Step
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.step import Step
 
 FORMS = list(
     product((True, False), (True, False), CP_PREFILLS, CP_ORDERS, DECODE_MERGES, (1, 3))

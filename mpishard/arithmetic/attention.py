@@ -8,19 +8,21 @@ the sums of its weights tell afterwards whether that was good. If not, it goes a
 of its scores so far as shift, which grows as keys pass (online softmax: Milakov and Gimelshein
 2018, arXiv 1805.02867) and costs a third more time.
 
-Heads are grouped (Ainslie et al. 2023, arXiv 2305.13245): each of the ``g`` key/value heads serves
-``r = h / g`` query heads, consecutive ones. ``Q`` counts the queries of a key/value head, query by
-query and for each its ``r`` heads. A value is V numbers wide, which need not be a key's K.
+Query heads are grouped (GQA: Ainslie et al. 2023, arXiv 2305.13245): each of the ``g`` key/value
+heads serves ``h / g`` consecutive query heads, the axis X here. P counts the (query, head) pairs of
+one key/value head, query by query. A value is Y numbers wide, which need not be a key's K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from mpishard.arithmetic.gemm import SMALL_GEMM_SIZE
+from mpishard.arithmetic.ops import sigmoid, softcap
 
 # A block of scores has so many rows, one for each query and head, and so many keys: 1 MiB, which
 # the second-level cache of a core holds.
@@ -34,41 +36,64 @@ CACHED_SCORES = 128 * 1024
 SMALLEST_SUM, LARGEST_SUM = 1e-20, 1e20
 
 
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the scores of one layer's attention depend on beside queries and keys.
+
+    ``score = softcap(scale * q . k)`` over the keys within the `window`, where ``softcap(x) =
+    softcap * tanh(x / softcap)`` (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each
+    head's softmax, without a value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it);
+    `apply_sinks` adds them once all keys are merged. `values_in_keys` says that values are the
+    first Y numbers of the keys (MLA), and need not be cached or sent beside them."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks_h: np.ndarray | None = None
+    values_in_keys: bool = False
+
+
 def attend(
     q_ShK: np.ndarray,
     q_pos_S: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTV: np.ndarray,
+    v_gTY: np.ndarray,
     k_pos_T: np.ndarray,
-    scale: float,
-    window: int | None = None,
+    spec: AttentionSpec,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of the queries at the positions `q_pos_S` of a sequence over the keys at `k_pos_T`,
-    both strictly ascending: ``(out_ShV, lse_Sh)``.
+    both strictly ascending: ``(out_ShY, lse_Sh)``.
 
     The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or at 0 to ``p`` without a
-    window. A query that sees none gets the output 0 and the log-sum-exp -inf. Blocks of keys that
-    no query of a block sees are not read.
-    """
+    window. Sinks are left out. A query that sees none gets the output 0 and the log-sum-exp -inf.
+    Blocks of keys that no query of a block sees are not read."""
     S, h, K = q_ShK.shape
     g = len(k_gTK)
-    q_SgrK = q_ShK.reshape(S, g, h // g, K)
+    q_SgXK = q_ShK.reshape(S, g, h // g, K)
     if S == 1:
-        seen = _seen_by_one(q_pos_S[0], k_pos_T, window)
-        out_SgrV, lse_Sgr = _attend_one(q_SgrK, k_gTK[:, seen], v_gTV[:, seen], scale)
+        seen = _seen_by_one(q_pos_S[0], k_pos_T, spec.window)
+        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK[:, seen], v_gTY[:, seen], spec)
     else:
-        bounds = _seen(q_pos_S, k_pos_T, window)
-        out_SgrV, lse_Sgr = _attend_many(q_SgrK, k_gTK, v_gTV, *bounds, scale)
-    return out_SgrV.reshape(S, h, v_gTV.shape[2]), lse_Sgr.reshape(S, h)
+        bounds = _seen(q_pos_S, k_pos_T, spec.window)
+        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec)
+    return out_SgXY.reshape(S, h, v_gTY.shape[2]), lse_SgX.reshape(S, h)
 
 
 def merge_attn_states(
-    out_a_ShV: np.ndarray, lse_a_Sh: np.ndarray, out_b_ShV: np.ndarray, lse_b_Sh: np.ndarray
+    out_a_ShY: np.ndarray, lse_a_Sh: np.ndarray, out_b_ShY: np.ndarray, lse_b_Sh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention over two disjoint sets of keys, from the attention over each: ``(out_ShV,
+    """Attention over two disjoint sets of keys, from the attention over each: ``(out_ShY,
     lse_Sh)``."""
     (a_Sh, b_Sh), lse_Sh = merge_weights(np.stack([lse_a_Sh, lse_b_Sh]))
-    return a_Sh[..., np.newaxis] * out_a_ShV + b_Sh[..., np.newaxis] * out_b_ShV, lse_Sh
+    return a_Sh[..., np.newaxis] * out_a_ShY + b_Sh[..., np.newaxis] * out_b_ShY, lse_Sh
+
+
+def apply_sinks(out_ShY: np.ndarray, lse_Sh: np.ndarray, spec: AttentionSpec) -> np.ndarray:
+    """Attention over all keys and each head's sink, from the attention over the keys: beside a sink
+    the keys weigh ``exp(lse) / (exp(lse) + exp(sink))`` together."""
+    if spec.sinks_h is None:
+        return out_ShY
+    return out_ShY * sigmoid(lse_Sh - spec.sinks_h)[..., np.newaxis]
 
 
 def merge_weights(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,118 +128,124 @@ def _seen(
 
 
 def _attend_one(
-    q_1grK: np.ndarray, k_gTK: np.ndarray, v_gTV: np.ndarray, scale: float
+    q_1gXK: np.ndarray, k_gTK: np.ndarray, v_gTY: np.ndarray, spec: AttentionSpec
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one query over all the keys: ``(out_grV, lse_gr)``.
+    """Attention of one query over all the keys: ``(out_gXY, lse_gX)``.
 
     Products with keys and values are cut so short that OpenBLAS does not pack them: over thousands
     of keys that takes half the time, if ``k.T`` is in C order, as a cache keeps it.
     """
-    _, g, r, K = q_1grK.shape
-    (_, T, V), dtype = v_gTV.shape, q_1grK.dtype
+    _, g, X, K = q_1gXK.shape
+    (_, T, Y), dtype = v_gTY.shape, q_1gXK.dtype
     if T == 0:
-        return np.zeros((g, r, V), dtype), np.full((g, r), -np.inf, dtype)
-    q_grK = q_1grK[0] * dtype.type(scale)
+        return np.zeros((g, X, Y), dtype), np.full((g, X), -np.inf, dtype)
+    q_gXK = q_1gXK[0] * dtype.type(spec.scale)
     k_gKT = k_gTK.transpose(0, 2, 1)
-    blocks = _slices(T, SMALL_GEMM_SIZE // (r * K))
-    scores_grT = np.empty((g, r, T), dtype)
+    blocks = _slices(T, SMALL_GEMM_SIZE // (X * K))
+    scores_gXT = np.empty((g, X, T), dtype)
     for keys in blocks:
-        np.matmul(q_grK, k_gKT[:, :, keys], out=scores_grT[:, :, keys])
-    peak_gr1 = scores_grT.max(axis=-1, keepdims=True)
-    scores_grT -= peak_gr1
-    weights_grT = np.exp(scores_grT, out=scores_grT)
-    total_gr1 = weights_grT.sum(axis=-1, keepdims=True)
-    out_grV = weights_grT[:, :, blocks[0]] @ v_gTV[:, blocks[0]]
+        np.matmul(q_gXK, k_gKT[:, :, keys], out=scores_gXT[:, :, keys])
+    if spec.softcap is not None:
+        softcap(scores_gXT, spec.softcap)
+    peak_gX1 = scores_gXT.max(axis=-1, keepdims=True)
+    scores_gXT -= peak_gX1
+    weights_gXT = np.exp(scores_gXT, out=scores_gXT)
+    total_gX1 = weights_gXT.sum(axis=-1, keepdims=True)
+    out_gXY = weights_gXT[:, :, blocks[0]] @ v_gTY[:, blocks[0]]
     for keys in blocks[1:]:
-        out_grV += weights_grT[:, :, keys] @ v_gTV[:, keys]
-    out_grV /= total_gr1
-    return out_grV, (peak_gr1 + np.log(total_gr1))[..., 0]
+        out_gXY += weights_gXT[:, :, keys] @ v_gTY[:, keys]
+    out_gXY /= total_gX1
+    return out_gXY, (peak_gX1 + np.log(total_gX1))[..., 0]
 
 
 def _attend_many(
-    q_SgrK: np.ndarray,
+    q_SgXK: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTV: np.ndarray,
+    v_gTY: np.ndarray,
     start_S: np.ndarray,
     stop_S: np.ndarray,
-    scale: float,
+    spec: AttentionSpec,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of each query over its keys, block by block of heads and queries: ``(out_SgrV,
-    lse_Sgr)``."""
-    (S, g, r, K), V = q_SgrK.shape, v_gTV.shape[2]
-    out_SgrV = np.empty((S, g, r, V), q_SgrK.dtype)
-    lse_Sgr = np.empty(q_SgrK.shape[:-1], q_SgrK.dtype)
-    height = max(1, QUERY_ROWS // r)
-    scores_of_a_head = min(S, height) * r * min(k_gTK.shape[1], KEY_BLOCK)
+    """Attention of each query over its keys, block by block of heads and queries: ``(out_SgXY,
+    lse_SgX)``."""
+    (S, g, X, K), Y = q_SgXK.shape, v_gTY.shape[2]
+    out_SgXY = np.empty((S, g, X, Y), q_SgXK.dtype)
+    lse_SgX = np.empty(q_SgXK.shape[:-1], q_SgXK.dtype)
+    height = max(1, QUERY_ROWS // X)
+    scores_of_a_head = min(S, height) * X * min(k_gTK.shape[1], KEY_BLOCK)
     for heads in _slices(g, CACHED_SCORES // max(1, scores_of_a_head)):
         shifted = False
         for queries in _slices(S, height):
-            q_gSrK = q_SgrK[queries, heads].transpose(1, 0, 2, 3)
-            q_gQK = q_gSrK.reshape(len(q_gSrK), -1, K) * q_SgrK.dtype.type(scale)
-            keys = k_gTK[heads], v_gTV[heads], start_S[queries], stop_S[queries]
-            out_gQV, lse_gQ, shifted = _attend_block(q_gQK, *keys, shifted)
-            out_gSrV = out_gQV.reshape(*q_gSrK.shape[:-1], V)
-            out_SgrV[queries, heads] = out_gSrV.transpose(1, 0, 2, 3)
-            lse_Sgr[queries, heads] = lse_gQ.reshape(q_gSrK.shape[:-1]).transpose(1, 0, 2)
-    return out_SgrV, lse_Sgr
+            q_gSXK = q_SgXK[queries, heads].transpose(1, 0, 2, 3)
+            q_gPK = q_gSXK.reshape(len(q_gSXK), -1, K) * q_SgXK.dtype.type(spec.scale)
+            keys = k_gTK[heads], v_gTY[heads], start_S[queries], stop_S[queries]
+            out_gPY, lse_gP, shifted = _attend_block(q_gPK, *keys, spec.softcap, shifted)
+            out_gSXY = out_gPY.reshape(*q_gSXK.shape[:-1], Y)
+            out_SgXY[queries, heads] = out_gSXY.transpose(1, 0, 2, 3)
+            lse_SgX[queries, heads] = lse_gP.reshape(q_gSXK.shape[:-1]).transpose(1, 0, 2)
+    return out_SgXY, lse_SgX
 
 
 def _attend_block(
-    q_gQK: np.ndarray,
+    q_gPK: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTV: np.ndarray,
+    v_gTY: np.ndarray,
     start_S: np.ndarray,
     stop_S: np.ndarray,
+    cap: float | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Attention of a block of scaled queries and whether its scores had to be shifted, which those
-    of the same heads' next block will then be from the start: ``(out_gQV, lse_gQ, shifted)``."""
-    block = q_gQK, k_gTK, v_gTV, start_S, stop_S
+    of the same heads' next block will then be from the start: ``(out_gPY, lse_gP, shifted)``."""
+    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap
     if not shifted:
         with np.errstate(over="ignore", invalid="ignore"):
-            sum_gQV, total_gQ1, peak_gQ1 = _sums(*block, shifted=False)
-        sees_Q1 = np.repeat(stop_S > start_S, q_gQK.shape[1] // len(stop_S))[:, np.newaxis]
-        good_gQ1 = (total_gQ1 > SMALLEST_SUM) & (total_gQ1 < LARGEST_SUM)
-        shifted = not (good_gQ1 | ~sees_Q1).all()
+            sum_gPY, total_gP1, peak_gP1 = _sums(*block, shifted=False)
+        sees_P1 = np.repeat(stop_S > start_S, q_gPK.shape[1] // len(stop_S))[:, np.newaxis]
+        good_gP1 = (total_gP1 > SMALLEST_SUM) & (total_gP1 < LARGEST_SUM)
+        shifted = not (good_gP1 | ~sees_P1).all()
     if shifted:
-        sum_gQV, total_gQ1, peak_gQ1 = _sums(*block, shifted=True)
-    sum_gQV /= np.where(total_gQ1 > 0, total_gQ1, 1)
-    return sum_gQV, (peak_gQ1 + _log(total_gQ1))[..., 0], shifted
+        sum_gPY, total_gP1, peak_gP1 = _sums(*block, shifted=True)
+    sum_gPY /= np.where(total_gP1 > 0, total_gP1, 1)
+    return sum_gPY, (peak_gP1 + _log(total_gP1))[..., 0], shifted
 
 
 def _sums(
-    q_gQK: np.ndarray,
+    q_gPK: np.ndarray,
     k_gTK: np.ndarray,
-    v_gTV: np.ndarray,
+    v_gTY: np.ndarray,
     start_S: np.ndarray,
     stop_S: np.ndarray,
+    cap: float | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over the keys that each query sees of ``weight * value`` and of ``weight``, where a
     weight is the exponential of a score less the query's peak, or 0 if not `shifted`:
-    ``(sum_gQV, total_gQ1, peak_gQ1)``."""
-    (g, Q, _), V = q_gQK.shape, v_gTV.shape[2]
-    r, dtype = Q // len(stop_S), q_gQK.dtype
-    sum_gQV, total_gQ1 = np.zeros((g, Q, V), dtype), np.zeros((g, Q, 1), dtype)
-    peak_gQ1 = np.full((g, Q, 1), np.finfo(dtype).min if shifted else 0, dtype)
+    ``(sum_gPY, total_gP1, peak_gP1)``."""
+    (g, P, _), Y = q_gPK.shape, v_gTY.shape[2]
+    X, dtype = P // len(stop_S), q_gPK.dtype
+    sum_gPY, total_gP1 = np.zeros((g, P, Y), dtype), np.zeros((g, P, 1), dtype)
+    peak_gP1 = np.full((g, P, 1), np.finfo(dtype).min if shifted else 0, dtype)
     for start, stop in _key_blocks(start_S[0], stop_S[0], stop_S[-1]):
         first, last = np.searchsorted(stop_S, start, side="right"), np.searchsorted(start_S, stop)
         if first >= last:
             continue  # the queries see none of these keys
-        rows = slice(first * r, last * r)
-        weights_gQT = q_gQK[:, rows] @ k_gTK[:, start:stop].transpose(0, 2, 1)
-        _hide(weights_gQT, start, stop, start_S[first:last], stop_S[first:last])
+        rows = slice(first * X, last * X)
+        weights_gPT = q_gPK[:, rows] @ k_gTK[:, start:stop].transpose(0, 2, 1)
+        if cap is not None:
+            softcap(weights_gPT, cap)
+        _hide(weights_gPT, start, stop, start_S[first:last], stop_S[first:last])
         if shifted:
-            before_gQ1 = peak_gQ1[:, rows].copy()
-            np.maximum(before_gQ1, weights_gQT.max(-1, keepdims=True), out=peak_gQ1[:, rows])
-            kept_gQ1 = np.exp(before_gQ1 - peak_gQ1[:, rows])
-            sum_gQV[:, rows] *= kept_gQ1
-            total_gQ1[:, rows] *= kept_gQ1
-            weights_gQT -= peak_gQ1[:, rows]
-        np.exp(weights_gQT, out=weights_gQT)
-        total_gQ1[:, rows] += weights_gQT @ np.ones((stop - start, 1), dtype)
-        sum_gQV[:, rows] += weights_gQT @ v_gTV[:, start:stop]
-    return sum_gQV, total_gQ1, peak_gQ1
+            before_gP1 = peak_gP1[:, rows].copy()
+            np.maximum(before_gP1, weights_gPT.max(-1, keepdims=True), out=peak_gP1[:, rows])
+            kept_gP1 = np.exp(before_gP1 - peak_gP1[:, rows])
+            sum_gPY[:, rows] *= kept_gP1
+            total_gP1[:, rows] *= kept_gP1
+            weights_gPT -= peak_gP1[:, rows]
+        np.exp(weights_gPT, out=weights_gPT)
+        total_gP1[:, rows] += weights_gPT @ np.ones((stop - start, 1), dtype)
+        sum_gPY[:, rows] += weights_gPT @ v_gTY[:, start:stop]
+    return sum_gPY, total_gP1, peak_gP1
 
 
 def _key_blocks(first: int, diagonal: int, end: int) -> Iterator[tuple[int, int]]:
@@ -225,11 +256,11 @@ def _key_blocks(first: int, diagonal: int, end: int) -> Iterator[tuple[int, int]
 
 
 def _hide(
-    scores_gQT: np.ndarray, start: int, stop: int, start_S: np.ndarray, stop_S: np.ndarray
+    scores_gPT: np.ndarray, start: int, stop: int, start_S: np.ndarray, stop_S: np.ndarray
 ) -> None:
     """Sets the scores of keys `start` to `stop` that lie before or behind what a query sees to
     -inf. Only the queries for which there are any are touched."""
-    scores_gSrT = scores_gQT.reshape(len(scores_gQT), len(stop_S), -1, stop - start)
+    scores_gSXT = scores_gPT.reshape(len(scores_gPT), len(stop_S), -1, stop - start)
     key_T = np.arange(start, stop)
     late = slice(0, np.searchsorted(stop_S, stop))
     early = slice(np.searchsorted(start_S, start, side="right"), None)
@@ -237,7 +268,7 @@ def _hide(
         (late, key_T >= stop_S[late, np.newaxis]),
         (early, key_T < start_S[early, np.newaxis]),
     ):
-        np.copyto(scores_gSrT[:, queries], -np.inf, where=hidden_ST[:, np.newaxis])
+        np.copyto(scores_gSXT[:, queries], -np.inf, where=hidden_ST[:, np.newaxis])
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -1,15 +1,32 @@
-"""The element-wise arithmetic of a decoder layer: norm, activations and gates."""
+"""The element-wise arithmetic of a decoder layer: norms, activations, gates and soft caps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 
+@dataclass(frozen=True)
+class RMSNorm:
+    """Scales rows to a root mean square of 1, times `weight` (Zhang and Sennrich 2019, arXiv
+    1910.07467). A unit offset, as Gemma has it, is in the weight."""
+
+    weight: np.ndarray  # (D,)
+    eps: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def identity(x: np.ndarray) -> np.ndarray:
+    """`x`: in the place of a norm that a family does not have."""
+    return x
+
+
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """`x` scaled to a root mean square of 1 along its last axis, times `weight`
-    (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """`x` scaled to a root mean square of 1 along its last axis, times `weight`."""
     mean_square = np.vecdot(x, x) / x.shape[-1]
     normed = x / np.sqrt(mean_square + eps)[..., np.newaxis]
     normed *= weight
@@ -38,6 +55,13 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 def relu(x: np.ndarray) -> np.ndarray:
     """``max(x, 0)``."""
     return np.maximum(x, 0)
+
+
+def softcap(x: np.ndarray, cap: float) -> None:
+    """Replaces `x` by ``cap * tanh(x / cap)`` (Gemma 2, arXiv 2408.00118)."""
+    x /= cap
+    np.tanh(x, out=x)
+    x *= cap
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

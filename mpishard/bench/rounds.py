@@ -23,6 +23,7 @@ from mpi4py import MPI
 
 from mpishard.api import Model
 from mpishard.arithmetic.gemm import KERNELS
+from mpishard.arithmetic.linear import Linear
 from mpishard.bench.counts import (
     StepCost,
     decode_cost,
@@ -38,11 +39,13 @@ from mpishard.communication.mesh import Mesh
 from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import Sampling, SamplingRow
 from mpishard.errors import UserError
-from mpishard.model import Decoder, Layer
+from mpishard.layers import Layer
+from mpishard.model import Decoder
+from mpishard.parallel.attention import AttendCache
 from mpishard.parallel.expert import Dispatch, MoELayer, Routing
-from mpishard.parallel.qkv import QKV, Attend
 from mpishard.parallel.tensor import FeedForward
-from mpishard.sequences.step import KVCache, ScheduledChunk, Step, pack
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.step import ScheduledChunk, pack
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
@@ -84,14 +87,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class CountedExpert(FeedForward):
-    """An expert that says how many rows it computes."""
+class CountedLinear(Linear):
+    """The last product of an expert, which says how many rows it computes."""
 
-    count: Callable[[int], None]
+    count: Callable[[int], None] = lambda rows: None
 
-    def partial(self, x_ND: np.ndarray) -> np.ndarray:
-        self.count(len(x_ND))
-        return super().partial(x_ND)
+    def partial(self, x_NI: Any) -> np.ndarray:
+        y_NO = super().partial(x_NI)
+        self.count(len(y_NO))
+        return y_NO
 
 
 class TimedDecoder(Decoder):
@@ -101,22 +105,23 @@ class TimedDecoder(Decoder):
     def __init__(self, model: Decoder) -> None:
         self.__dict__.update(model.__dict__)
         self.layers = [self._watched(layer) for layer in model.layers]
+        self.attend = self._timed_attend(model.attend)
         self.attention_seconds = self.mixture_seconds = 0.0
         self.expert_rows = self.expert_flops = 0
 
     def _watched(self, layer: Layer) -> Layer:
-        attend, ffn = self._timed_attend(layer.attention.attend), layer.ffn
+        ffn = layer.ffn
         if isinstance(ffn, MoELayer):
             experts = {number: self._counted(w) for number, w in ffn.experts.items()}
             dispatch = self._timed_dispatch(ffn.dispatch)
             ffn = replace(ffn, experts=experts, dispatch=dispatch)
-        return replace(layer, attention=replace(layer.attention, attend=attend), ffn=ffn)
+        return replace(layer, ffn=ffn)
 
-    def _timed_attend(self, attend: Attend) -> Attend:
-        def timed(heads: QKV, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-            started = _arithmetic_clock(mesh.ledger)
-            output = attend(heads, step, mesh)
-            self.attention_seconds += _arithmetic_clock(mesh.ledger) - started
+    def _timed_attend(self, attend: AttendCache) -> Any:
+        def timed(*operands: Any) -> Any:
+            started = _arithmetic_clock(self.mesh.ledger)
+            output = attend(*operands)
+            self.attention_seconds += _arithmetic_clock(self.mesh.ledger) - started
             return output
 
         return timed
@@ -133,9 +138,10 @@ class TimedDecoder(Decoder):
     def _counted(self, w: FeedForward) -> FeedForward:
         def count(rows: int) -> None:
             self.expert_rows += rows
-            self.expert_flops += 2 * rows * (w.gate.size + w.up.size + w.down.size)
+            sizes = [linear.weight.size for linear in (w.gate, w.up, w.down)]
+            self.expert_flops += 2 * rows * sum(sizes)
 
-        return CountedExpert(**vars(w), count=count)
+        return replace(w, down=CountedLinear(**vars(w.down), count=count))
 
 
 class LayerSample(Decoder):
@@ -145,6 +151,7 @@ class LayerSample(Decoder):
         model = model.map_moe_layers(lambda _, mixture: replace(mixture, hooks=()))
         self.__dict__.update(model.__dict__)
         windows = model.config.windows
+        self.layer_numbers = range(len(set(windows)))
         self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
 
 
@@ -355,9 +362,9 @@ def _products(layer: Layer) -> tuple[Callable[[], None], int]:
     attention, ffn = layer.attention, layer.ffn
     if isinstance(ffn, MoELayer):
         ffn = next(iter(ffn.experts.values()))
-    weights = [*attention.matrices, ffn.gate, ffn.up, ffn.down]
+    weights = [linear.weight for linear in (*attention.linears, ffn.gate, ffn.up, ffn.down)]
     widths = {w_OI.shape[1] for w_OI in weights}
-    x_by_width = {width: np.ones((PRODUCT_ROWS, width), attention.o.dtype) for width in widths}
+    x_by_width = {width: np.ones((PRODUCT_ROWS, width), weights[0].dtype) for width in widths}
 
     def multiply() -> None:
         for w_OI in weights:

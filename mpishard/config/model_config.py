@@ -168,6 +168,12 @@ class ModelConfig:
     sinks: bool = False  # a logit per head that takes part in the softmax and has no value
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    norm_offset: float = 0.0  # added to the weight of every RMSNorm
+    post_norms: bool = False  # a norm after each sub-layer, too
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    embedding_scale: float = 1.0
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -265,7 +265,7 @@ def _mixture(config: ModelConfig, moe: MoEConfig) -> Iterator[WeightSpec]:
     if moe.e_score_correction_bias:
         # Experts are chosen by sums with it, in which a rounded digit can change the choice.
         yield replace(
-            _weight(names.e_score_correction_bias, "selection_bias", (E,)), keep_fp32=True
+            _weight(names.e_score_correction_bias, "e_score_correction_bias", (E,)), keep_fp32=True
         )
     if moe.shared_expert_intermediate_size:
         yield from _feed_forward(

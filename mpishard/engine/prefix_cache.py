@@ -44,7 +44,7 @@ import numpy as np
 
 from mpishard.engine.sequence import Request, Sequence
 from mpishard.model import Decoder
-from mpishard.sequences.step import FirstChunk
+from mpishard.sequences.sharding import FirstChunk
 
 # The shortest prefix that is worth a copy, and the least gain that is worth waiting for.
 MIN_PREFIX_TOKENS = 32

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from mpishard.engine.prefix_cache import PrefixCache
 from mpishard.engine.sequence import Request, RequestOutput, Sequence
 from mpishard.model import Decoder
-from mpishard.sequences.step import FirstChunk, ScheduledChunk
+from mpishard.sequences.sharding import FirstChunk
+from mpishard.sequences.step import ScheduledChunk
 
 # Requests fetched ahead, so that one is waiting whenever a running sequence finishes.
 PREFETCH = 2

@@ -9,7 +9,9 @@ import numpy as np
 
 from mpishard.engine.sampling import Sampling
 from mpishard.model import Decoder
-from mpishard.sequences.step import FirstChunk, KVCache, ScheduledChunk
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import FirstChunk
+from mpishard.sequences.step import ScheduledChunk
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """How the new queries of a step meet the keys and values of their sequences.
 
-The projections around it are `mpishard.parallel.qkv`'s; what stands between them depends on
-where the keys and values lie:
+What stands between the projections depends on where the keys and values lie:
 
-whole      each rank has every position of its heads: nothing is communicated
-divided    the positions lie on several ranks: sequences that begin in this step are context
-           parallelism's (`mpishard.parallel.context`), those that go on flash decoding's
-           (`mpishard.parallel.flash_decoding`)
+attend_full_cache     each rank has every position of its heads: nothing is communicated
+attend_sharded_cache  the positions lie on several ranks: sequences that begin in this step are
+                      context parallelism's (`mpishard.parallel.context`), those that are extended
+                      flash decoding's (`mpishard.parallel.flash_decoding`)
 
 A layout chooses one of the two, with its forms, once.
 """
@@ -14,58 +13,88 @@ A layout chooses one of the two, with its forms, once.
 from __future__ import annotations
 
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
-from mpishard.arithmetic.attention import attend
+from mpishard.arithmetic.attention import AttentionSpec, attend
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout
 from mpishard.parallel import context, flash_decoding
-from mpishard.parallel.qkv import QKV, Attend
 from mpishard.sequences.step import Step
 
 
-def attend_full_cache(qkv: QKV, step: Step, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Each sequence's new tokens over its cache, new keys and values included: ``(out_NhV,
-    lse_Nh)``."""
-    out_NhV, lse_Nh = qkv.empty_output()
+class AttendCache(Protocol):
+    """Writes a layer's new keys and values to the cache and attends over it: the output of this
+    rank's query heads and the log-sum-exp of their scores, ``(out_NhY, lse_Nh)``."""
+
+    def __call__(
+        self,
+        q_NhK: np.ndarray,
+        k_NgK: np.ndarray,
+        v_NgY: np.ndarray,
+        spec: AttentionSpec,
+        layer: int,
+        step: Step,
+        mesh: Mesh,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def attend_full_cache(
+    q_NhK: np.ndarray,
+    k_NgK: np.ndarray,
+    v_NgY: np.ndarray,
+    spec: AttentionSpec,
+    layer: int,
+    step: Step,
+    mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sequence's new tokens over its cache, new keys and values included."""
+    out_NhY, lse_Nh = empty_output(q_NhK, v_NgY)
     for segment in step.segments:
-        token_slice, cache = segment.token_slice, segment.cache
-        cache.write(qkv.layer, qkv.k_NgK[token_slice], qkv.v_NgV[token_slice])
-        keys = cache.read(qkv.layer)
-        queries = qkv.q_NhK[token_slice], step.positions_N[token_slice]
-        out_NhV[token_slice], lse_Nh[token_slice] = attend(*queries, *keys, qkv.scale, qkv.window)
-    return out_NhV, lse_Nh
+        new, cache = segment.token_slice, segment.cache
+        cache.write(layer, k_NgK[new], v_NgY[new])
+        keys_and_values = cache.read(layer)
+        queries = q_NhK[new], step.positions_N[new]
+        out_NhY[new], lse_Nh[new] = attend(*queries, *keys_and_values, spec)
+    return out_NhY, lse_Nh
 
 
 def attend_sharded_cache(
     prefill: context.Prefill,
     merge: flash_decoding.Merge,
-    qkv: QKV,
+    q_NhK: np.ndarray,
+    k_NgK: np.ndarray,
+    v_NgY: np.ndarray,
+    spec: AttentionSpec,
+    layer: int,
     step: Step,
     mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each sequence's new tokens over all its positions, of which this rank keeps only some:
-    ``(out_NhV, lse_Nh)``."""
-    output = qkv.empty_output()
+    """Each sequence's new tokens over all its positions, of which this rank's cache keeps some."""
+    out_NhY, lse_Nh = empty_output(q_NhK, v_NgY)
     for segment in step.segments:
-        token_slice, cached = segment.token_slice, segment.cached
-        segment.cache.write(
-            qkv.layer, qkv.k_NgK[token_slice][cached], qkv.v_NgV[token_slice][cached]
-        )
+        new, cached = segment.token_slice, segment.cached
+        segment.cache.write(layer, k_NgK[new][cached], v_NgY[new][cached])
     if step.first_chunks:  # the same on all ranks of the replica
-        prefill(qkv, step, mesh, *output)
+        prefill(q_NhK, k_NgK, v_NgY, spec, step, mesh, out_NhY, lse_Nh)
     if step.extends:
-        flash_decoding.decode(qkv, step, mesh, merge, *output)
-    return output
+        flash_decoding.decode(q_NhK, spec, layer, step, mesh, merge, out_NhY, lse_Nh)
+    return out_NhY, lse_Nh
 
 
-def select_attention(layout: Layout) -> Attend:
+def empty_output(q_NhK: np.ndarray, v_NgY: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays for attention's output, with anything in them: ``(out_NhY, lse_Nh)``."""
+    N, h, _ = q_NhK.shape
+    return np.empty((N, h, v_NgY.shape[2]), q_NhK.dtype), np.empty((N, h), q_NhK.dtype)
+
+
+def select_attention(layout: Layout) -> AttendCache:
     """The form that `layout` asks for."""
     if not layout.shards_kv_positions:
         return attend_full_cache
     return partial(
         attend_sharded_cache,
-        context.CP_PREFILLS[layout.cp_prefill],
-        flash_decoding.DECODE_MERGES[layout.decode_merge],
+        context.PREFILLS[layout.cp_prefill],
+        flash_decoding.MERGES[layout.decode_merge],
     )

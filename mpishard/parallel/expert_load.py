@@ -1,12 +1,12 @@
-"""The load of experts and of the ranks that have them: rows, counted where tokens are routed.
+"""The load of experts and of their ranks: (token, expert) pairs, counted where tokens are routed.
 
-watching  a layer's mixture -> the same, which counts its routes
-totals    this rank's counts -> all_reduce(experts) -> the rows of each slot -> all_gather(world) ->
-          the rows of each rank; all_reduce(world) -> the rows of each expert
+attach  an MoE layer -> the same, which counts its routing
+totals  this rank's counts -> all_reduce(moe) -> the pairs of each physical expert ->
+        all_gather(world) -> the pairs of each rank; all_reduce(world) -> the pairs of each expert
 
-Counting needs nothing of other ranks, so that no collective is added before the end: a rank's rows
-are those of its slots, whoever sent them. The ranks that divide an expert's width all compute its
-rows, each a part.
+Counting needs nothing of other ranks, so that no collective is added before the end: a rank's pairs
+are those of its physical experts, whoever sent them. The ranks that shard an expert's width all
+compute its pairs, each a part.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import numpy as np
 
 from mpishard.communication.collectives import all_gather, all_reduce
 from mpishard.communication.mesh import Mesh
-from mpishard.parallel.expert import MoELayer, PhysicalExperts, Routing, local_tokens
+from mpishard.parallel.expert import MoELayer, Routing, local_tokens
+from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.sequences.step import Step
 
-PHASES = ("prompt", "generation")
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """Rows of one layer, of all ranks and steps, in one of the `PHASES` of their tokens."""
+    """(token, expert) pairs of one layer, of all ranks and steps, in one of the `PHASES`."""
 
     layer: int
     phase: str
@@ -36,7 +37,7 @@ class LayerLoad:
 
 
 class ExpertLoad:
-    """Counts the rows that this rank's tokens give to every slot."""
+    """Counts the pairs that this rank's tokens send to every physical expert."""
 
     def __init__(self) -> None:
         self._physical_experts: dict[int, PhysicalExperts] = {}
@@ -44,15 +45,15 @@ class ExpertLoad:
         self._rows: dict[int, np.ndarray] = {}  # by layer: (phases, Z + 1), the last dropped
 
     def attach(self, layer: int, w: MoELayer) -> MoELayer:
-        """The mixture `w` of `layer`, which is now counted."""
+        """The MoE layer `w`, whose pairs are now counted."""
         rows = self._rows[layer] = np.zeros((len(PHASES), w.physical_experts.dropped + 1), np.int64)
-        self._physical_experts[layer], self._experts = w.physical_experts, len(w.router)
+        self._physical_experts[layer], self._experts = w.physical_experts, len(w.gate.weight)
 
         def count(routing: Routing, step: Step, mesh: Mesh) -> None:
-            generated_n = step.generated_N[local_tokens(step, mesh)]
-            for phase, of_phase in enumerate((~generated_n, generated_n)):
-                slots_m = routing.physical_ids_nA[of_phase].reshape(-1)
-                rows[phase] += np.bincount(slots_m, minlength=rows.shape[1])
+            is_decode_n = step.is_decode_N[local_tokens(step, mesh)]
+            for phase, of_phase in enumerate((~is_decode_n, is_decode_n)):
+                physical_b = routing.physical_ids_nA[of_phase].reshape(-1)
+                rows[phase] += np.bincount(physical_b, minlength=rows.shape[1])
 
         return replace(w, hooks=(*w.hooks, count))
 

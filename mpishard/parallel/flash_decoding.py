@@ -1,24 +1,25 @@
-"""Flash decoding: attention over a cache whose positions are divided over ranks.
+"""Flash decoding: attention over a cache whose positions are sharded over ranks (vLLM: decode
+context parallelism).
 
 The ranks of the ``kv`` group hold the same key/value heads of a replica: the ``cp`` ranks of
-context parallelism, times the ``G`` tensor-parallel ranks that share a head. Each has its own query
+context parallelism, times the tensor-parallel ranks that share a head. Each has its own query
 heads, its own new tokens and its own part of the cache. All attend for all, and merge:
 
 gather the queries            q_NhK -> all_gather(kv) -> q_WHK
-attend to this rank's keys    -> partial out_WHV and its log-sum-exp, lse_WH
-merge, in one of three forms  -> out_NhV and lse_Nh, of this rank's tokens and heads
+attend to this rank's keys    -> partial out_WHY and its log-sum-exp, lse_WH
+merge, in one of three forms  -> out_NhY and lse_Nh, of this rank's tokens and heads
 
-by_reduce_scatter   all_gather(kv) of lse_WH, each scales its partial, reduce_scatter(kv): as in
-                    NxD Inference (which gathers maximum and denominator) and vLLM's decode context
-                    parallelism
-by_all_to_all       partials and their log-sum-exps to whose queries they answer, in one all_to_all;
-                    the owner merges: vLLM's second form, TensorRT-LLM's Helix (arXiv 2507.07120)
-by_all_reduce       all_reduce(kv) of the maximum, then of numerator and denominator: tree attention
-                    (Shyam et al. 2024, arXiv 2408.04093)
+merge_ag_rs  all_gather(kv) of lse_WH, each rank scales its partial, reduce_scatter(kv): as in NxD
+             Inference (which gathers maximum and denominator) and vLLM's cp_lse_ag_out_rs
+merge_a2a    partials and their log-sum-exps in one all_to_all(kv) to the rank whose queries they
+             answer, which merges: vLLM's dcp_a2a_lse_reduce, TensorRT-LLM's Helix (arXiv
+             2507.07120)
+merge_ar     all_reduce(kv) of the maximum, then of numerator and denominator: vLLM's
+             cp_lse_ag_out_ar, tree attention (Shyam et al. 2024, arXiv 2408.04093)
 
-Here H are the query heads of the ``kv`` group and W the tokens of all its ranks. What is sent does
-not depend on the length of the context. A rank that keeps no position yet has log-sum-exp -inf and
-contributes exactly nothing.
+In this module, H are the query heads of the ``kv`` group, W the tokens of extended sequences on all
+its ranks, and N those on this rank. What is sent does not depend on the length of the context. A
+rank that keeps no position yet has log-sum-exp -inf and contributes exactly nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from itertools import product
 
 import numpy as np
 
-from mpishard.arithmetic.attention import attend, merge_weights
+from mpishard.arithmetic.attention import AttentionSpec, attend, merge_weights
 from mpishard.communication.collectives import (
     MAX,
     all_gather,
@@ -38,114 +39,129 @@ from mpishard.communication.collectives import (
     reduce_scatter,
 )
 from mpishard.communication.mesh import Mesh
-from mpishard.parallel.qkv import QKV
 from mpishard.sequences.step import Step
 
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The (token, head) pairs of a ``kv`` group as one block for each rank: `tokens` of each cp
-    rank times `qkv` of each sharer, in the order of the ranks."""
+    """How the (token, head) pairs of a ``kv`` group are laid out for its collectives: one block for
+    each rank, the `tokens` of each cp rank times the `heads` of each tp rank.
+
+    >>> pairs = PairLayout(tokens=(2, 1), heads=(1, 1))
+    >>> x_WHK = np.array([[[0], [1]], [[10], [11]], [[20], [21]]])
+    >>> pairs.flatten(x_WHK).T  # rank by rank: two tokens of head 0, the same of head 1, ...
+    array([[ 0, 10,  1, 11, 20, 21]])
+    >>> (pairs.unflatten(pairs.flatten(x_WHK)) == x_WHK).all()
+    np.True_
+    """
 
     tokens: tuple[int, ...]
-    qkv: tuple[int, ...]
+    heads: tuple[int, ...]
 
     @property
     def sizes(self) -> list[int]:
         """The number of pairs in each rank's block."""
-        return [n * h for n, h in product(self.tokens, self.qkv)]
+        return [n * h for n, h in product(self.tokens, self.heads)]
 
     def flatten(self, x_WHK: np.ndarray) -> np.ndarray:
-        """The blocks one after the other: (pairs, K)."""
-        return np.concatenate(self._each(x_WHK))
+        """The blocks one after the other: (P, K)."""
+        return np.concatenate(self._blocks(x_WHK))
 
     def local(self, rank: int, x_WHK: np.ndarray) -> np.ndarray:
-        """The block of `rank`: (pairs, K)."""
-        return self._each(x_WHK)[rank]
-
-    def _each(self, x_WHK: np.ndarray) -> list[np.ndarray]:
-        by_token = np.split(x_WHK, np.cumsum(self.tokens)[:-1])
-        qkv = np.cumsum(self.qkv)[:-1]
-        pairs = [x_nhK for x_nHK in by_token for x_nhK in np.split(x_nHK, qkv, axis=1)]
-        return [x_nhK.reshape(-1, x_WHK.shape[-1]) for x_nhK in pairs]
+        """The block of `rank`: (p, K)."""
+        return self._blocks(x_WHK)[rank]
 
     def unflatten(self, rows_PK: np.ndarray) -> np.ndarray:
         """The inverse of `flatten`: (W, H, K)."""
         K, rows = rows_PK.shape[1], iter(np.split(rows_PK, np.cumsum(self.sizes)[:-1]))
         return np.concatenate(
             [
-                np.concatenate([next(rows).reshape(n, h, K) for h in self.qkv], axis=1)
+                np.concatenate([next(rows).reshape(n, h, K) for h in self.heads], axis=1)
                 for n in self.tokens
             ]
         )
 
+    def _blocks(self, x_WHK: np.ndarray) -> list[np.ndarray]:
+        by_token = np.split(x_WHK, np.cumsum(self.tokens)[:-1])
+        heads = np.cumsum(self.heads)[:-1]
+        blocks = [x_NhK for x_NHK in by_token for x_NhK in np.split(x_NHK, heads, axis=1)]
+        return [x_NhK.reshape(-1, x_WHK.shape[-1]) for x_NhK in blocks]
 
-# (partial out_WHV, lse_WH, blocks, mesh) -> this rank's block of the merged output, (pairs, V), and
-# of its log-sum-exps, (pairs,)
+
+# (partial out_WHY, lse_WH, pairs, mesh) -> this rank's block of the merged output, (p, Y), and of
+# its log-sum-exps, (p,)
 Merge = Callable[[np.ndarray, np.ndarray, PairLayout, Mesh], tuple[np.ndarray, np.ndarray]]
 
 
 def decode(
-    qkv: QKV, step: Step, mesh: Mesh, merge: Merge, out_NhV: np.ndarray, lse_Nh: np.ndarray
+    q_NhK: np.ndarray,
+    spec: AttentionSpec,
+    layer: int,
+    step: Step,
+    mesh: Mesh,
+    merge: Merge,
+    out_NhY: np.ndarray,
+    lse_Nh: np.ndarray,
 ) -> None:
-    """Attention of the tokens of the sequences that go on in this step, put in their places in
-    `out_NhV` and `lse_Nh`."""
+    """Attention of the extended sequences' tokens, put in their places in `out_NhY` and `lse_Nh`.
+
+    Their queries meet every rank's keys; keys and values stay where they are.
+    """
     pairs = PairLayout(step.extend_counts, step.sequence_sharding.heads)
-    here_n = step.extend_token_index
-    q_nhK = qkv.q_NhK[here_n]
-    rows_PK = all_gather(q_nhK.reshape(-1, q_nhK.shape[-1]), mesh.kv, sizes=pairs.sizes)
-    q_WHK = pairs.unflatten(rows_PK)
+    own_N = step.extend_token_index
+    q_pK = q_NhK[own_N].reshape(-1, q_NhK.shape[2])
+    q_WHK = pairs.unflatten(all_gather(q_pK, mesh.kv, sizes=pairs.sizes))
     lse_WH = np.empty(q_WHK.shape[:2], q_WHK.dtype)
-    partial_WHV = np.empty((*q_WHK.shape[:2], out_NhV.shape[2]), q_WHK.dtype)
-    for segment, (place_S, at_S) in zip(step.extends, step.extend_global_index, strict=True):
-        keys = segment.cache.read(qkv.layer)
-        partial_WHV[place_S], lse_WH[place_S] = attend(
-            q_WHK[place_S], at_S, *keys, qkv.scale, qkv.window
+    partial_WHY = np.empty((*q_WHK.shape[:2], out_NhY.shape[2]), q_WHK.dtype)
+    for segment, (index_S, q_pos_S) in zip(step.extends, step.extend_global_index, strict=True):
+        keys_and_values = segment.cache.read(layer)  # t of the sequence's T positions
+        partial_WHY[index_S], lse_WH[index_S] = attend(
+            q_WHK[index_S], q_pos_S, *keys_and_values, spec
         )
-    out_PV, lse_P = merge(partial_WHV, lse_WH, pairs, mesh)
-    out_NhV[here_n] = out_PV.reshape(*q_nhK.shape[:2], out_NhV.shape[2])
-    lse_Nh[here_n] = lse_P.reshape(q_nhK.shape[:2])
+    out_pY, lse_p = merge(partial_WHY, lse_WH, pairs, mesh)
+    out_NhY[own_N] = out_pY.reshape(len(own_N), *out_NhY.shape[1:])
+    lse_Nh[own_N] = lse_p.reshape(len(own_N), lse_Nh.shape[1])
 
 
 def merge_ag_rs(
-    partial_WHV: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
+    partial_WHY: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each rank scales its own partial output by its share of the whole, and the sum of all is
+    """Each rank scales its partial output by its weight in the whole; the sum of all is
     scattered."""
     lse_RWH = all_gather(lse_WH[np.newaxis], mesh.kv)
-    share_RWH, lse_WH = merge_weights(lse_RWH)
-    partial_WHV = partial_WHV * share_RWH[mesh.kv.rank][..., np.newaxis]
-    out_PV = reduce_scatter(pairs.flatten(partial_WHV), mesh.kv, sizes=pairs.sizes)
-    return out_PV, pairs.local(mesh.kv.rank, lse_WH[..., np.newaxis])
+    weight_RWH, lse_WH = merge_weights(lse_RWH)
+    partial_WHY = partial_WHY * weight_RWH[mesh.kv.rank][..., np.newaxis]
+    out_pY = reduce_scatter(pairs.flatten(partial_WHY), mesh.kv, sizes=pairs.sizes)
+    return out_pY, pairs.local(mesh.kv.rank, lse_WH[..., np.newaxis])
 
 
 def merge_a2a(
-    partial_WHV: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
+    partial_WHY: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each rank's partial outputs go, with their log-sum-exps, to the rank whose queries they
+    """Each rank's partial outputs and their log-sum-exps go to the rank whose queries they
     answer."""
-    send_Px = pairs.flatten(np.concatenate([partial_WHV, lse_WH[..., np.newaxis]], axis=2))
-    mine, ranks = pairs.sizes[mesh.kv.rank], mesh.kv.size
-    partial_RPx = all_to_all(send_Px, mesh.kv, pairs.sizes, [mine] * ranks)
-    partial_RPx = partial_RPx.reshape(ranks, mine, send_Px.shape[1])
-    share_RP, lse_P = merge_weights(partial_RPx[..., -1])
-    return (partial_RPx[..., :-1] * share_RP[..., np.newaxis]).sum(axis=0), lse_P
+    send_PX = pairs.flatten(np.concatenate([partial_WHY, lse_WH[..., np.newaxis]], axis=2))
+    own, ranks = pairs.sizes[mesh.kv.rank], mesh.kv.size
+    partial_RpX = all_to_all(send_PX, mesh.kv, pairs.sizes, [own] * ranks)
+    partial_RpX = partial_RpX.reshape(ranks, own, send_PX.shape[1])  # X: Y, then 1
+    weight_Rp, lse_p = merge_weights(partial_RpX[..., -1])
+    return (partial_RpX[..., :-1] * weight_Rp[..., np.newaxis]).sum(axis=0), lse_p
 
 
 def merge_ar(
-    partial_WHV: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
+    partial_WHY: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every rank has the whole merged output, and takes its own block of it."""
     peak_WH = all_reduce(lse_WH, mesh.kv, MAX)  # finite: every token sees itself
     part_WH1 = np.exp(lse_WH - peak_WH)[..., np.newaxis]
-    partial_WHx = np.concatenate([partial_WHV * part_WH1, part_WH1], axis=2)
-    whole_WHx = all_reduce(partial_WHx, mesh.kv)
-    out_WHV, total_WH1 = whole_WHx[..., :-1] / whole_WHx[..., -1:], whole_WHx[..., -1:]
+    partial_WHX = np.concatenate([partial_WHY * part_WH1, part_WH1], axis=2)  # X: Y, then 1
+    total_WHX = all_reduce(partial_WHX, mesh.kv)
+    out_WHY, total_WH1 = total_WHX[..., :-1] / total_WHX[..., -1:], total_WHX[..., -1:]
     lse_WH1 = peak_WH[..., np.newaxis] + np.log(total_WH1)
-    return pairs.local(mesh.kv.rank, out_WHV), pairs.local(mesh.kv.rank, lse_WH1)
+    return pairs.local(mesh.kv.rank, out_WHY), pairs.local(mesh.kv.rank, lse_WH1)
 
 
-DECODE_MERGES: dict[str, Merge] = {
+MERGES: dict[str, Merge] = {
     "reduce-scatter": merge_ag_rs,
     "all-to-all": merge_a2a,
     "all-reduce": merge_ar,

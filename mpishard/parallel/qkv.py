@@ -1,211 +1,179 @@
-"""Heads: what tensor parallelism makes of the residual stream for attention, and of its output.
+"""Queries, keys and values: the arithmetic of attention around the cache, on this rank's heads.
 
 Every rank of the ``tp`` group has some of the query heads, and the key/value heads that they need.
-Two kinds of attention differ in how heads come from the stream and return to it:
+Two kinds of attention differ in how heads come from the residual stream and return to it:
 
-Attention        x_ND -> q_NhK, k_NgK, v_NgK, each g serving h / g query heads -> out_NhK
-LatentAttention  x_ND -> one latent for each token, which is key and value of all heads; queries are
-                 carried over to its space, and outputs back from it (DeepSeek-V2: arXiv 2405.04434)
+Attention  x_ND -> q_NhK, k_NgK, v_NgK, each g serving h / g query heads -> out_NhK (GQA: Ainslie
+           et al. 2023, arXiv 2305.13245)
+MLA        x_ND -> one latent for each token, which is the key and the value of all heads; queries
+           are carried over to its space, and outputs back from it (DeepSeek-V2: arXiv 2405.04434)
 
-Nothing here is communicated, but for olmoe's norm over the heads of all ranks. What happens between
-is `mpishard.parallel.attention`'s.
+`mpishard.parallel.tensor` and `mpishard.parallel.sequence` put it together with the collectives.
+Nothing here is communicated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from mpishard.arithmetic.gemm import linear
-from mpishard.arithmetic.ops import rms_norm, sigmoid
+from mpishard.arithmetic.attention import AttentionSpec, apply_sinks
+from mpishard.arithmetic.linear import Linear
+from mpishard.arithmetic.ops import RMSNorm
 from mpishard.arithmetic.rotary import apply_rotary, deinterleave
-from mpishard.communication.collectives import all_reduce
-from mpishard.communication.mesh import Mesh
-from mpishard.sequences.step import Step
+
+# Rotary cosines, (N, 1, 1, J), and sines, (N, 1, 2, J), of the step's tokens.
+Rope = tuple[np.ndarray, np.ndarray]
+QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class QKV:
-    """The queries, keys and values of a step's new tokens in one layer, on this rank.
+class FullWidthNorm:
+    """RMSNorm of q over all query heads together, and of k over all key heads, as olmoe has it.
 
-    `latent` says that values are the first V numbers of the keys, and need not be kept or sent
-    beside them.
+    The heads lie on all ranks of the ``tp`` group, so that the sums of squares have to be completed
+    by an all_reduce. A key/value head that several ranks hold counts once.
     """
 
-    q_NhK: np.ndarray
-    k_NgK: np.ndarray
-    v_NgV: np.ndarray
-    layer: int
-    scale: float
-    window: int | None
-    latent: bool = False
+    q_weight: np.ndarray  # (h*K,)
+    k_weight: np.ndarray  # (g*K,)
+    q_width: int  # H*K
+    k_width: int  # G*K
+    kv_head_replicas: int  # tp ranks that hold the same key/value heads as this one
+    eps: float
 
-    def empty_output(self) -> tuple[np.ndarray, np.ndarray]:
-        """Arrays for attention's output, with anything in them: ``(out_NhV, lse_Nh)``."""
-        N, h, _ = self.q_NhK.shape
-        out_NhV = np.empty((N, h, self.v_NgV.shape[2]), self.q_NhK.dtype)
-        return out_NhV, np.empty((N, h), self.q_NhK.dtype)
+    def partial_squares(self, q_NhK: np.ndarray, k_NgK: np.ndarray) -> np.ndarray:
+        """The sums of squares of this rank's q and k: (N, 2), a partial sum."""
+        squares = [(q_NhK**2).sum(axis=(1, 2)), (k_NgK**2).sum(axis=(1, 2)) / self.kv_head_replicas]
+        return np.stack(squares, axis=1)
 
-
-# (heads, step, mesh) -> the output of this rank's query heads and the log-sum-exp of their scores,
-# (out_NhV, lse_Nh)
-Attend = Callable[[QKV, Step, Mesh], tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class QKNormAllHeads:
-    """The q and k norms of a model that takes them over all heads together, as olmoe does."""
-
-    query_width: int  # H*K
-    key_width: int  # G*K
-    kv_head_replicas: int  # ranks that have the same key/value heads as this one
+    def __call__(
+        self, q_NhK: np.ndarray, k_NgK: np.ndarray, squares_N2: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        mean_N2 = squares_N2 / np.array([self.q_width, self.k_width], squares_N2.dtype)
+        scale_N211 = 1 / np.sqrt(mean_N2 + self.eps)[..., np.newaxis, np.newaxis]
+        q_NhK = q_NhK * scale_N211[:, 0] * self.q_weight.reshape(q_NhK.shape[1:])
+        return q_NhK, k_NgK * scale_N211[:, 1] * self.k_weight.reshape(k_NgK.shape[1:])
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The weights of grouped-query attention of one layer on this rank, and what its arithmetic
-    needs to know."""
+    """Grouped-query attention of one layer on this rank."""
 
-    q: np.ndarray  # (h*K, D)
-    k: np.ndarray  # (g*K, D)
-    v: np.ndarray  # (g*K, D)
-    o: np.ndarray  # (D, h*K)
-    q_bias: np.ndarray | None  # (h*K,)
-    k_bias: np.ndarray | None  # (g*K,)
-    v_bias: np.ndarray | None  # (g*K,)
-    o_bias: np.ndarray | None  # (D,)
-    q_norm: np.ndarray | None  # (K,), or over all heads together (h*K,)
-    k_norm: np.ndarray | None  # (K,), or (g*K,)
-    qk_norm_all_heads: QKNormAllHeads | None
-    sinks: np.ndarray | None  # (h,)
+    q: Linear  # (h*K, D)
+    k: Linear  # (g*K, D)
+    v: Linear  # (g*K, D)
+    o: Linear  # (D, h*K)
     head_dim: int  # K
-    norm_eps: float
-    window: int | None
-    attend: Attend
+    spec: AttentionSpec
+    q_norm: RMSNorm | None = None  # over each head of q: (K,)
+    k_norm: RMSNorm | None = None
+    full_width_norm: FullWidthNorm | None = None
 
     @property
-    def matrices(self) -> list[np.ndarray]:
+    def linears(self) -> list[Linear]:
         """The weights that tokens are multiplied with."""
         return [self.q, self.k, self.v, self.o]
 
-    def project_qkv(
-        self, x_ND: np.ndarray, layer: int, rope: tuple[np.ndarray, np.ndarray], mesh: Mesh
-    ) -> QKV:
-        """Queries, keys and values of this rank's heads, normed and turned."""
-        K = self.head_dim
-        q_NhK = by_head(linear(x_ND, self.q, self.q_bias), K)  # column-parallel: D is whole
-        k_NgK = by_head(linear(x_ND, self.k, self.k_bias), K)
-        v_NgK = by_head(linear(x_ND, self.v, self.v_bias), K)
-        if self.qk_norm_all_heads is not None:
-            q_NhK, k_NgK = normalize_all_heads(q_NhK, k_NgK, self, self.qk_norm_all_heads, mesh)
-        elif self.q_norm is not None and self.k_norm is not None:
-            q_NhK = rms_norm(q_NhK, self.q_norm, self.norm_eps)
-            k_NgK = rms_norm(k_NgK, self.k_norm, self.norm_eps)
-        q_NhK, k_NgK = apply_rotary(q_NhK, *rope), apply_rotary(k_NgK, *rope)
-        return QKV(q_NhK, k_NgK, v_NgK, layer, K**-0.5, self.window)
+    def project_qkv(self, x_ND: np.ndarray) -> QKV:
+        """This rank's queries, keys and values before RoPE: ``(q_NhK, k_NgK, v_NgK)``."""
+        q_NhK = split_heads(self.q(x_ND), self.head_dim)
+        k_NgK = split_heads(self.k(x_ND), self.head_dim)
+        v_NgK = split_heads(self.v(x_ND), self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_NhK, k_NgK = self.q_norm(q_NhK), self.k_norm(k_NgK)
+        return q_NhK, k_NgK, v_NgK
+
+    def rotate(
+        self, q_NhK: np.ndarray, k_NgK: np.ndarray, rope: Rope
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and keys with RoPE."""
+        return apply_rotary(q_NhK, *rope), apply_rotary(k_NgK, *rope)
 
     def merge_heads(self, out_NhK: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
-        """The heads' output, side by side: (N, h*K).
-
-        A sink is one more logit in a head's softmax, without a value (StreamingLLM, arXiv
-        2309.17453; gpt-oss learns it): beside it, the keys weigh ``exp(lse) / (exp(lse) +
-        exp(sink))`` together.
-        """
-        if self.sinks is not None:
-            out_NhK = out_NhK * sigmoid(lse_Nh - self.sinks)[..., np.newaxis]
-        return out_NhK.reshape(len(out_NhK), self.o.shape[1])
+        """The heads' output, side by side: (N, h*K)."""
+        out_NhK = apply_sinks(out_NhK, lse_Nh, self.spec)
+        return out_NhK.reshape(len(out_NhK), self.o.weight.shape[1])
 
 
 @dataclass(frozen=True)
 class MLA:
-    """The weights of multi-head latent attention of one layer on this rank.
+    """Multi-head latent attention of one layer on this rank, in its absorbed form.
 
-    A token's key and value are a latent vector of R numbers, from which each head would project
-    its own key and value, and P more numbers of key, turned by position, that all heads share. A
-    head's projection of keys may as well be applied to its query and that of values to its output:
-    ``q . (up_UR latent) = (up_UR.T q) . latent``. So attention is that of one key/value head, of
-    which R + P numbers a token are kept, whatever the number of heads; every rank computes them.
+    A token's key and value are a latent of Y numbers, from which each head would project its own
+    key and value, and a RoPE key of 2J more numbers, shared by all heads. A head's projection of
+    keys may as well be applied to its query, and that of values to its output:
+    ``q . (W_UK latent) = (W_UK.T q) . latent``. So attention has a single key/value head of
+    K = Y + 2J numbers a token, whatever the number of query heads; every rank computes it. Values
+    are the first Y numbers of the keys. A head's own values are X = v_head_dim wide.
     """
 
-    q: np.ndarray  # (h*(U+P), D), or of the queries' latent (h*(U+P), Q)
-    q_latent: np.ndarray | None  # (Q, D)
-    q_latent_bias: np.ndarray | None  # (Q,)
-    q_latent_norm: np.ndarray | None  # (Q,)
-    latent: np.ndarray  # (R+P, D)
-    latent_bias: np.ndarray | None  # (R+P,)
-    latent_norm: np.ndarray  # (R,)
-    up: np.ndarray  # (h*(U+V), R): of each head the projection of keys, U rows, and of values, V
-    o: np.ndarray  # (D, h*V)
-    o_bias: np.ndarray | None  # (D,)
-    key_width: int  # U, of the part without position
-    rotary_dim: int  # P
-    value_width: int  # V
-    interleaved: bool  # pairs that turn together are neighbours
-    scale: float
-    norm_eps: float
-    window: int | None
-    attend: Attend
+    q: Linear  # (h*(U+2J), D), or of the queries' latent (h*(U+2J), Q)
+    q_a: Linear | None  # (Q, D)
+    q_a_norm: RMSNorm | None  # (Q,)
+    kv_a: Linear  # (Y+2J, D)
+    kv_a_norm: RMSNorm  # (Y,)
+    kv_b: Linear  # (h*(U+X), Y): of each head W_UK, U rows, and W_UV, X rows
+    o: Linear  # (D, h*X)
+    qk_nope_head_dim: int  # U
+    v_head_dim: int  # X
+    interleaved: bool  # RoPE pairs are neighbours
+    spec: AttentionSpec
+    full_width_norm: None = None
 
     @property
-    def matrices(self) -> list[np.ndarray]:
+    def linears(self) -> list[Linear]:
         """The weights that tokens are multiplied with."""
-        to_queries = [self.q] if self.q_latent is None else [self.q_latent, self.q]
-        return [*to_queries, self.latent, self.up, self.o]
+        to_queries = [self.q] if self.q_a is None else [self.q_a, self.q]
+        return [*to_queries, self.kv_a, self.kv_b, self.o]
 
-    def ups(self) -> tuple[np.ndarray, np.ndarray]:
-        """The projections of each head to its keys and its values: ``(up_hUR, up_hVR)``."""
-        up_hXR = self.up.reshape(-1, self.key_width + self.value_width, self.up.shape[1])
-        return up_hXR[:, : self.key_width], up_hXR[:, self.key_width :]
+    @property
+    def kv_lora_rank(self) -> int:
+        """Y, the width of a latent."""
+        return self.kv_b.weight.shape[1]
 
-    def project_qkv(
-        self, x_ND: np.ndarray, layer: int, rope: tuple[np.ndarray, np.ndarray], mesh: Mesh
-    ) -> QKV:
-        """Queries in the latents' space, and the latents, as keys and values of one head."""
-        U, R = self.key_width, self.up.shape[1]
-        from_ND = x_ND
-        if self.q_latent is not None and self.q_latent_norm is not None:
-            q_latent_NQ = linear(x_ND, self.q_latent, self.q_latent_bias)
-            from_ND = rms_norm(q_latent_NQ, self.q_latent_norm, self.norm_eps)
-        q_NhX = by_head(linear(from_ND, self.q), U + self.rotary_dim)
-        up_hUR, _ = self.ups()
-        q_hNR = q_NhX[..., :U].transpose(1, 0, 2) @ up_hUR
-        latent_NX = linear(x_ND, self.latent, self.latent_bias)
-        latent_NR = rms_norm(latent_NX[:, :R], self.latent_norm, self.norm_eps)
-        q_NhK = np.concatenate(
-            [q_hNR.transpose(1, 0, 2), self._rotated(q_NhX[..., U:], rope)], axis=2
-        )
-        k_N1K = np.concatenate(
-            [latent_NR[:, np.newaxis], self._rotated(latent_NX[:, np.newaxis, R:], rope)], axis=2
-        )
-        return QKV(q_NhK, k_N1K, k_N1K[..., :R], layer, self.scale, self.window, latent=True)
+    def up_projections(self) -> tuple[np.ndarray, np.ndarray]:
+        """W_UK and W_UV of each head: ``(up_k_hUY, up_v_hXY)``."""
+        rows = self.qk_nope_head_dim + self.v_head_dim
+        up_hXY = self.kv_b.weight.reshape(-1, rows, self.kv_lora_rank)  # X: U, then X
+        return up_hXY[:, : self.qk_nope_head_dim], up_hXY[:, self.qk_nope_head_dim :]
 
-    def merge_heads(self, out_NhR: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
-        """The heads' output, carried over to their values, side by side: (N, h*V)."""
-        _, up_hVR = self.ups()
-        out_hNV = out_NhR.transpose(1, 0, 2) @ up_hVR.transpose(0, 2, 1)
-        return out_hNV.transpose(1, 0, 2).reshape(len(out_NhR), self.o.shape[1])
+    def project_qkv(self, x_ND: np.ndarray) -> QKV:
+        """Queries in the latents' space, and the latents, as keys and values of one head, before
+        RoPE: ``(q_NhK, k_N1K, v_N1Y)``. The values are a view of the keys."""
+        U, Y = self.qk_nope_head_dim, self.kv_lora_rank
+        latent_NX = self.kv_a(x_ND)  # X: Y, then 2J
+        from_NX = x_ND if self.q_a is None else self.q_a(x_ND)  # X: D or Q
+        if self.q_a_norm is not None:
+            from_NX = self.q_a_norm(from_NX)
+        q_NhX = split_heads(self.q(from_NX), U + latent_NX.shape[1] - Y)  # X: U, then 2J
+        up_k_hUY, _ = self.up_projections()
+        q_hNY = q_NhX[..., :U].transpose(1, 0, 2) @ up_k_hUY
+        q_NhK = np.concatenate([q_hNY.transpose(1, 0, 2), q_NhX[..., U:]], axis=2)
+        latent_NY = self.kv_a_norm(latent_NX[:, :Y])
+        k_N1K = np.concatenate([latent_NY, latent_NX[:, Y:]], axis=1)[:, np.newaxis]
+        return q_NhK, k_N1K, k_N1K[..., :Y]
 
-    def _rotated(self, x_NhP: np.ndarray, rope: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        return apply_rotary(deinterleave(x_NhP) if self.interleaved else x_NhP, *rope)
+    def rotate(
+        self, q_NhK: np.ndarray, k_N1K: np.ndarray, rope: Rope
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and keys with RoPE on their last 2J numbers, in place."""
+        for x_NhK in (q_NhK, k_N1K):
+            rope_NhX = x_NhK[..., self.kv_lora_rank :]  # X: 2J
+            if self.interleaved:
+                rope_NhX = deinterleave(rope_NhX)
+            x_NhK[..., self.kv_lora_rank :] = apply_rotary(rope_NhX, *rope)
+        return q_NhK, k_N1K
+
+    def merge_heads(self, out_NhY: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
+        """The heads' output, carried over to their values, side by side: (N, h*X)."""
+        _, up_v_hXY = self.up_projections()
+        out_hNX = out_NhY.transpose(1, 0, 2) @ up_v_hXY.transpose(0, 2, 1)
+        return out_hNX.transpose(1, 0, 2).reshape(len(out_NhY), self.o.weight.shape[1])
 
 
-def by_head(x_NX: np.ndarray, width: int) -> np.ndarray:
-    """`x_NX` with an axis for the heads, each of which is so wide."""
+def split_heads(x_NX: np.ndarray, head_dim: int) -> np.ndarray:
+    """`x_NX` with an axis for the heads: (N, h, head_dim)."""
     N, X = x_NX.shape
-    return x_NX.reshape(N, X // width, width)
-
-
-def normalize_all_heads(
-    q_NhK: np.ndarray, k_NgK: np.ndarray, w: Attention, norm: QKNormAllHeads, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and keys scaled to a root mean square of 1 over the heads of all ranks, times the
-    weights of this rank's."""
-    assert w.q_norm is not None and w.k_norm is not None
-    squares_N2 = [(q_NhK**2).sum(axis=(1, 2)), (k_NgK**2).sum(axis=(1, 2)) / norm.kv_head_replicas]
-    total_N2 = all_reduce(np.stack(squares_N2, axis=1), mesh.tp)
-    mean_N2 = total_N2 / np.array([norm.query_width, norm.key_width], total_N2.dtype)
-    scale_N211 = 1 / np.sqrt(mean_N2 + w.norm_eps)[..., np.newaxis, np.newaxis]
-    q_NhK = q_NhK * scale_N211[:, 0] * w.q_norm.reshape(q_NhK.shape[1:])
-    return q_NhK, k_NgK * scale_N211[:, 1] * w.k_norm.reshape(k_NgK.shape[1:])
+    return x_NX.reshape(N, X // head_dim, head_dim)

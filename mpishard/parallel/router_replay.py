@@ -1,8 +1,9 @@
-"""Routing recorded, and replayed in place of the router's, on any layout.
+"""Router replay: routing recorded, and replayed in place of the router's, on any layout (as
+training frameworks replay the routing of rollouts: arXiv 2510.11370).
 
-recording  a layer's mixture -> the same, which remembers its routes
-gathered   what the ranks remember -> gather(world) -> all decisions, on rank 0
-replaying  a layer's mixture -> the same, which asks the decisions and not its router
+record_layer    an MoE layer -> the same, which remembers its routing
+gather_routing  what the ranks remember -> gather(world) -> the whole trace, on rank 0
+replay_layer    an MoE layer -> the same, which asks the trace and not its router
 
 Every token is routed by one rank, which knows its request and position. So both communicate
 nothing while the model runs.
@@ -33,8 +34,8 @@ class RoutingRecorder:
         self._weights: dict[int, list[np.ndarray]] = {}
 
     def record_layer(self, layer: int, w: MoELayer) -> MoELayer:
-        """The mixture `w` of `layer`, whose routing is now remembered."""
-        self._top_k = w.router_fn.top_k
+        """The MoE layer `w`, whose routing is now remembered."""
+        self._top_k = w.router.top_k
         is_first = not self._experts
         experts = self._experts.setdefault(layer, [])
         weights = self._weights.setdefault(layer, [])
@@ -52,8 +53,8 @@ class RoutingRecorder:
     def gather_routing(
         self, mesh: Mesh, request_ids: Sequence[str], dtype: np.dtype
     ) -> RoutingTrace | None:
-        """The decisions of all ranks, on rank 0, for requests of these names; the others get None.
-        Collective. UserError if a request was fed more than once."""
+        """The trace of all ranks, on rank 0, for requests of these ids; the others get None.
+        Collective. UserError if a request was processed more than once."""
         tokens_3n = np.concatenate([np.empty((3, 0), np.int64), *self._tokens], axis=1)
         counts = all_gather(np.array([tokens_3n.shape[1]]), mesh.world).tolist()
         tokens_3T = gather(tokens_3n, mesh.world, axis=1, sizes=counts)
@@ -62,7 +63,7 @@ class RoutingRecorder:
         if tokens_3T is None or experts_TLA is None or weights_TLA is None:
             return None
         request_T, position_T, token_T = tokens_3T
-        decisions = RoutingTrace(
+        trace = RoutingTrace(
             request_T=request_T,
             position_T=position_T,
             token_T=token_T,
@@ -71,9 +72,9 @@ class RoutingRecorder:
             weights_TLA=weights_TLA,
             request_ids=tuple(request_ids),
         ).sorted_as(request_T, tuple(request_ids))
-        if decisions.has_duplicates():
+        if trace.has_duplicates():
             raise UserError("a request was fed more than once while its routing was recorded")
-        return decisions
+        return trace
 
     def _stacked(self, by_layer: dict[int, list[np.ndarray]], dtype: np.typing.DTypeLike):
         """What was remembered of this rank's tokens: (n, L, A)."""
@@ -81,16 +82,16 @@ class RoutingRecorder:
         return np.stack([np.concatenate([nothing, *rows]) for rows in by_layer.values()], axis=1)
 
 
-def replay_layer(decisions: RoutingTrace, layer: int, w: MoELayer) -> MoELayer:
-    """The mixture `w` of `layer`, with these decisions in place of its router's."""
-    place = decisions.layers.index(layer)
+def replay_layer(trace: RoutingTrace, layer: int, w: MoELayer) -> MoELayer:
+    """The MoE layer `w`, with the routing of `trace` in place of its router's."""
+    place = trace.layers.index(layer)
 
     def route_fn(
         x_nD: np.ndarray, w: MoELayer, step: Step, mesh: Mesh
     ) -> tuple[np.ndarray, np.ndarray]:
         own = local_tokens(step, mesh)
-        found_n = decisions.find(step.requests_N[own], step.positions_N[own], step.ids_N[own])
-        topk_weights_nA = decisions.weights_TLA[found_n, place].astype(x_nD.dtype, copy=False)
-        return decisions.experts_TLA[found_n, place], topk_weights_nA
+        found_n = trace.find(step.requests_N[own], step.positions_N[own], step.ids_N[own])
+        topk_weights_nA = trace.weights_TLA[found_n, place].astype(x_nD.dtype, copy=False)
+        return trace.experts_TLA[found_n, place], topk_weights_nA
 
     return replace(w, route_fn=route_fn)

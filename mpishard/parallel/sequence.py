@@ -1,30 +1,30 @@
 """Sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198).
 
-Tensor parallelism with the residual stream divided as well: between the sub-layers each rank of the
-``tp`` group has its block of the tokens, norms them and adds to them. An all_gather before the
-column-parallel product makes all tokens whole, and a reduce_scatter after the row-parallel one sums
-and divides in one go. The two send what the all_reduce sends that they replace.
+Tensor parallelism with the residual stream sharded as well: between the sub-layers each rank of the
+``tp`` group has its block of the tokens, normalizes them and adds to them. An all_gather before the
+column-parallel product makes all tokens whole. A reduce_scatter after the row-parallel one sums and
+scatters in one go. The two send what the all_reduce sends that they replace.
 
 embed         ids_N -> partial_ND -> reduce_scatter(tp) -> x_nD
-attention     x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgV -> out_NhV -> partial_ND
+attention     x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND
               -> reduce_scatter(tp) -> y_nD
 feed_forward  x_nD -> all_gather(tp) -> x_ND -> hidden_Nf -> partial_ND
               -> reduce_scatter(tp) -> y_nD
-pick          x_nD -> the rows whose logits are wanted -> all_gather(tp) -> x_MD
 
-A rank without a token takes part with no rows.
+The functions differ from those of `mpishard.parallel.tensor` in their first and their last
+collective. A rank without a token takes part with no rows.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from mpishard.arithmetic.gemm import linear
-from mpishard.communication.collectives import all_gather, reduce_scatter
+from mpishard.communication.collectives import all_gather, all_reduce, reduce_scatter
 from mpishard.communication.mesh import Mesh
-from mpishard.config.layout import block, block_sizes
-from mpishard.parallel.qkv import MLA, Attention
-from mpishard.parallel.tensor import FeedForward, add_bias, partial_embedding
+from mpishard.config.layout import block
+from mpishard.parallel.attention import AttendCache
+from mpishard.parallel.qkv import MLA, Attention, Rope
+from mpishard.parallel.tensor import FeedForward, partial_embedding
 from mpishard.sequences.step import Step
 
 
@@ -39,47 +39,45 @@ def attention(
     w: Attention | MLA,
     layer: int,
     step: Step,
-    rope: tuple[np.ndarray, np.ndarray],
+    rope: Rope,
+    attend: AttendCache,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Causal self-attention of the step's tokens over their sequences: (n, D). `rope` holds the
-    rotary cosines and sines of all N tokens."""
-    x_ND = whole(x_nD, step, mesh)
-    heads = w.project_qkv(x_ND, layer, rope, mesh)
-    out_Nx = w.merge_heads(*w.attend(heads, step, mesh))  # x: this rank's h heads, V of each
-    partial_ND = linear(out_Nx, w.o)  # row-parallel: h is summed away
+    """Causal self-attention of the step's tokens over their sequences: (n, D)."""
+    x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
+    q_NhK, k_NgK, v_NgY = w.project_qkv(x_ND)  # column-parallel: D is whole
+    if w.full_width_norm:  # q and k are normalized over the heads of all ranks
+        squares_N2 = all_reduce(w.full_width_norm.partial_squares(q_NhK, k_NgK), mesh.tp)
+        q_NhK, k_NgK = w.full_width_norm(q_NhK, k_NgK, squares_N2)
+    q_NhK, k_NgK = w.rotate(q_NhK, k_NgK, rope)
+    out_NhY, lse_Nh = attend(q_NhK, k_NgK, v_NgY, w.spec, layer, step, mesh)
+    partial_ND = w.o.partial(w.merge_heads(out_NhY, lse_Nh))  # row-parallel: h is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
-    return add_bias(y_nD, w.o_bias)
+    return w.o.add_bias(y_nD)
 
 
 def feed_forward(x_nD: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np.ndarray:
     """The gated feed-forward network (Shazeer 2020, arXiv 2002.05202): (n, D)."""
-    x_ND = whole(x_nD, step, mesh)
-    y_nD = reduce_scatter(w.partial(x_ND), mesh.tp)
-    return add_bias(y_nD, w.down_bias)
+    x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
+    hidden_Nf = w.act_and_mul(w.gate(x_ND), w.up(x_ND))  # column-parallel: D is whole
+    partial_ND = w.down.partial(hidden_Nf)  # row-parallel: f is summed away
+    y_nD = reduce_scatter(partial_ND, mesh.tp)
+    return w.down.add_bias(y_nD)
 
 
 def select_logits_rows(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
-    """The rows of the tokens whose logits are wanted, from the ranks that have them: (M, D)."""
+    """The rows of the tokens whose logits are wanted, from the ranks that have them: (M, D).
+
+    Of 7 tokens on 2 ranks, which have 4 and 3 of them, the wanted tokens 3, 5 and 6 are row 3 of
+    rank 0 and rows 1 and 2 of rank 1: blocks of 1 and 2 rows.
+    """
     blocks = [block(len(step.ids_N), mesh.tp.size, rank) for rank in range(mesh.tp.size)]
-    bounds = np.searchsorted(
-        step.logits_indices_M, [tokens.start for tokens in blocks] + [len(step.ids_N)]
-    )
-    mine, rank = blocks[mesh.tp.rank], mesh.tp.rank
-    x_mD = x_nD[step.logits_indices_M[bounds[rank] : bounds[rank + 1]] - mine.start]
-    return all_gather(x_mD, mesh.tp, sizes=np.diff(bounds).tolist())
+    wanted_M = step.logits_indices_M
+    here = [wanted_M[(one.start <= wanted_M) & (wanted_M < one.stop)] for one in blocks]
+    x_mD = x_nD[here[mesh.tp.rank] - blocks[mesh.tp.rank].start]
+    return all_gather(x_mD, mesh.tp, sizes=[len(wanted) for wanted in here])
 
 
-def scatter_tokens(x_nD: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """This rank's block of the tokens, which it has already: (n, D)."""
-    return x_nD
-
-
-def gather_tokens(y_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
-    """This rank's block of the tokens, where it stays: (n, D)."""
-    return y_nD
-
-
-def whole(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
-    """The tokens of all ranks: (N, D)."""
-    return all_gather(x_nD, mesh.tp, sizes=block_sizes(len(step.ids_N), mesh.tp.size))
+def all_tokens(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
+    """The residual stream of this cp rank's tokens, from each tp rank's block: (N, D)."""
+    return all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))

@@ -19,6 +19,7 @@ from mpishard.engine.generate import generate
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.model import Decoder
+from mpishard.parallel import expert
 from mpishard.parallel.data import assign_requests
 from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.expert_load import PHASES, ExpertLoad, imbalance
@@ -65,13 +66,13 @@ def test_the_rows_of_experts_and_ranks(comm: MPI.Intracomm, dispatch: str, monke
     expected, moe = expected_rows(), tiny_config(VARIANT).moe
     assert moe is not None
     computed = [0]
-    right = MoELayer.partial
+    right = expert.partial_experts
 
-    def counted(self: MoELayer, rows_MD: np.ndarray, expert_M: np.ndarray) -> np.ndarray:
-        computed[0] += len(rows_MD)
-        return right(self, rows_MD, expert_M)
+    def counted(rows_BD: np.ndarray, expert_B: np.ndarray, w: MoELayer) -> np.ndarray:
+        computed[0] += len(rows_BD)
+        return right(rows_BD, expert_B, w)
 
-    monkeypatch.setattr(MoELayer, "partial", counted)
+    monkeypatch.setattr(expert, "partial_experts", counted)
     for layout in LAYOUTS[comm.size]:
         with mesh_of(comm, VARIANT, replace(layout, moe_token_dispatcher=dispatch)) as mesh:
             computed[0], load = 0, ExpertLoad()

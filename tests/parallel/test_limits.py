@@ -18,7 +18,8 @@ from mpishard.engine.prefix_cache import MIN_PREFIX_TOKENS
 from mpishard.engine.sampling import Sampling
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
-from mpishard.sequences.step import FirstChunk, Step
+from mpishard.sequences.sharding import FirstChunk
+from mpishard.sequences.step import Step
 
 pytestmark = pytest.mark.ranks
 
@@ -61,7 +62,7 @@ def alone(requests: list[Request]) -> int:
 
 def begun(model: Recorder) -> list[bool]:
     """Of each sequence whether it began with nothing, rather than with what another one had."""
-    first = {id(s.cache): s.first_chunks for step in model.steps[::-1] for s in step.segments}
+    first = {id(s.cache): s.is_first_chunk for step in model.steps[::-1] for s in step.segments}
     return list(first.values())
 
 

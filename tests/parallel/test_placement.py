@@ -10,11 +10,12 @@ from mpi4py import MPI
 from tiny_models import tiny_config, tiny_weights
 from toys import mesh_of, oracle, tokens_of_ranks, toy, whole_logits
 
+from mpishard.arithmetic import linear
 from mpishard.arithmetic.eplb import rebalance_experts
 from mpishard.communication.mesh import Mesh
 from mpishard.config.expert_placement import ExpertPlacement
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout
-from mpishard.parallel import expert, tensor
+from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.expert_load import ExpertLoad
 from mpishard.sequences.step import pack
 
@@ -89,9 +90,8 @@ def test_to_the_bit_where_products_are_row_by_row(comm: MPI.Intracomm, monkeypat
             y_O[:] = w_OI @ x_I
         return y_NO if bias_O is None else y_NO + bias_O
 
-    for module in (expert, tensor):
-        monkeypatch.setattr(module, "linear", by_rows)
-    monkeypatch.setattr(tensor, "use_small_gemm", lambda rows: False)
+    monkeypatch.setattr(linear, "linear", by_rows)
+    monkeypatch.setattr(linear, "use_small_gemm", lambda rows: False)
     for layout in LAYOUTS[comm.size]:
         with mesh_of(comm, VARIANT, layout) as mesh:
             expected_SV = forward(mesh)
@@ -181,7 +181,7 @@ def test_every_rank_holds_the_weights_of_its_experts_and_no_others(comm: MPI.Int
     placed = placement(comm.size)
     with mesh_of(comm, VARIANT, Layout(tp=comm.size, ep=comm.size), placed) as mesh:
         for number, layer in enumerate(toy(VARIANT, mesh).layers):
-            if isinstance(layer.ffn, expert.MoELayer):
+            if isinstance(layer.ffn, MoELayer):
                 own = placed.layers[number][mesh.ep.rank]
                 assert sorted(layer.ffn.experts) == own
                 for chosen in own:

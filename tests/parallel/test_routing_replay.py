@@ -74,9 +74,9 @@ def recorded(model: Decoder, mesh: Mesh) -> RoutingTrace | None:
 
 
 def misled(layer: int, w: MoELayer) -> MoELayer:
-    """A mixture whose router would choose other experts, on all ranks the same."""
-    noise = np.random.RandomState(layer).standard_normal(w.router.shape)
-    return replace(w, router=w.router + noise)
+    """An MoE layer whose router would choose other experts, on all ranks the same."""
+    noise = np.random.RandomState(layer).standard_normal(w.gate.weight.shape)
+    return replace(w, gate=replace(w.gate, weight=w.gate.weight + noise))
 
 
 def of_one_rank(layout: Layout = Layout()) -> RoutingTrace:  # noqa: B008 (immutable)

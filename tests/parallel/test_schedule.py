@@ -30,7 +30,9 @@ from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests
-from mpishard.sequences.step import KVCache, ScheduledChunk, Segment, SequenceSharding, Step, pack
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import SequenceSharding
+from mpishard.sequences.step import ScheduledChunk, Segment, Step, pack
 
 pytestmark = pytest.mark.ranks
 

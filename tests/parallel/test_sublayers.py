@@ -50,7 +50,7 @@ def attend_in_steps(model: Decoder, layer: int) -> list[np.ndarray]:
         step = pack(feeds, model.sequence_sharding)
         x_nD = mine(np.concatenate([x[place][new] for place in here]), step, model.mesh)
         rope = model.rope(step)
-        y_nD = model.stream.attention(x_nD, weights, layer, step, rope, model.mesh)
+        y_nD = model.stream.attention(x_nD, weights, layer, step, rope, model.attend, model.mesh)
         y_WD = model.gather_sequence(y_nD, step)
         for place, tokens in zip(here, slices(step), strict=True):
             outputs[place].append(y_WD[tokens])
@@ -111,6 +111,7 @@ def test_logits(comm: MPI.Intracomm, variant: str):
         feeds = [(np.zeros(len(x_SD), int), model.allocate_cache(len(x_SD))) for x_SD in x]
         step = pack(feeds, model.sequence_sharding)
         x_MD = model.stream.select_logits_rows(mine(np.concatenate(x), step, mesh), step, mesh)
-        logits_MV = whole_logits(tensor.logits(x_MD, model.head_vD), model, step)
+        assert model.head is not None
+        logits_MV = whole_logits(tensor.logits(x_MD, model.head), model, step)
         last_MD = np.array([x_SD[-1] for x_SD in x])
         agree(logits_MV, last_MD @ reference.weights[f"{head}.weight"].T)

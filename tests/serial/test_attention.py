@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpishard.arithmetic import attention
-from mpishard.arithmetic.attention import attend, merge_attn_states, merge_weights
+from mpishard.arithmetic.attention import AttentionSpec, attend, merge_attn_states, merge_weights
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -40,35 +40,40 @@ POSITIONS = {
 }
 
 
-def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, scale, window):
+def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec):
     """One query, one head, one key at a time."""
     S, h, _ = q_ShK.shape
     out_ShK, lse_Sh = np.zeros_like(q_ShK), np.full((S, h), -np.inf)
     for s, p in enumerate(q_pos_S):
-        seen = [i for i, t in enumerate(k_pos_T) if t <= p and (not window or t > p - window)]
+        seen = [
+            i for i, t in enumerate(k_pos_T) if t <= p and (not spec.window or t > p - spec.window)
+        ]
         if not seen:
             continue
         for head in range(h):
             group = head // (h // len(k_gTK))
-            scores = np.array([scale * q_ShK[s, head] @ k_gTK[group, i] for i in seen])
+            scores = np.array([spec.scale * q_ShK[s, head] @ k_gTK[group, i] for i in seen])
+            if spec.softcap is not None:
+                scores = spec.softcap * np.tanh(scores / spec.softcap)
             weights = np.exp(scores - scores.max())
             out_ShK[s, head] = weights @ v_gTK[group, seen] / weights.sum()
             lse_Sh[s, head] = scores.max() + np.log(weights.sum())
     return out_ShK, lse_Sh
 
 
-def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None) -> Any:
+def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None, softcap=None) -> Any:
     """Random queries with the positions of queries and keys, and keys and values that are part of
     larger arrays, as `attend` takes them; `size` scales queries and keys."""
     random = np.random.RandomState(0)
     q_ShK = size * random.standard_normal((len(q_at), h, K))
     k_gTK, v_gTK = random.standard_normal((2, g + 1, len(k_at) + 3, K))[:, 1:, : len(k_at)]
-    return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), 0.4, window
+    spec = AttentionSpec(0.4, window, softcap)
+    return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), spec
 
 
-def in_float32(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, scale, window) -> Any:
+def in_float32(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec) -> Any:
     q_ShK, k_gTK, v_gTK = (array.astype(np.float32) for array in (q_ShK, k_gTK, v_gTK))
-    return q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, np.float64(scale), window
+    return q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec
 
 
 def assert_close(found, expected, rtol=0.0, atol=1e-12):
@@ -87,6 +92,8 @@ def test_attend(monkeypatch, block, window, positions):
     for h, g, size in [(4, 4, 1.0), (6, 2, 1.0), (3, 1, 1.0), (6, 2, 6.0)]:
         case = arrays(*POSITIONS[positions], h, g, size=size, window=window)
         assert_close(attend(*case), plain(*case), atol=1e-12 * size**2)
+        capped = arrays(*POSITIONS[positions], h, g, size=size, window=window, softcap=1.5 * size)
+        assert_close(attend(*capped), plain(*capped), atol=1e-12 * size**2)
 
 
 @pytest.mark.parametrize("blocks", [(4, 4, 4), (64, 16, 16), (64, 16, 8), (1024, 256, 128)])
@@ -118,7 +125,9 @@ def test_large_scores_neither_overflow_nor_vanish(S, score):
     q_ShK = np.full((S, 1, 4), 200, np.float32)
     k_gTK = np.full((1, 3, 4), score / 800, np.float32)
     v_gTK = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
-    out_ShK, lse_Sh = attend(q_ShK, np.arange(5, 5 + S), k_gTK, v_gTK, np.arange(3), 1.0)
+    out_ShK, lse_Sh = attend(
+        q_ShK, np.arange(5, 5 + S), k_gTK, v_gTK, np.arange(3), AttentionSpec(1.0)
+    )
     np.testing.assert_allclose(out_ShK, np.broadcast_to(v_gTK[0, 1], (S, 1, 4)), rtol=1e-6)
     np.testing.assert_allclose(lse_Sh, score + np.log(3), rtol=1e-6)
 
@@ -175,13 +184,13 @@ def test_keys_between_what_two_queries_see_are_not_read(monkeypatch):
 @pytest.mark.parametrize("S", [1, 12])
 def test_merge_of_any_split_of_the_keys_is_the_whole(window, S):
     case = arrays(range(24 - S, 24), range(24), window=window)
-    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, scale, _ = case
+    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = case
     random = np.random.RandomState(1)
     splits = [k_pos_T < cut for cut in (0, 1, 11, 23, 24)] + [k_pos_T % 4 == 1]
     splits += [random.rand(24) < 0.5 for _ in range(4)]
     for ours_T in splits:
         parts = [
-            attend(q_ShK, q_pos_S, k_gTK[:, some], v_gTK[:, some], k_pos_T[some], scale, window)
+            attend(q_ShK, q_pos_S, k_gTK[:, some], v_gTK[:, some], k_pos_T[some], spec)
             for some in (ours_T, ~ours_T)
         ]
         assert_close(merge_attn_states(*parts[0], *parts[1]), attend(*case))

@@ -17,12 +17,12 @@ from mpi_runner import run_mpi
 from tiny_models import tiny_config, tiny_weights, write_checkpoint
 
 import mpishard
+from mpishard.arithmetic import linear
 from mpishard.bench import counts, measure, rounds, table
 from mpishard.cli import make_parser
 from mpishard.config.layout import Layout
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.model import Decoder
-from mpishard.parallel import qkv, tensor
 from mpishard.sequences.step import pack
 
 PROMPTS, TOKENS, BATCHES = [7, 20], 3, [1, 4]
@@ -246,17 +246,16 @@ def test_a_tied_embedding_is_read_whole():
 @pytest.mark.parametrize("variant", [UNTIED, TIED, WINDOWED])
 def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkeypatch):
     flops = []
-    linear = tensor.linear
+    right = linear.linear
 
     def counting(x_NI, w_OI, bias_O=None):
-        y_NO = linear(x_NI, w_OI, bias_O)
+        y_NO = right(x_NI, w_OI, bias_O)
         flops.append(2 * x_NI.shape[1] * y_NO.size)  # a multiplication and an addition for each
         return y_NO
 
     decoder = load(variant, tmp_path).decoder
-    for module in (qkv, tensor):
-        monkeypatch.setattr(module, "linear", counting)
-    monkeypatch.setattr(tensor, "use_small_gemm", lambda rows: False)
+    monkeypatch.setattr(linear, "linear", counting)
+    monkeypatch.setattr(linear, "use_small_gemm", lambda rows: False)
     ids_S = np.arange(PROMPT)
     decoder.forward(pack([(ids_S, decoder.allocate_cache(PROMPT)) for _ in range(2)]))
     assert counts.product_flops(decoder.config, WeightSharding(1), 0, 2 * PROMPT, 2) == sum(flops)

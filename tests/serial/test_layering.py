@@ -20,6 +20,7 @@ FLOORS = (
     ("arithmetic", "config"),
     ("sequences", "storage", "communication", "reference"),
     ("parallel",),
+    ("layers", "rope"),
     ("model",),
     ("engine",),
 )
@@ -38,6 +39,8 @@ KNOWS: dict[str, set[str]] = {
     "communication": {"numpy", "mpi4py"},
     "reference": {"numpy"},
     "parallel": {"numpy"},
+    "layers": {"numpy"},
+    "rope": {"numpy"},
     "model": {"numpy"},
     "engine": {"numpy"},
 }

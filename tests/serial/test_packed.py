@@ -7,7 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mpishard.sequences.step import FirstChunk, KVCache, ScheduledChunk, SequenceSharding, pack
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import FirstChunk, SequenceSharding
+from mpishard.sequences.step import ScheduledChunk, pack
 
 CP_ORDERS = ("zigzag", "contiguous")
 
@@ -136,7 +138,7 @@ def test_places_and_answers_lead_back(cp, order, all_logits):
         for segment, length in zip(step.segments, before, strict=True):
             positions_S = step.positions_N[segment.token_slice]
             np.testing.assert_array_equal(positions_S, segment.positions_by_rank[rank])
-            assert segment.first_chunks == (length == 0)
+            assert segment.is_first_chunk == (length == 0)
         assert [segment.num_known for segment in step.segments] == [7, 7, 8, 3]
     np.testing.assert_array_equal(found_W, whole_W)
     np.testing.assert_array_equal(found_M, whole_W[wanted])
