@@ -10,7 +10,8 @@ import pytest
 
 from mpishard.engine.prefix_cache import MAX_IMBALANCE, MIN_PREFIX_TOKENS, PrefixCache
 from mpishard.engine.sequence import Request, RequestOutput, Sequence
-from mpishard.sequences.step import FirstChunk, KVCache, SequenceSharding
+from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.sharding import FirstChunk, SequenceSharding
 
 
 def fake_model(cp: int = 1, order: str = "zigzag", dynamic_from: int = 1000) -> Any:
@@ -91,7 +92,7 @@ def test_the_last_token_of_a_prompt_is_computed():
 
 def test_a_prefix_that_has_no_room_leaves_the_next_longest():
     long, short = sequence(prompt(90, 9, 1), cached=99), sequence(prompt(50, 9, 2), cached=59)
-    cache = PrefixCache(fake_model(), None, lambda request, first: first.cached < 90)
+    cache = PrefixCache(fake_model(), None, lambda request, first: first.inherited < 90)
     hit, longer_soon = cache.lookup(Request(1, prompt(100, 3, 3), 8), [long, short])
     assert hit and (hit.donor, hit.num_tokens, longer_soon) == (short, 50, False)
     assert hit.first_chunk == FirstChunk(59, 50)
