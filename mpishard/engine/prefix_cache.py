@@ -22,10 +22,10 @@ B has the first 12 tokens in common with A. Its later tokens alternate between t
     position  0  1  2  3   4  5  6  7   8  9 10 11  12 13 14 15
     rank      0  0  0  0   1  1  1  1   1  1  1  1   0  1  0  1
 
-`FirstChunk(16, 12)` says so: the positions below 12 lie as in a first chunk of 16 tokens. Rank 1
-holds 10 of these 16 positions and rank 0 holds 6. The imbalance costs rank 1 memory and time, and
-would be larger in contiguous order, where a prefix of A's first half is rank 0's alone. Therefore
-no rank may get more than `MAX_IMBALANCE` times its even share of a sequence.
+`FirstChunk(length=16, inherited=12)` says so: the positions below 12 lie where a first chunk of 16
+tokens puts them. Rank 1 holds 10 of these 16 positions and rank 0 holds 6. The imbalance costs rank
+1 memory and time. It is larger in contiguous order, where all of a prefix of 8 tokens is on rank 0.
+Therefore no rank may hold more than `MAX_IMBALANCE` times its even share of a sequence.
 
 Under context parallelism the prefix must also be at least as long as the next chunk. A first chunk
 exchanges keys and values (`mpishard.parallel.context`). A chunk after a prefix attends by flash
@@ -90,14 +90,10 @@ class PrefixCache:
             for donor in sequences
             if not self._uses_dynamic_rope(donor.request)
         ]
-        cached = [(donor, min(num_tokens, donor.cache.length)) for donor, num_tokens in common]
-        pending = [
-            (donor, num_tokens)
-            for donor, num_tokens in common
-            if num_tokens > donor.cache.length and not donor.is_finished
-        ]
-        hit, later_hit = self._longest(request, cached), self._longest(request, pending)
-        gain = (later_hit.num_tokens if later_hit else 0) - (hit.num_tokens if hit else 0)
+        held = [(donor, min(num_tokens, donor.cache.length)) for donor, num_tokens in common]
+        soon = [(donor, num_tokens) for donor, num_tokens in common if not donor.is_finished]
+        hit, hit_soon = self._longest(request, held), self._longest(request, soon)
+        gain = (hit_soon.num_tokens if hit_soon else 0) - (hit.num_tokens if hit else 0)
         return hit, gain >= MIN_PREFIX_TOKENS
 
     def _uses_dynamic_rope(self, request: Request) -> bool:

@@ -1,5 +1,5 @@
-"""Continuous batching: what steps feed, within which bounds, and what sequences share. Whatever
-runs beside a request, its tokens are the reference's."""
+"""Continuous batching: what steps process, within which bounds, and which prefixes are reused. A
+request's tokens are the reference's, whatever runs beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ranks
 
 GREEDY = Sampling()
 
-# Plain, uneven, with windows, and with frequencies that go by the length.
+# Plain, uneven, with sliding windows, and with dynamic RoPE.
 VARIANTS = "llama-gqa llama-uneven mistral-window qwen3-mixed llama-dynamic-old mistral-dynamic-new"
 every_kind = pytest.mark.parametrize("variant", VARIANTS.split())
 
@@ -51,17 +51,17 @@ def greedy(variant: str, requests: list[Request]) -> list[list[int]]:
 
 
 def fed(model: Recorder) -> list[int]:
-    """The tokens of all ranks in each step."""
+    """How many tokens each step processed, on all ranks together."""
     return [sum(map(len, step.global_index)) for step in model.steps]
 
 
 def alone(requests: list[Request]) -> int:
-    """The tokens that are fed where nothing is shared."""
+    """How many tokens are processed if no prefix is reused."""
     return sum(len(request.ids) + request.max_tokens - 1 for request in requests)
 
 
 def begun(model: Recorder) -> list[bool]:
-    """Of each sequence whether it began with nothing, rather than with what another one had."""
+    """For each sequence, whether it started with an empty cache and not with a prefix."""
     first = {id(s.cache): s.is_first_chunk for step in model.steps[::-1] for s in step.segments}
     return list(first.values())
 
@@ -74,7 +74,7 @@ def recorded(comm: MPI.Intracomm, variant: str) -> Iterator[tuple[Mesh, Recorder
 @pytest.mark.ranks(1, 2, 3, 4)
 @every_kind
 def test_steps_keep_to_their_bounds(comm: MPI.Intracomm, variant: str):
-    """Prompts longer than a step enter by pieces beside sequences that run."""
+    """Prompts longer than a step are prefilled in chunks beside running sequences."""
     requests = some_requests(variant)
     right = greedy(variant, requests)
     limits = SchedulerConfig(max_num_batched_tokens=6, max_num_seqs=4, chunked_prefill_size=5)
@@ -83,7 +83,7 @@ def test_steps_keep_to_their_bounds(comm: MPI.Intracomm, variant: str):
         assert [answer.ids for answer in answers] == right, mesh.layout
         assert max(fed(model)) == 6
         most = max(len(step.segments) for step in model.steps)
-        assert most == 4 or "dynamic" in variant  # which feed all they know again and again
+        assert most == 4 or "dynamic" in variant  # which processes all tokens again and again
 
 
 @pytest.mark.ranks(1, 2, 4)
@@ -119,7 +119,7 @@ def test_more_sequences_than_a_step_has_tokens_take_turns(comm: MPI.Intracomm):
 @pytest.mark.ranks(1, 2, 3, 4)
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-uneven", "mistral-window"])
 def test_caches_keep_to_the_memory_they_are_given(comm: MPI.Intracomm, variant: str):
-    """Its bytes are those of the rank that needs most; what never fits is refused, and says so."""
+    """The rank that needs most counts. A request that never fits is rejected with the reason."""
     requests = [*some_requests(variant), Request(9, [1] * 30, 9)]
     right = greedy(variant, requests[:9])
     for mesh, model in recorded(comm, variant):
@@ -160,9 +160,9 @@ def test_the_bytes_of_a_cache_are_enough(comm: MPI.Intracomm, variant: str):
 def test_what_prompts_begin_with_is_computed_once(
     comm: MPI.Intracomm, variant: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """By the first of them, for which the others wait a step; windows and divided caches included.
-    Not where the frequencies go by the length, nor, over context-parallel ranks, the 7 of the
-    shortest, after which there are more to feed."""
+    """The first computes it and the others wait a step, also with sliding windows and sharded
+    caches. Dynamic RoPE rules it out. Under context parallelism the 7 tokens of the shortest are
+    not reused, because the next chunk is longer."""
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     config = oracle(variant).config
     random = np.random.RandomState(3)
@@ -187,7 +187,7 @@ def test_what_prompts_begin_with_is_computed_once(
 
 
 def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.Intracomm):
-    """All sequences end together, and the next ones begin as they did."""
+    """All sequences finish together, and the next ones start with the same tokens."""
     shared = [(7 * place) % 67 for place in range(MIN_PREFIX_TOKENS)]
     requests = [Request(index, [*shared, index], 2) for index in range(6)]
     right = greedy("llama-gqa", requests)
@@ -199,7 +199,7 @@ def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.In
         assert fed(model) == [33, 1] + 5 * [1, 1], mesh.layout
 
 
-# What context-parallel ranks share: each copies what it has.
+# Prefixes under context parallelism: each rank copies the positions that it holds.
 
 # Grouped heads, windows, sinks with windows in some layers, latents, many heads for few.
 CONTEXT = "llama-gqa mistral-window gpt_oss-plain deepseek_v2-lite llama-mqa".split()
@@ -245,7 +245,7 @@ def test_a_document_is_computed_once_for_all_questions(
 def test_what_lies_on_few_ranks_is_computed_anew(
     comm: MPI.Intracomm, order: str, shares: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """A third of a prompt in contiguous order is the first rank's, or the first two ranks'."""
+    """In contiguous order the first rank, or the first two, hold a third of a prompt."""
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(6).randint(0, 67, 60).tolist()
     requests = [Request(0, long, 3), Request(1, [*long[:20], 1], 3)]
@@ -278,7 +278,7 @@ def test_a_prefix_is_as_long_as_what_a_step_feeds_after_it(
 def test_a_prefix_is_taken_over_where_its_ranks_have_the_memory(
     comm: MPI.Intracomm, shares: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """In contiguous order the first of two ranks has all of it, which is more than an even part."""
+    """In contiguous order the first of two ranks holds all of it: more than an even share."""
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(8).randint(0, 67, 40).tolist()
     requests = [Request(0, long, 4), Request(1, [*long[:20], 1], 3)]

@@ -1,5 +1,5 @@
-"""Tokens chosen from logits divided over ranks, against the same choice made from whole logits in
-plain NumPy, with the filters as transformers defines them."""
+"""Tokens sampled from logits that are sharded over ranks, against tokens sampled from whole logits
+in plain NumPy, with the filters that transformers defines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCAB = 301
 
 
 def logits(flatness: float) -> np.ndarray:
-    """(M, V) logits, the flatter the smaller `flatness`."""
+    """(M, V) logits; a smaller `flatness` makes them flatter."""
     return flatness * np.random.RandomState(1).standard_normal((6, VOCAB))
 
 
@@ -32,22 +32,22 @@ def shards(comm: MPI.Intracomm, logits_MV: np.ndarray) -> Iterator[tuple[Mesh, n
         yield mesh, np.ascontiguousarray(logits_MV[:, mine])
 
 
-def plain_choice(logits_V: np.ndarray, draw: SamplingRow) -> int:
-    """The token of one draw from whole logits: each filter a pass over sorted probabilities."""
-    how = draw.sampling
-    if how.greedy:
+def plain_sample(logits_V: np.ndarray, row: SamplingRow) -> int:
+    """The token of one row of whole logits: each filter is a pass over sorted probabilities."""
+    params = row.sampling
+    if params.greedy:
         return int(np.argmax(logits_V))
-    keys_V = logits_V.astype(np.float64) / how.temperature
-    order = np.argsort(-keys_V, kind="stable")
-    if how.top_k:
-        order = order[: how.top_k]
-    p = np.exp(keys_V[order] - keys_V.max())
+    scores_V = logits_V.astype(np.float64) / params.temperature
+    order = np.argsort(-scores_V, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    p = np.exp(scores_V[order] - scores_V.max())
     before = np.cumsum(p / p.sum()) - p / p.sum()
-    order = order[before < how.top_p]
-    p = np.exp(keys_V[order] - keys_V.max())
-    order = order[p >= how.min_p * p.max()]
-    noise = gumbel(how.seed, draw.request, draw.position, order)
-    return int(order[np.argmax(keys_V[order] + noise)])
+    order = order[before < params.top_p]
+    p = np.exp(scores_V[order] - scores_V.max())
+    order = order[p >= params.min_p * p.max()]
+    noise = gumbel(params.seed, row.request, row.position, order)
+    return int(order[np.argmax(scores_V[order] + noise)])
 
 
 @pytest.mark.parametrize("flatness", [0.01, 1.0, 10.0])
@@ -74,7 +74,7 @@ def test_the_choice_is_that_of_the_whole_vocabulary(
 ):
     logits_MV = logits(flatness)
     rows = [SamplingRow(sampling, request, 40 + request) for request in range(len(logits_MV))]
-    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, rows, strict=True)]
+    expected = [plain_sample(logits_V, row) for logits_V, row in zip(logits_MV, rows, strict=True)]
     for mesh, logits_Mv in shards(comm, logits_MV):
         assert sample(logits_Mv, rows, VOCAB, mesh) == expected
 
@@ -90,7 +90,7 @@ def test_sequences_of_one_step_may_be_sampled_differently(comm: MPI.Intracomm):
         Sampling(),
     ]
     rows = [SamplingRow(sampling, 0, position) for position, sampling in enumerate(ways)]
-    expected = [plain_choice(row, draw) for row, draw in zip(logits_MV, rows, strict=True)]
+    expected = [plain_sample(logits_V, row) for logits_V, row in zip(logits_MV, rows, strict=True)]
     for mesh, logits_Mv in shards(comm, logits_MV):
         assert sample(logits_Mv, rows, VOCAB, mesh) == expected
 
@@ -118,16 +118,16 @@ def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: Samplin
     ids=str,
 )
 def test_there_is_no_token_where_logits_are_not_finite(comm: MPI.Intracomm, sampling: Sampling):
-    """Of one token or of all, beside rows that are as ever."""
+    """One logit of a row or all of them; the other rows get their tokens."""
     logits_MV = logits(1.0)
     for row, (odd, columns) in enumerate(
         [(np.nan, [7]), (np.inf, [VOCAB - 1]), (np.nan, range(VOCAB)), (-np.inf, range(VOCAB))]
     ):
         logits_MV[row, columns] = odd
     rows = [SamplingRow(sampling, request, 40) for request in range(len(logits_MV))]
-    usual = [plain_choice(logits_MV[row], rows[row]) for row in (4, 5)]
+    finite = [plain_sample(logits_MV[row], rows[row]) for row in (4, 5)]
     for mesh, logits_Mv in shards(comm, logits_MV):
-        assert sample(logits_Mv, rows, VOCAB, mesh) == [NO_TOKEN] * 4 + usual
+        assert sample(logits_Mv, rows, VOCAB, mesh) == [NO_TOKEN] * 4 + finite
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
@@ -141,7 +141,7 @@ def test_a_vocabulary_smaller_than_the_ranks(comm: MPI.Intracomm, top_k: int):
 
 
 def test_frequencies_of_sampled_tokens_are_the_softmax(comm: MPI.Intracomm):
-    """4,000 draws from five tokens: each frequency within five standard deviations."""
+    """4,000 samples of five tokens: each frequency is within five standard deviations."""
     logits_V = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
     rows = [SamplingRow(Sampling(temperature=1, seed=9), 1, position) for position in range(4000)]
     for mesh, logits_Mv in shards(comm, np.tile(logits_V, (len(rows), 1))):
