@@ -279,6 +279,12 @@ def _run(main: Callable[[MPI.Intracomm], None]) -> int:
         if not _announced(RANK_VARIABLES):  # of jobs that do not know of each other, the first
             report(str(error))
         return 2
+    return run_on(world, main)
+
+
+def run_on(world: MPI.Intracomm, main: Callable[[MPI.Intracomm], None]) -> int:
+    """The same on ranks that have started already. Where one fails that others wait for, it ends
+    the process."""
     alarm = world.Dup()  # a private context: no message of the program can match its messages
     if world.rank > 0:
         sys.stdout = open(os.devnull, "w")  # results come from one rank only

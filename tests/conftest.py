@@ -12,6 +12,8 @@
   ``run_mpi(4, ["-m", "mpishard", "generate", …])`` answers with returncode, stdout and stderr;
   ``run_mpi(None, …)`` goes without mpirun. ``Launch`` is the same as a running process, whose
   ranks a test can stop or kill.
+- ``from mpi_runner import run_warm`` runs a command of mpishard in ranks that are kept for the next
+  one: the same answers without the time that launches take. `commands.shell.mpishard` does.
 - The mpirun beside the running Python is taken, else the one on the PATH; ``$MPISHARD_MPIRUN``
   (a command with its options) overrides both.
 

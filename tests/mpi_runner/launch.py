@@ -23,6 +23,8 @@ from mpishard.launch import waiting_should_sleep
 CHECKOUT = Path(__file__).resolve().parents[2]
 SESSION_START = time.time()
 
+launches = {"mpirun": 0, "python": 0}  # by what started them
+
 # A launcher tells its ranks the size of the world: MPICH's and Slurm's PMI, Open MPI.
 ANNOUNCED_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 ANNOUNCED_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
@@ -128,6 +130,7 @@ class Launch:
         mark = f"MPI_RUNNER_LAUNCH_{uuid.uuid4().hex}"
         self.mark = f"{mark}=1"
         launcher = [] if n is None else [*mpirun(), "-n", str(n)]
+        launches["mpirun" if launcher else "python"] += 1
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [*launcher, sys.executable, *[os.fspath(arg) for arg in args]],
             env=environment(n or 1, {**(env or {}), mark: "1"}),

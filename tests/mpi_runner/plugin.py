@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from mpi_runner import launch, warm
 from mpi_runner.job import Job, failed_report, ranks_of, sizes_and_timeout
 from mpi_runner.launch import Launch, announced_size, sweep_shared_memory
+from mpi_runner.warm import end_warm_ranks
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -57,6 +59,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "ranks" not in metafunc.fixturenames:
             metafunc.fixturenames.append("ranks")
         metafunc.parametrize("ranks", sizes, ids=[f"np{size}" for size in sizes])
+
+
+def pytest_unconfigure() -> None:
+    end_warm_ranks()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many processes the tests started, which is what takes time."""
+    by = launch.launches
+    terminalreporter.write_line(
+        f"launches: {by['mpirun']} of mpirun, {by['python']} of Python alone; "
+        f"commands in warm ranks: {warm.commands}"
+    )
 
 
 @pytest.fixture
