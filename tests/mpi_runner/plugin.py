@@ -52,10 +52,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A marked test becomes one test for each number of ranks, with ids np1, np2 …"""
+    """A marked test becomes one test for each number of ranks, with ids np1, np2 … In a launch it
+    becomes none for other numbers than the launch's: to make them took each rank seconds."""
     mark = metafunc.definition.get_closest_marker("ranks")
     if mark is not None:
         sizes, _ = sizes_and_timeout(*mark.args, **mark.kwargs)
+        if rank := metafunc.config.pluginmanager.get_plugin("mpi-rank"):
+            sizes = tuple(size for size in sizes if size == cast("Rank", rank).size)
         if "ranks" not in metafunc.fixturenames:
             metafunc.fixturenames.append("ranks")
         metafunc.parametrize("ranks", sizes, ids=[f"np{size}" for size in sizes])
