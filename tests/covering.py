@@ -25,16 +25,19 @@ def covering(
     """Rows, with a value of each axis, in which every pair of values of two axes occurs, and every
     combination of values of the axes that are named `together`: those at least that occur in an
     `allowed` row. Always the same rows, each the one that has most of what is missing."""
-    sets = [*combinations(axes, 2), *together]
+    names = list(axes)
+    sets = [[names.index(name) for name in some] for some in (*combinations(names, 2), *together)]
     rows, masks = [], []
-    bits: dict[tuple, int] = {}  # the place of each combination of values in a mask
-    for values in product(*axes.values()):
-        row = dict(zip(axes, values, strict=True))
+    bits: dict[
+        tuple, int
+    ] = {}  # the place in a mask of each combination of values, by their places
+    for places in product(*(range(len(values)) for values in axes.values())):
+        row = {name: axes[name][place] for name, place in zip(names, places, strict=True)}
         if allowed(row):
             mask = 0
-            for names in sets:
-                tuple_ = names, tuple(row[name] for name in names)
-                mask |= 1 << bits.setdefault(tuple_, len(bits))
+            for some in sets:
+                combination = tuple(some), tuple(places[axis] for axis in some)
+                mask |= 1 << bits.setdefault(combination, len(bits))
             rows.append(row)
             masks.append(mask)
     missing, chosen = (1 << len(bits)) - 1, []

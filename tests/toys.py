@@ -38,7 +38,7 @@ AXES: dict[str, Sequence[Any]] = {  # the same, by the field of a layout
     "merge": MERGES,
     "interleave": (1, 3),
 }
-SHARES = ("none", "some", "all")
+SHARES = ("some", "none", "all")
 
 # From so many ranks on, sweeps over all variants take one of each form of model, unless all is
 # asked for (--exhaustive): fewer ranks have tried the others.

@@ -23,7 +23,8 @@ from mpishard.launch import waiting_should_sleep
 CHECKOUT = Path(__file__).resolve().parents[2]
 SESSION_START = time.time()
 
-launches = {"mpirun": 0, "python": 0}  # by what started them
+# What tests have started: mpirun, Python without it, and commands in ranks that are kept.
+launches = {"mpirun": 0, "python": 0, "commands": 0}
 
 # A launcher tells its ranks the size of the world: MPICH's and Slurm's PMI, Open MPI.
 ANNOUNCED_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")

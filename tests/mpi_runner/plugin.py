@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from mpi_runner import launch, warm
+from mpi_runner import launch
 from mpi_runner.job import Job, failed_report, ranks_of, sizes_and_timeout
 from mpi_runner.launch import Launch, allowed_cores, announced_size, sweep_shared_memory
 from mpi_runner.warm import end_warm_ranks
@@ -76,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     by = launch.launches
     terminalreporter.write_line(
         f"launches: {by['mpirun']} of mpirun, {by['python']} of Python alone; "
-        f"commands in warm ranks: {warm.commands}"
+        f"commands in warm ranks: {by['commands']}"
     )
 
 
@@ -195,9 +195,10 @@ class Controller:
 
     def _finish(self) -> str | None:
         """After the last test, wait for the ranks to leave MPI; what went wrong if they do not."""
-        assert self.launch is not None
+        assert self.launch is not None and self.job is not None
         try:
             status = self.launch.process.wait(30)
+            self.job.read()
         except subprocess.TimeoutExpired:
             return "30 s after this last test the ranks had not ended"
         return f"after this last test mpirun ended with status {status}" if status else None

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import pytest
 
-from mpi_runner.launch import CHECKOUT, LAUNCHERS_WORDS, Launch
+from mpi_runner.launch import CHECKOUT, LAUNCHERS_WORDS, Launch, launches
 
 START_LIMIT = 120.0  # seconds
 PROGRAM = str(CHECKOUT / "mpishard" / "__main__.py")  # what `python -m mpishard` is called
 
 _running: dict[int | None, WarmRanks] = {}
-commands = 0  # that have run in warm ranks
 
 
 class WarmRanks:
@@ -98,8 +97,7 @@ def run_warm(
     n: int | None, words: Sequence[str], cwd: str | None = None, timeout: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
     """What ``mpirun -n N python -m mpishard WORDS`` answers, from ranks that are kept warm."""
-    global commands
-    commands += 1
+    launches["commands"] += 1
     if n not in _running or _running[n].has_ended:
         _running[n] = WarmRanks(n)
     return _running[n].run(words, cwd or os.getcwd(), timeout)
