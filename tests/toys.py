@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise, product
 from typing import Any
@@ -38,6 +38,7 @@ AXES: dict[str, Sequence[Any]] = {  # the same, by the field of a layout
     "merge": MERGES,
     "interleave": (1, 3),
 }
+LAYOUT_FIELDS = {field.name for field in fields(Layout)}
 SHARES = ("some", "none", "all")
 
 # From so many ranks on, sweeps over all variants take one of each form of model, unless all is
@@ -132,9 +133,9 @@ def dealt(
 
 def layout_of(row: covering.Row) -> Layout:
     """The layout that a row of a covering design describes."""
-    fields = {name: value for name, value in row.items() if name not in ("degrees", "shares")}
+    forms = {name: value for name, value in row.items() if name in LAYOUT_FIELDS}
     layout: Layout = row["degrees"]
-    return replace(layout, **fields)
+    return replace(layout, **forms)
 
 
 def has_effect(layout: Layout, shares: bool) -> bool:
