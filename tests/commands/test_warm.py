@@ -95,9 +95,8 @@ def test_a_command_that_takes_too_long_fails_the_test_and_is_ended():
     assert told(run_warm(2, VERSION)) == right
 
 
-def test_nothing_that_a_command_changes_is_seen_by_the_next(tmp_path):
-    here = os.getcwd()
-    for cwd in (tmp_path, Path(here)):
-        said = run_warm(None, ["inspect", "none"], cwd=str(cwd))
-        assert said.returncode == 2 and "model none does not exist" in said.stderr
-    assert os.getcwd() == here
+def test_each_command_runs_in_its_own_directory(tmp_path):
+    (tmp_path / "file").touch()
+    for cwd, words in ((str(tmp_path), "is not a directory"), (None, "does not exist")):
+        said = run_warm(None, ["inspect", "file"], cwd=cwd)
+        assert said.returncode == 2 and f"file {words}" in said.stderr
