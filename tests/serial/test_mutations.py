@@ -151,7 +151,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def mistake(request):
-    from mpishard.arithmetic.packed import KVCache
+    from mpishard.sequences.kv_cache import KVCache
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] in ("mpishard", "toys")]
     owners = [*modules, KVCache]
     before = [dict(vars(owner)) for owner in owners]
