@@ -2,26 +2,32 @@
 
 The key to the names of arrays, everywhere in the package. An array's name ends in its dimensions:
 
-====  ==============================  ====  ===================================
-W     tokens of the step, packed      D     model width (residual stream)
-N     those of them that this rank    H     query heads
-      of context parallelism has      G     key/value heads
-M     tokens whose logits are wanted  K     width of a head
-S     positions of one sequence       J     K / 2, the pairs of a head
-      in this step                    F     feed-forward width
-T     positions of one sequence       V     vocabulary
-      in the cache                    C     candidates for the next token
-P     (token, head) pairs             R     ranks of a group
-E     experts of a layer              A     experts of a token
-Z     slots with an expert in each    L     layers
-1     an axis of length 1
-====  ==============================  ====  ===================================
+=  ===============================================  =  =============================================
+W  tokens of a step on all ranks of ``cp``          D  model width, of the residual stream
+N  tokens of a step on this ``cp`` rank             H  query heads
+M  tokens whose logits are wanted                   G  key/value heads
+S  positions of one sequence in this step           K  width of a key, and of its queries
+T  positions of one sequence in a block of keys     Y  width of a value, as attention sees it
+P  (token, query head) pairs                        J  RoPE pairs of a head
+V  vocabulary                                       F  feed-forward width
+C  candidates for the next token                    E  experts of a layer
+A  experts of a token                               Z  physical experts of a layer
+B  (token, expert) pairs                            R  ranks of a group
+I  inputs of a weight                               O  outputs of a weight
+U  width of an MLA key without RoPE                 Q  width of MLA's latent of queries
+L  layers                                           X  any other, which a comment names
+=  ===============================================  =  =============================================
 
-Upper case is the whole dimension, lower case this rank's shard of it, and two rules follow:
+and a digit is an axis of that length. Upper case is the whole dimension, lower case this rank's
+shard of it. Two rules follow:
 
 1. A product that sums a lower-case letter away is a partial sum, and is called ``partial_…`` until
    a collective completes it.
 2. Only a collective turns a lower-case letter into an upper-case one.
+
+What is whole depends on where one stands. A ``cp`` rank has its own N tokens of each step: to the
+``tp`` ranks that share them, N is whole and n a shard. Only `mpishard.parallel.context` and
+`mpishard.parallel.flash_decoding` look across ``cp`` ranks, and there the whole is W.
 
 In Python: `load`, and the `Model` that it returns, whose `generate`, `batch` and `logits` do what
 the commands of the same names do; `Watchdog` ends a job that hangs, and says where.

@@ -2,10 +2,10 @@
 comes of it.
 
 The file of a load is one object: ``format``, ``model``, ``layout``, ``ranks``, ``experts`` and
-``top_k`` of the run, and ``loads``, one for each layer and phase ("prompt" or "generation") of the
+``top_k`` of the run, and ``loads``, one for each layer and phase ("prefill" or "decode") of the
 tokens:
 
-    {"layer": 0, "phase": "prompt", "rows_of_experts": [...], "rows_of_ranks": [...],
+    {"layer": 0, "phase": "prefill", "rows_of_experts": [...], "rows_of_ranks": [...],
      "dropped": 0, "imbalance_of_experts": 1.25, "imbalance_of_ranks": 1.1}
 
 A row is one token for one of its experts, all steps and requests together. Ranks that divide the

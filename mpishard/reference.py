@@ -48,18 +48,22 @@ class Reference:
         """The logits (S, V) at every position, and the residual stream (S, D) as it enters each
         layer, followed by what the final norm makes of it."""
         embedding_VD = self.weights["model.embed_tokens.weight"]
-        x_SD = embedding_VD[np.asarray(ids_S)]
+        x_SD = embedding_VD[np.asarray(ids_S)] * self.dtype(self.config.embedding_scale)
         entering = []
         for layer in range(self.config.layers):
             entering.append(x_SD)
             x_SD, normed_SD = self.attended(x_SD, layer)
             if self.is_moe_layer(layer):
-                x_SD = x_SD + self.mixture(normed_SD, f"model.layers.{layer}")
+                y_SD = self.mixture(normed_SD, f"model.layers.{layer}")
             else:
-                x_SD = x_SD + self.feed_forward(normed_SD, f"model.layers.{layer}.mlp")
+                y_SD = self.feed_forward(normed_SD, f"model.layers.{layer}.mlp")
+            if self.config.post_norms:
+                y_SD = self.norm(y_SD, f"model.layers.{layer}.post_feedforward_layernorm")
+            x_SD = x_SD + y_SD
         x_SD = self.norm(x_SD, "model.norm")
         head_VD = embedding_VD if self.config.tied else self.weights["lm_head.weight"]
-        return x_SD @ head_VD.T, [*entering, x_SD]
+        logits_SV = softcapped(x_SD @ head_VD.T, self.config.final_logit_softcapping)
+        return logits_SV, [*entering, x_SD]
 
     def routings(self, ids_S: Sequence[int]) -> dict[int, Routing]:
         """Where each layer that is a mixture of experts sends the tokens."""
@@ -89,7 +93,11 @@ class Reference:
         name, window = f"model.layers.{layer}", self.config.windows[layer]
         attention = self.latent_attention if self.config.mla else self.attention
         normed_SD = self.norm(x_SD, f"{name}.input_layernorm")
-        x_SD = x_SD + attention(normed_SD, f"{name}.self_attn", window)
+        y_SD = attention(normed_SD, f"{name}.self_attn", window)
+        if self.config.post_norms:
+            x_SD = x_SD + self.norm(y_SD, f"{name}.post_attention_layernorm")
+            return x_SD, self.norm(x_SD, f"{name}.pre_feedforward_layernorm")
+        x_SD = x_SD + y_SD
         return x_SD, self.norm(x_SD, f"{name}.post_attention_layernorm")
 
     def attention(self, x_SD: np.ndarray, name: str, window: int | None) -> np.ndarray:
@@ -115,7 +123,8 @@ class Reference:
             g = h // (c.heads // c.kv_heads)  # neighbouring query heads share a key/value head
             q_SK = rotate(q_SHK[:, h], cos_SJ, sin_SJ)
             k_SK = rotate(k_SGK[:, g], cos_SJ, sin_SJ)
-            scores_SS = q_SK @ k_SK.T / math.sqrt(c.head_dim)
+            scale = 1 / math.sqrt(c.head_dim) if c.attention_scale is None else c.attention_scale
+            scores_SS = softcapped(q_SK @ k_SK.T * scale, c.attn_logit_softcapping)
             scores_SS[hidden_SS] = -np.inf
             if c.sinks:
                 # A key that every query sees, with this score and a value of zero.
@@ -257,7 +266,8 @@ class Reference:
         model's unless given."""
         eps = self.config.norm_eps if eps is None else eps
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(mean_square + eps) * self.weights[f"{name}.weight"]
+        weight = self.weights[f"{name}.weight"] + self.dtype(self.config.norm_offset)
+        return x / np.sqrt(mean_square + eps) * weight
 
 
 def choose(scores_SE: np.ndarray, moe: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -285,6 +295,11 @@ def top(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     ranked = np.take_along_axis(scores, order, axis=1)
     others = np.full(len(scores), -np.inf) if count == scores.shape[1] else ranked[:, count]
     return np.sort(order[:, :count], axis=1), ranked[:, count - 1] - others
+
+
+def softcapped(x: np.ndarray, cap: float | None) -> np.ndarray:
+    """`x` bent so that it stays within -`cap` to `cap`, if there is one."""
+    return x if cap is None else cap * np.tanh(x / cap)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

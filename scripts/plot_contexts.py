@@ -35,8 +35,8 @@ PANELS = (
     Panel("Peak memory of a rank", "MB", "memory", "peak_bytes", 1e-6),
     Panel("of that, a prompt's activations", "MB", "memory", "activations_bytes", 1e-6),
     Panel("of that, the KV cache", "MB", "memory", "kv_cache_bytes", 1e-6),
-    Panel("Prefill", "s", "prompt", "seconds_per_step", 1),
-    Panel("Generation", "ms per token", "generation", "seconds_per_step", 1e3),
+    Panel("Prefill", "s", "prefill", "seconds_per_step", 1),
+    Panel("Generation", "ms per token", "decode", "seconds_per_step", 1e3),
 )
 
 

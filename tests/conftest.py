@@ -8,14 +8,52 @@
   Every rank runs the whole test. It may take the fixtures ``comm``, a communicator of its own, and
   ``ranks``, the number of ranks. ``tmp_path`` differs from rank to rank; ``mpi_tmp_path``, of
   pytest-mpi, is rank 0's on all.
+- ``pytest --exhaustive`` tries every variant of the sweeps on 6 and 8 ranks too, in all layouts;
+  without it a covering design of one variant of each form has to do there.
 - ``from mpi_runner import run_mpi`` runs a real command under mpirun, in a serial test:
   ``run_mpi(4, ["-m", "mpishard", "generate", …])`` answers with returncode, stdout and stderr;
   ``run_mpi(None, …)`` goes without mpirun. ``Launch`` is the same as a running process, whose
   ranks a test can stop or kill.
+- ``from mpi_runner import run_warm`` runs a command of mpishard in ranks that are kept for the next
+  one: the same answers without the time that launches take. `commands.shell.mpishard` does.
 - The mpirun beside the running Python is taken, else the one on the PATH; ``$MPISHARD_MPIRUN``
   (a command with its options) overrides both.
 
 Files of tests need names of their own, whatever folder they are in.
 """
 
+import covering
+import pytest
+
 pytest_plugins = ["mpi_runner.plugin"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="try every variant on 6 and 8 ranks too, not only one of each form of model",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "sweep: over all variants, of which many ranks take one of each form of model"
+    )
+    covering.exhaustive = config.getoption("exhaustive")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if covering.exhaustive:
+        return
+    from toys import MANY, REPRESENTATIVES
+
+    def is_left_out(item: pytest.Item) -> bool:
+        if not item.get_closest_marker("sweep"):
+            return False
+        params = item.callspec.params  # type: ignore[attr-defined]
+        return params["ranks"] in MANY and params["variant"] not in REPRESENTATIVES
+
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]

@@ -76,6 +76,17 @@ def _qwen3(*sizes: Any, **fields: Any) -> dict:
     return _llama(*sizes, **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"} | fields)
 
 
+def _gemma2(*sizes: Any, **fields: Any) -> dict:
+    named: dict[str, Any] = {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_act": _ABSENT,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": _ABSENT,  # then they are tied
+    }
+    return _llama(*sizes, **named | fields)
+
+
 # "old" is the spelling of transformers 4, rope_scaling beside rope_theta, "new" the spelling of
 # transformers 5, rope_parameters. Prompts are longer than every original length and every window.
 # Thetas are small, so that every pair of a head turns visibly within them, and yarn's ramps begin
@@ -212,6 +223,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 150.0},
     ),
     "qwen3-bias": _qwen3(8, 1, 39, 71, 99, head_dim=10, attention_bias=True),
+    # Gemma 2 as its published files are: the alternation of windows and the tie are left to the
+    # defaults. Caps are so low that they bend most scores and logits.
+    "gemma2-capped": _gemma2(
+        *(8, 4, 16, 43, 101),
+        num_hidden_layers=4,
+        head_dim=10,
+        hidden_act="gelu_pytorch_tanh",
+        query_pre_attn_scalar=7,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.5,
+        sliding_window=5,
+        cache_implementation="hybrid",
+        pad_token_id=0,
+        rope_theta=200.0,
+    ),
+    "gemma2-plain": _gemma2(
+        *(10, 5, 50, 47, 103),
+        head_dim=6,
+        attention_bias=True,
+        query_pre_attn_scalar=11,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
 }
 
 # Mixtures of experts. Their numbers, the number that a token goes to and the width of one differ
@@ -435,7 +473,6 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 
-
 # 0 but where a greedy continuation would repeat itself or come to a near-tie, or
 # a router would.
 _SEEDS = {
@@ -467,6 +504,8 @@ _SEEDS = {
     "gpt_oss-plain": 8,
     "deepseek_v2-lite": 1,
     "deepseek_v3-plain": 7,
+    "gemma2-capped": 75,
+    "gemma2-plain": 9,
 }
 
 
@@ -477,12 +516,15 @@ def tiny_config(variant: str) -> ModelConfig:
 
 def raw_config(variant: str) -> dict[str, Any]:
     """The ``config.json`` of `variant`."""
-    return VARIANTS[variant] if variant in VARIANTS else MOE_VARIANTS[variant]
+    return (VARIANTS | MOE_VARIANTS)[variant]
 
 
 def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Every weight of `variant`, by its Hugging Face name, in `dtype`."""
     random = np.random.RandomState(_SEEDS.get(variant, 0))
+    if VARIANTS.get(variant, {}).get("model_type") == "gemma2":
+        shapes = _gemma2_shapes(VARIANTS[variant])
+        return {name: _draw_offset(random, name, shapes[name]).astype(dtype) for name in shapes}
     config = tiny_config(variant)
     if config.moe is None:
         return {
@@ -558,6 +600,27 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     shapes["model.norm.weight"] = (D,)
     if not config.tied:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def _gemma2_shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight of a Gemma 2 with the ``config.json`` `raw`."""
+    D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    q, kv = (raw[f"num_{heads}_heads"] * raw["head_dim"] for heads in ("attention", "key_value"))
+    of_layer: dict[str, tuple[int, ...]] = {}
+    for part, shape in (("q", (q, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, q))):
+        of_layer[f"self_attn.{part}_proj.weight"] = shape
+        if raw.get("attention_bias"):
+            of_layer[f"self_attn.{part}_proj.bias"] = shape[:1]
+    of_layer |= _gated_shapes("mlp", F, D, False)
+    for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+        of_layer[f"{norm}_layernorm.weight"] = (D,)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for layer in range(raw["num_hidden_layers"]):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    shapes["model.norm.weight"] = (D,)
+    if not raw.get("tie_word_embeddings", True):
         shapes["lm_head.weight"] = (V, D)
     return shapes
 
@@ -708,3 +771,8 @@ def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> n
     if "norm" in name:
         return 1 + random.randint(-42, 43, shape) / 128
     return random.randint(-89, 90, shape) / 256
+
+
+def _draw_offset(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The same, norms as their distance from 1, which is what a Gemma stores."""
+    return _draw(random, name, shape) - ("norm" in name)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise, product
+from typing import Any
 
+import covering
 import numpy as np
+import pytest
 from mpi4py import MPI
-from tiny_models import VARIANTS, separate_weights, tiny_config, tiny_weights
+from tiny_models import MOE_VARIANTS, VARIANTS, separate_weights, tiny_config, tiny_weights
 
 from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
@@ -28,6 +31,38 @@ FORMS = list(
     product((True, False), (True, False), CP_PREFILLS, CP_ORDERS, DECODE_MERGES, (1, 3))
 )  # sequence_parallel, flash_decoding, prefill, order, merge, interleave
 
+AXES: dict[str, Sequence[Any]] = {  # the same, by the field of a layout
+    "sequence_parallel": (False, True),
+    "flash_decoding": (False, True),
+    "cp_prefill": CP_PREFILLS,
+    "cp_order": CP_ORDERS,
+    "decode_merge": DECODE_MERGES,
+    "cp_kv_cache_interleave_size": (1, 3),
+}
+LAYOUT_FIELDS = {field.name for field in fields(Layout)}
+SHARES = ("some", "none", "all")
+
+# From so many ranks on, sweeps over all variants take one of each form of model, unless all is
+# asked for (--exhaustive): fewer ranks have tried the others.
+MANY = range(6, 1000)
+REPRESENTATIVES = (
+    *("llama-mha", "llama-gqa", "llama-mqa", "llama-uneven", "llama-dynamic-old"),
+    *("mistral-window", "mistral-full", "qwen2-tied", "qwen3-mixed", "qwen3-bias"),
+    *("gemma2-capped", "gemma2-plain"),
+    *("mixtral-full", "qwen2_moe-mixed", "qwen3_moe-plain", "olmoe-normed"),
+    *("gpt_oss-yarn", "deepseek_v2-full", "deepseek_v3-groups"),
+)
+
+
+def every_variant(test: Any) -> Any:
+    """Parametrizes a test with all variants, on many ranks with the `REPRESENTATIVES`."""
+    return pytest.mark.sweep(pytest.mark.parametrize("variant", VARIANTS)(test))
+
+
+def every_mixture(test: Any) -> Any:
+    """The same with all mixtures of experts."""
+    return pytest.mark.sweep(pytest.mark.parametrize("variant", MOE_VARIANTS)(test))
+
 
 def degrees(ranks: int) -> list[Layout]:
     """Every ``dp * cp * tp`` of `ranks` ranks, without any switch."""
@@ -43,8 +78,15 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
     """Layouts of `ranks` ranks that `variant` has heads for: without switches, and with one of the
     96 combinations of forms. Two ranks take all degrees both ways. More ranks take turns: which
     degrees, with or without, and which forms go round with the variant, so that over all variants
-    every form meets every degree."""
+    every form meets every degree. Many ranks divide a covering design among the `REPRESENTATIVES`,
+    unless all is asked for."""
     config, number = tiny_config(variant), list(VARIANTS).index(variant)
+    if ranks in MANY and not covering.exhaustive:
+        shares = _shares(variant)
+        design = _designed(ranks)
+        alike = next(name for name in design if _shares(name) == shares)
+        found = design.get(variant) or design[alike]
+        return [layout for layout in found if layout.tp <= config.heads]
     found = []
     for place, layout in enumerate(degrees(ranks)):
         if layout.tp > config.heads:
@@ -57,6 +99,75 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
         else:
             found.append(layout if (number + place) % 3 == 0 else changed)
     return found
+
+
+@cache
+def _designed(ranks: int) -> dict[str, list[Layout]]:
+    """Layouts in which every two of the degrees, the forms and the ways to share heads meet, and
+    the forms of a prompt and those of a cache that is divided for each of the degrees."""
+    axes = AXES | {"degrees": degrees(ranks), "shares": SHARES}
+
+    def allowed(row: covering.Row) -> bool:
+        return has_effect(layout_of(row), row["shares"] != "none")
+
+    rows = covering.covering(
+        axes,
+        [("degrees", "cp_prefill", "cp_order"), ("degrees", "flash_decoding", "decode_merge")],
+        allowed,
+    )
+
+    def fits(row: covering.Row, variant: str) -> bool:
+        return _shares(variant) == row["shares"] and row["degrees"].tp <= tiny_config(variant).heads
+
+    return dealt(rows, [variant for variant in REPRESENTATIVES if variant in VARIANTS], fits)
+
+
+def dealt(
+    rows: list[covering.Row],
+    variants: Sequence[str],
+    fits: Callable[[covering.Row, str], bool],
+) -> dict[str, list[Layout]]:
+    """The layouts of `rows`, each for the one of the `variants` that it `fits` which has fewest."""
+    found: dict[str, list[Layout]] = {variant: [] for variant in variants}
+    for row in rows:
+        mine = min((v for v in variants if fits(row, v)), key=lambda variant: len(found[variant]))
+        found[mine].append(layout_of(row))
+    return found
+
+
+def layout_of(row: covering.Row) -> Layout:
+    """The layout that a row of a covering design describes."""
+    forms = {name: value for name, value in row.items() if name in LAYOUT_FIELDS}
+    layout: Layout = row["degrees"]
+    return replace(layout, **forms)
+
+
+def has_effect(layout: Layout, shares: bool) -> bool:
+    """Whether every form of `layout` that is not the first one changes something, where heads are
+    shared or not."""
+    plain = Layout(tp=layout.tp, cp=layout.cp, dp=layout.dp)
+    if layout.flash_decoding and not (shares and layout.tp > 1):
+        return False
+    if layout.sequence_parallel and layout.tp == 1:
+        return False
+    if layout.cp == 1 and (layout.cp_prefill, layout.cp_order) != (
+        plain.cp_prefill,
+        plain.cp_order,
+    ):
+        return False
+    cached = layout.decode_merge, layout.cp_kv_cache_interleave_size
+    return layout.shards_kv_positions or cached == (
+        plain.decode_merge,
+        plain.cp_kv_cache_interleave_size,
+    )
+
+
+def _shares(variant: str) -> str:
+    """Whether query heads share key/value heads: none, some, or all the same one."""
+    config = tiny_config(variant)
+    if config.heads == config.kv_heads:
+        return "none"
+    return "all" if config.kv_heads == 1 else "some"
 
 
 def switched(layout: Layout, config: ModelConfig, turn: int) -> Layout:

@@ -72,16 +72,16 @@ def use_small_gemm(rows: int) -> bool:
 
 
 def pack_columns(x_NI: np.ndarray) -> list[np.ndarray]:
-    """Rows as columns: those that make full stacks, (s, I, C), and one stack of those that are
-    left, (1, I, c), if there are any; filled up with zeros where that makes products faster."""
+    """Rows as columns: those that make full stacks, (X, I, N), and one stack of those that are
+    left, (1, I, N), if there are any; filled up with zeros where that makes products faster."""
     rows, inputs = x_NI.shape
     full, columns = _stacks(rows)
     shapes = [(full, inputs, FULL_COLUMNS), (1, inputs, columns)]
-    x_sIC = [np.zeros(shape, x_NI.dtype) for shape in shapes if shape[0] * shape[2]]
-    for x_IC, x_nI in _beside(x_sIC, x_NI):
-        for tile in range(0, len(x_nI), TILE):
-            x_IC[:, tile : min(tile + TILE, len(x_nI))] = x_nI[tile : tile + TILE].T
-    return x_sIC
+    x_XIN = [np.zeros(shape, x_NI.dtype) for shape in shapes if shape[0] * shape[2]]
+    for x_IN, part_NI in _beside(x_XIN, x_NI):
+        for tile in range(0, len(part_NI), TILE):
+            x_IN[:, tile : min(tile + TILE, len(part_NI))] = part_NI[tile : tile + TILE].T
+    return x_XIN
 
 
 def _stacks(rows: int) -> tuple[int, int]:
@@ -96,59 +96,59 @@ def _stacks(rows: int) -> tuple[int, int]:
     return full, left
 
 
-def unpack_columns(y_sOC: list[np.ndarray], rows: int) -> np.ndarray:
+def unpack_columns(y_XON: list[np.ndarray], rows: int) -> np.ndarray:
     """The first `rows` of all columns as rows, (N, O)."""
-    outputs = y_sOC[0].shape[1]
-    y_NO = np.empty((rows, outputs), y_sOC[0].dtype)
-    for y_OC, y_nO in _beside(y_sOC, y_NO):
+    outputs = y_XON[0].shape[1]
+    y_NO = np.empty((rows, outputs), y_XON[0].dtype)
+    for y_ON, part_NO in _beside(y_XON, y_NO):
         for tile in range(0, outputs, 8 * TILE):
-            y_nO[:, tile : tile + 8 * TILE] = y_OC[tile : tile + 8 * TILE, : len(y_nO)].T
+            part_NO[:, tile : tile + 8 * TILE] = y_ON[tile : tile + 8 * TILE, : len(part_NO)].T
     return y_NO
 
 
-def _beside(x_sIC: list[np.ndarray], x_NI: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each stack, (I, C), with those of the rows, (n, I), that stand in its columns."""
+def _beside(x_XIN: list[np.ndarray], x_NI: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each stack, (I, N), with those of the rows, (N, I), that stand in its columns."""
     first = 0
-    for x_IC in chain.from_iterable(x_sIC):
-        x_nI = x_NI[first : first + x_IC.shape[1]]
-        yield x_IC, x_nI
-        first += len(x_nI)
+    for x_IN in chain.from_iterable(x_XIN):
+        part_NI = x_NI[first : first + x_IN.shape[1]]
+        yield x_IN, part_NI
+        first += len(part_NI)
 
 
 def linear_packed(
-    x_sIC: list[np.ndarray], w_OI: np.ndarray, bias_O: np.ndarray | None = None
+    x_XIN: list[np.ndarray], w_OI: np.ndarray, bias_O: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """``w @ x + bias`` of activations that stand in columns: (s, O, C) of each (s, I, C)."""
-    return [_multiply(some_sIC, w_OI, bias_O) for some_sIC in x_sIC]
+    """``w @ x + bias`` of activations that stand in columns: (X, O, N) of each (X, I, N)."""
+    return [_multiply(stack_XIN, w_OI, bias_O) for stack_XIN in x_XIN]
 
 
-def _multiply(x_sIC: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None) -> np.ndarray:
-    stacks, inputs, columns = x_sIC.shape
+def _multiply(x_XIN: np.ndarray, w_OI: np.ndarray, bias_O: np.ndarray | None) -> np.ndarray:
+    stacks, inputs, columns = x_XIN.shape
     pieces = max(1, math.ceil(SMALL_HEIGHT * inputs * columns / SMALL_GEMM_SIZE))
     width = max(1, math.ceil(inputs / pieces))  # inputs that are summed at a time
     height = max(8, min(96, SMALL_GEMM_SIZE // (columns * width) // 8 * 8))
-    y_sOC = np.empty((stacks, len(w_OI), columns), x_sIC.dtype)
+    y_XON = np.empty((stacks, len(w_OI), columns), x_XIN.dtype)
     blocks, rest = divmod(len(w_OI), height)
     even = blocks * height
     for count, size, rows in ((blocks, height, slice(even)), (1, rest, slice(even, None))):
         # A block of the weight meets one stack after the other.
-        w_b1hI = w_OI[rows].reshape(count, 1, size, inputs)
-        y_bshC = y_sOC[:, rows].reshape(stacks, count, size, columns).swapaxes(0, 1)
-        np.matmul(w_b1hI[..., :width], x_sIC[:, :width], out=y_bshC)
+        w_blocks = w_OI[rows].reshape(count, 1, size, inputs)
+        y_blocks = y_XON[:, rows].reshape(stacks, count, size, columns).swapaxes(0, 1)
+        np.matmul(w_blocks[..., :width], x_XIN[:, :width], out=y_blocks)
         for first in range(width, inputs, width):
-            y_bshC += w_b1hI[..., first : first + width] @ x_sIC[:, first : first + width]
+            y_blocks += w_blocks[..., first : first + width] @ x_XIN[:, first : first + width]
     if bias_O is not None:
-        y_sOC += bias_O[:, np.newaxis]
-    return y_sOC
+        y_XON += bias_O[:, np.newaxis]
+    return y_XON
 
 
 def _by_vectors(x_NI: np.ndarray, w_OI: np.ndarray) -> np.ndarray:
     height = max(1, CACHED_BLOCK // max(1, w_OI.itemsize * w_OI.shape[1]))
     blocks = [
-        (w_bhI[:, np.newaxis] @ x_NI[:, :, np.newaxis])[..., 0].transpose(1, 0, 2)
-        for w_bhI in _blocks(w_OI, height)
+        (w_XOI[:, np.newaxis] @ x_NI[:, :, np.newaxis])[..., 0].transpose(1, 0, 2)
+        for w_XOI in _blocks(w_OI, height)
     ]
-    return np.concatenate([y_Nbh.reshape(len(x_NI), -1) for y_Nbh in blocks], axis=1)
+    return np.concatenate([y_NXO.reshape(len(x_NI), -1) for y_NXO in blocks], axis=1)
 
 
 def _blocks(w_OI: np.ndarray, height: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Routing tokens to experts: scores, the choice of a few, and what their outputs weigh.
+"""Routing tokens to experts: scores, the choice of top_k experts, and the weights of their outputs.
 
 Families differ in the scores (a softmax over all experts or a sigmoid of each), in what the choice
 goes by (the scores, or scores with a bias that takes no part in the weights, or only those in the
@@ -53,30 +53,30 @@ class Router:
     def _in_topk_groups(self, scores_for_choice_nE: np.ndarray) -> np.ndarray:
         """The scores, -inf for the experts of other groups."""
         n, E = scores_for_choice_nE.shape
-        choice_nGe = scores_for_choice_nE.reshape(n, self.n_group, E // self.n_group)
+        scores_nXE = scores_for_choice_nE.reshape(n, self.n_group, E // self.n_group)
         if self.group_score == "max":
-            best_nG = choice_nGe.max(axis=2)
+            best_nX = scores_nXE.max(axis=2)
         else:
-            best_nG = np.sort(choice_nGe, axis=2)[:, :, -2:].sum(axis=2)
-        kept_nk = np.argsort(-best_nG, axis=1, kind="stable")[:, : self.topk_group]
-        is_kept_nG = np.zeros((n, self.n_group), bool)
-        np.put_along_axis(is_kept_nG, kept_nk, True, axis=1)
-        return np.where(is_kept_nG[:, :, np.newaxis], choice_nGe, -np.inf).reshape(n, E)
+            best_nX = np.sort(scores_nXE, axis=2)[:, :, -2:].sum(axis=2)
+        kept_nX = np.argsort(-best_nX, axis=1, kind="stable")[:, : self.topk_group]
+        is_kept_nX = np.zeros((n, self.n_group), bool)
+        np.put_along_axis(is_kept_nX, kept_nX, True, axis=1)
+        return np.where(is_kept_nX[:, :, np.newaxis], scores_nXE, -np.inf).reshape(n, E)
 
 
 @dataclass(frozen=True)
 class ExpertCapacity:
-    """An expert takes `factor` times the rows that it would have if all experts had equally many,
-    rounded up. Those kept are the ones of the largest weights ("probs"; of equal ones the
-    first token's), or the first tokens' ("position")."""
+    """An expert takes at most `factor` times its even share of the (token, expert) pairs, rounded
+    up. Kept are the pairs of the largest weights ("probs"; of equal ones the first token's), or
+    those of the first tokens ("position"), as Megatron-LM's moe_token_drop_policy has it."""
 
     factor: float
     drop_policy: str = "probs"
 
     def max_rows(self, tokens: int, top_k: int, experts: int) -> int:
-        """The rows that an expert takes of `tokens` tokens that choose `top_k` of so many experts.
+        """The pairs that an expert takes of `tokens` tokens, each of which chooses `top_k` experts.
 
-        >>> Capacity(1.1).rows(tokens=30, top_k=2, experts=6)
+        >>> ExpertCapacity(1.1).max_rows(tokens=30, top_k=2, experts=6)
         11
         """
         # The factor as it was typed: in binary 0.1 * 3 is more than 0.3.
@@ -94,19 +94,19 @@ class ExpertCapacity:
 def position_in_expert(
     topk_ids_nA: np.ndarray, topk_weights_nA: np.ndarray | None = None
 ) -> np.ndarray:
-    """The how-manieth of its expert's rows each choice of a token is, from 0: (n, A). They come in
-    the order of the tokens, or those of large weights before those of small ones.
+    """The position of each (token, expert) pair within its expert's queue, from 0: (n, A) (GShard's
+    position_in_expert). Pairs queue in the order of the tokens, or by descending weight.
 
-    >>> turns(np.array([[0, 2], [1, 2], [0, 2]])).tolist()
+    >>> position_in_expert(np.array([[0, 2], [1, 2], [0, 2]])).tolist()
     [[0, 0], [0, 1], [1, 2]]
     """
-    ids_m = topk_ids_nA.reshape(-1)
-    keys = [ids_m] if topk_weights_nA is None else [-topk_weights_nA.reshape(-1), ids_m]
-    order_m = np.lexsort(keys)  # stable, by the last key first
-    sorted_m = ids_m[order_m]
-    position_m = np.empty_like(order_m)
-    position_m[order_m] = np.arange(len(ids_m)) - np.searchsorted(sorted_m, sorted_m)
-    return position_m.reshape(topk_ids_nA.shape)
+    ids_b = topk_ids_nA.reshape(-1)
+    keys = [ids_b] if topk_weights_nA is None else [-topk_weights_nA.reshape(-1), ids_b]
+    order_b = np.lexsort(keys)  # stable, by the last key first
+    sorted_b = ids_b[order_b]
+    position_b = np.empty_like(order_b)
+    position_b[order_b] = np.arange(len(ids_b)) - np.searchsorted(sorted_b, sorted_b)
+    return position_b.reshape(topk_ids_nA.shape)
 
 
 def softmax(logits_nE: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def _title(row: dict[str, Any], report: dict[str, Any]) -> str:
     length = row["prompt_tokens"]
     return (
         f"prompt {length}"
-        if row["phase"] == "prompt"
+        if row["phase"] == "prefill"
         else f"generation {report['max_tokens']} after {length}"
     )
 
@@ -73,7 +73,7 @@ def _balance_lines(report: dict[str, Any]) -> list[str]:
         + ("attention", "Gflop/s", "of products", "send_receive", "of step")
     ]
     for row in report["speeds"]:
-        if row["phase"] != "prompt":
+        if row["phase"] != "prefill":
             continue
         least, most = row["least_arithmetic_seconds"], row["most_arithmetic_seconds"]
         rate = row["attention_flops"] / row["attention_seconds"]
@@ -100,7 +100,7 @@ def _mixture_lines(report: dict[str, Any]) -> list[str]:
         + ("rows: fewest", "most", "sent, there and back", "if even")
     ]
     for row in report["speeds"]:
-        if row["phase"] != "prompt":
+        if row["phase"] != "prefill":
             continue
         least = row["mixture_limit_seconds"]
         rows.append(

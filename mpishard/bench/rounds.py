@@ -67,7 +67,7 @@ class Run:
     this rank in between, and what this rank did in a step: the seconds it spent outside of
     collectives, those of them in attention, and what it entered in its ledger."""
 
-    phase: str  # "prompt" or "generation"
+    phase: str  # "prefill" or "decode"
     prompt_tokens: int  # of each sequence
     batch: int  # sequences of each replica
     steps: int
@@ -83,7 +83,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens of a replica in one step."""
-        return self.batch * (self.prompt_tokens if self.phase == "prompt" else 1)
+        return self.batch * (self.prompt_tokens if self.phase == "prefill" else 1)
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,8 @@ def _run(
     random = np.random.default_rng(mesh.dp.rank)  # the same on all ranks of a replica
     prompts_BS = random.integers(model.config.vocab, size=(batch, prompt_tokens))
     watched = TimedDecoder(decoder)
-    prompt, first_B1 = timed("prompt", watched, prompts_BS, 1, multiply)
-    generation, _ = timed("generation", decoder, first_B1, max_tokens, walk)
+    prompt, first_B1 = timed("prefill", watched, prompts_BS, 1, multiply)
+    generation, _ = timed("decode", decoder, first_B1, max_tokens, walk)
     of_watched = ("attention_seconds", "mixture_seconds", "expert_rows", "expert_flops")
     return replace(prompt, **{name: getattr(watched, name) for name in of_watched}), generation
 
@@ -456,7 +456,8 @@ def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> di
     """
     excerpt, ids_S = LayerSample(model.decoder), np.zeros(prompt_tokens, np.int64)
     caches = [
-        excerpt.allocate_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)
+        model.decoder.allocate_cache(prompt_tokens + max_tokens, prompt_tokens)
+        for _ in range(batch)
     ]
     step, streams = pack([(ids_S, cache) for cache in caches], excerpt.sequence_sharding), [0]
     tracemalloc.start()

@@ -236,7 +236,7 @@ class ModelConfig:
             vocab=fields.integer("vocab_size"),
             norm_eps=fields.number("rms_norm_eps", family.norm_eps),
             activation=_activation(fields, family),
-            tied=fields.flag("tie_word_embeddings", False),
+            tied=fields.flag("tie_word_embeddings", family.tied),
             qkv_bias=bias and not mla,
             o_bias=bias and family.o_bias,
             mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias),
@@ -250,6 +250,16 @@ class ModelConfig:
             sinks=family.sinks,
             moe=_moe(fields, family.mixture, layers) if family.mixture else None,
             mla=mla,
+            norm_offset=family.norm_offset,
+            post_norms=family.post_norms,
+            attn_logit_softcapping=_softcap(
+                fields, "attn_logit_softcapping", family.attn_logit_softcapping
+            ),
+            final_logit_softcapping=_softcap(
+                fields, "final_logit_softcapping", family.final_logit_softcapping
+            ),
+            attention_scale=_attention_scale(fields, family),
+            embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
             raw=raw,
         )
         fields.reject_unknown(family.name, family.ignored)
@@ -320,6 +330,17 @@ class _Family:
     mixture: _Mixture | None = None
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields without effect in this family alone
+    tied: bool = False
+    activation_field: str = "hidden_act"
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scaled_embedding: bool = False  # by sqrt(hidden_size)
+    needs_window: bool = False  # transformers, too, refuses null
+    # The defaults of the fields of these names; None where the family does not know the field.
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    query_pre_attn_scalar: int | None = None
 
 
 _FAMILIES = {
@@ -374,6 +395,31 @@ _FAMILIES = {
         head_dim=128,
         bos_id=None,
         eos_id=None,
+    ),
+    "Gemma2ForCausalLM": _Family(
+        name="gemma2",
+        qkv_bias=None,
+        o_bias=True,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding="alternating",
+        max_position_embeddings=8192,
+        kv_heads=4,
+        head_dim=256,
+        bos_id=2,
+        eos_id=1,
+        tied=True,
+        activation_field="hidden_activation",
+        activation="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        post_norms=True,
+        scaled_embedding=True,
+        needs_window=True,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=256,
+        # transformers, too, computes the same whatever hidden_act says.
+        ignored=frozenset({"hidden_act", "cache_implementation"}),
     ),
     "MixtralForCausalLM": _Family(
         name="mixtral",
@@ -586,6 +632,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[str, object]] = {
     "is_encoder_decoder": ("an encoder", False),
     "add_cross_attention": ("cross-attention", False),
     "is_causal": ("attention to later tokens", True),
+    "use_bidirectional_attention": ("attention to later tokens", False),
     "activation": ("another feed-forward network", "swiglu"),
     "alibi": ("ALiBi position biases", False),
     "partial_rotary_factor": ("a rotation of part of each head", 1),
@@ -937,12 +984,30 @@ def _shared_ffn(fields: _Fields, mixture: _Mixture, ffn: int) -> int:
 
 
 def _activation(fields: _Fields, family: _Family) -> str:
-    name = fields.text("hidden_act", "silu")
+    field = family.activation_field
+    name = fields.text(field, family.activation)
     if name not in _ACTIVATIONS:
-        fields.refuse("hidden_act", f"is not implemented: {', '.join(_ACTIVATIONS)} are")
+        fields.refuse(field, f"is not implemented: {', '.join(_ACTIVATIONS)} are")
     if family.mixture and family.mixture.clamped and _ACTIVATIONS[name] != "silu":
         fields.refuse("hidden_act", f'contradicts {family.name}, where it is always "silu"')
     return _ACTIVATIONS[name]
+
+
+def _softcap(fields: _Fields, name: str, default: float | None) -> float | None:
+    """The cap of scores or logits: the family's default if there is no such field, none for null.
+    Families without caps refuse the field with the others."""
+    if default is None:
+        return None
+    if name not in fields.values:
+        return default
+    return fields.number(name) if fields.get(name) is not None else None
+
+
+def _attention_scale(fields: _Fields, family: _Family) -> float | None:
+    """What scores are multiplied with, None for the usual ``head_dim ** -0.5``."""
+    if family.query_pre_attn_scalar is None:
+        return None
+    return fields.integer("query_pre_attn_scalar", family.query_pre_attn_scalar) ** -0.5
 
 
 def _bias(fields: _Fields, name: str, always: bool | None, default: bool = False) -> bool:
@@ -992,6 +1057,8 @@ def _window(fields: _Fields, family: _Family) -> int | None:
     window = None
     if family.sliding != "never":
         window = fields.optional_integer("sliding_window", absent=family.window)
+    if window is None and family.needs_window:
+        fields.refuse("sliding_window", "must be a positive whole number")
     if switched:
         return window
     # The others have no switch; where it stands, it must say what happens anyway.

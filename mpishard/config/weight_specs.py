@@ -175,7 +175,12 @@ def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     D = config.hidden
     yield _weight("input_layernorm.weight", "attention_norm", (D,))
     yield from _latent_attention(config, config.mla) if config.mla else _attention(config)
-    yield _weight("post_attention_layernorm.weight", "ffn_norm", (D,))
+    if config.post_norms:
+        yield _weight("post_attention_layernorm.weight", "attention_post_norm", (D,))
+        yield _weight("pre_feedforward_layernorm.weight", "ffn_norm", (D,))
+        yield _weight("post_feedforward_layernorm.weight", "ffn_post_norm", (D,))
+    else:
+        yield _weight("post_attention_layernorm.weight", "ffn_norm", (D,))
     if config.moe and config.moe.layers[layer]:
         yield from _mixture(config, config.moe)
     else:

@@ -17,8 +17,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,6 +53,9 @@ DAEMONS = ("hydra_pmi_proxy", "hydra_bstrap_pr", "orted", "prted")
 
 PROCESSES = Path("/proc")
 
+# How often, and after how long each time, a starting rank looks how many processes want to run.
+LOOKS, LOOK_SECONDS = 5, 0.004
+
 
 def start() -> MPI.Intracomm:
     """MPI started, and the threads of this rank's BLAS set to its share of the cores: the world.
@@ -60,8 +65,10 @@ def start() -> MPI.Intracomm:
     """
     cores = allowed_cores()
     # A launcher that binds each rank to cores of its own is itself allowed on all of theirs.
-    if _env_int(NODE_VARIABLES) > len(cores | allowed_cores(os.getppid())):
-        _let_waiting_ranks_sleep()
+    if (ranks := _env_int(NODE_VARIABLES)) > len(shared := cores | allowed_cores(os.getppid())):
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # Open MPI
+        if waiting_should_sleep(ranks, len(shared), _job()):
+            os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")  # MPICH
     mpi = _start_mpi()
     world = mpi.COMM_WORLD
     check_launcher(world.size)
@@ -81,6 +88,54 @@ def allowed_cores(process: int = 0) -> set[int]:
         return os.sched_getaffinity(process)
     except OSError:
         return set()
+
+
+def waiting_should_sleep(ranks: int, cores: int, job: Iterable[int]) -> bool:
+    """Whether ranks that wait for a message should sleep instead of giving up their core.
+
+    MPICH's ranks call sched_yield while they wait. With more ranks than cores, that passes the core
+    on to a rank that computes, if no other process wants it: four ranks on two idle cores sum 4 KB
+    in 0.03 ms, and in 0.36 ms if they sleep (MPIR_CVAR_ENABLE_HEAVY_YIELD). A busy process that
+    gets the core keeps it for a whole time slice: beside one, the same sum takes 1.4 ms, and
+    0.38 ms if the ranks sleep. So they should, if others want a quarter of the cores or more.
+
+    `job` are the processes that do not count: the ranks themselves are busy while they start. Ranks
+    that decide differently wait differently, and are right all the same. True without Linux's
+    /proc, where nobody knows.
+    """
+    if ranks <= cores:
+        return False
+    job = list(job)
+    try:
+        looks = [_running_beside(job) for _ in range(LOOKS)]
+    except (OSError, ValueError):
+        return True
+    return 4 * median(looks) >= cores
+
+
+def _running_beside(job: list[int]) -> int:
+    """How many threads of the machine run or want to, after a moment, beside those of `job`."""
+    time.sleep(LOOK_SECONDS)
+    running = int((PROCESSES / "loadavg").read_text().split()[3].partition("/")[0])
+    for process in job:
+        with suppress(OSError):  # it has ended
+            for thread in (PROCESSES / str(process) / "task").iterdir():
+                state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+                running -= state == "R"
+    return running
+
+
+def _job() -> list[int]:
+    """The processes of this job on this machine: all that its launcher started, and itself; without
+    a launcher this process alone. None that cannot be told."""
+    job = [os.getpid()]
+    with suppress(OSError):
+        above = [process for process, name in _ancestors() if name in (*DAEMONS, *LAUNCHERS)]
+        job = above[-1:] or job
+        for process in job:  # which grows meanwhile
+            children = PROCESSES / str(process) / "task" / str(process) / "children"
+            job += map(int, children.read_text().split())
+    return job
 
 
 def share_of_cores(mine: set[int], everyones: list[set[int]]) -> int:
@@ -224,6 +279,12 @@ def _run(main: Callable[[MPI.Intracomm], None]) -> int:
         if not _env_int(RANK_VARIABLES):  # of jobs that do not know of each other, the first
             report(str(error))
         return 2
+    return run_on(world, main)
+
+
+def run_on(world: MPI.Intracomm, main: Callable[[MPI.Intracomm], None]) -> int:
+    """The same on ranks that have started already. Where one fails that others wait for, it ends
+    the process."""
     alarm = world.Dup()  # a private context: no message of the program can match its messages
     if world.rank > 0:
         sys.stdout = open(os.devnull, "w")  # results come from one rank only
@@ -368,9 +429,3 @@ def _start_mpi() -> ModuleType:
                 "for example with `pip install mpich`, and use its mpirun"
             ) from None
     return MPI
-
-
-def _let_waiting_ranks_sleep() -> None:
-    """With more ranks than cores a rank that polls takes the core from one that computes."""
-    os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")  # MPICH
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # Open MPI

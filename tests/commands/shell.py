@@ -1,17 +1,15 @@
-"""Real commands, as a user types them, and what is to be said of every one that is refused."""
+"""Commands as a user types them, and what is to be said of every one that is refused."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 from mpi4py import MPI
-from mpi_runner import run_mpi
+from mpi_runner import run_mpi, run_warm
 
 from mpishard.cli import run_command
 from mpishard.errors import UserError
@@ -23,9 +21,14 @@ VARIANT = "llama-gqa"
 Finished = subprocess.CompletedProcess[str]
 
 
-def mpishard(n: int | None, *words: object, **options: Any) -> Finished:
-    """What ``mpirun -n N mpishard WORDS`` answers; without mpirun if `n` is None."""
-    return run_mpi(n, ["-m", "mpishard", *map(_word, words)], **options)
+def mpishard(n: int | None, *words: object, is_real: bool = False, **options: Any) -> Finished:
+    """What ``mpirun -n N python -m mpishard WORDS`` answers; without mpirun if `n` is None.
+
+    In ranks that are kept warm, unless the command `is_real` or is given an input.
+    """
+    if is_real or "input" in options:
+        return run_mpi(n, ["-m", "mpishard", *map(str, words)], **options)
+    return run_warm(n, [*map(str, words)], **options)
 
 
 def answered(n: int | None, *words: object, **options: Any) -> str:
@@ -61,7 +64,3 @@ def refusal_here(*words: object) -> str:
         run_command(["mpishard", *map(str, words)], MPI.COMM_SELF, job)
     assert "\n" not in str(refused.value)
     return str(refused.value)
-
-
-def _word(word: object) -> str | os.PathLike[str]:
-    return word if isinstance(word, Path) else str(word)

@@ -84,15 +84,15 @@ def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
     assert (report["experts"], report["top_k"], report["ranks"]) == (6, 2, 4)
     assert report["layout"] == "--tp 2 --dp 2 --ep 2"
     loads = {(load["layer"], load["phase"]): load for load in report["loads"]}
-    assert list(loads) == [(n, phase) for n in (0, 1) for phase in ("prompt", "generation")]
+    assert list(loads) == [(n, phase) for n in (0, 1) for phase in ("prefill", "decode")]
     for (_, phase), load in loads.items():
-        rows = 10 if phase == "prompt" else 0
+        rows = 10 if phase == "prefill" else 0
         assert sum(load["rows_of_experts"]) == sum(load["rows_of_ranks"]) == rows
         assert load["dropped"] == 0
         if not rows:
             assert load["imbalance_of_experts"] is load["imbalance_of_ranks"] is None
     # Unlike experts, replicas have what they were dealt.
-    assert sum(loads[0, "prompt"]["rows_of_ranks"][:2]) == 6
+    assert sum(loads[0, "prefill"]["rows_of_ranks"][:2]) == 6
 
 
 def test_experts_placed_by_their_load(mixture, tmp_path):
@@ -119,7 +119,7 @@ def test_experts_placed_by_their_load(mixture, tmp_path):
         asked = [*ASKED, *placed, *more, "--expert-load", fewer]
         assert completions(4, source, *asked) == expected, more
         loads = json.loads(fewer.read_text())["loads"]
-        assert all(load["imbalance_of_ranks"] < 1.5 for load in loads if load["phase"] == "prompt")
+        assert all(load["imbalance_of_ranks"] < 1.5 for load in loads if load["phase"] == "prefill")
 
 
 def test_placements_that_do_not_fit(mixture, model, tmp_path):

@@ -57,7 +57,7 @@ def test_bench_measures_every_way_to_divide_sequences(model, n, words, collectiv
 def test_bench_prints_one_object(model):
     report = json.loads(answered(2, "bench", model, *BENCH, "--json", "--tp", 2))
     assert [(row["phase"], row["batch"]) for row in report["speeds"]] == [
-        ("prompt", 1), ("generation", 1), ("prompt", 3), ("generation", 3)
+        ("prefill", 1), ("decode", 1), ("prefill", 3), ("decode", 3)
     ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_the_line_to_type_is_right(model):
     assert before == "--tp 3 does not divide the 1 rank that was started: run " and after == ""
     mpirun, n, ranks, *program = shlex.split(line)
     assert [mpirun, n, *program[:3]] == ["mpirun", "-n", "python", "-m", "mpishard"]
-    finished = mpishard(int(ranks), *program[3:])
+    finished = mpishard(int(ranks), *program[3:], is_real=True)
     assert finished.returncode == 0, finished.stderr
 
 

@@ -1,4 +1,7 @@
-"""Runs that would hang: they end, and say where every rank is; and runs that are only slow."""
+"""Runs that would hang: they end, and say where every rank is; and runs that are only slow.
+
+All of these mostly wait. So they run among the tests on one rank, beside serial tests that compute.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,11 @@ from mpishard.runtime.watchdog import RankStatus, Watchdog, _merged
 
 # Seconds for collectives that never end, and for jobs that end long before.
 TIMEOUT, PATIENCE = 4, 90
+
+pytestmark = pytest.mark.ranks(1, timeout=3 * PATIENCE)
+
+# A rank that waits for one that never comes leaves its core to other tests.
+PATIENT = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 
 # A command whose rank 1 misbehaves at its so-manieth call of one function of one module. The script
 # passes for a part of `mpishard.communication`, so that the line which calls it is taken for the
@@ -80,7 +88,7 @@ def generated(
 ) -> Finished:
     """What ``mpishard generate`` answers that is started by `program`."""
     words = ["generate", str(model), *ASKED, "--timeout", str(timeout), *how.split()]
-    return run_mpi(n, ["-c", program, *words], timeout=PATIENCE)
+    return run_mpi(n, ["-c", program, *words], env=PATIENT, timeout=PATIENCE)
 
 
 def message(finished: Finished) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from mpi_runner.launch import launches
+
 DEFAULT_SIZES = (1, 2, 3, 4, 8)
 DEFAULT_TIMEOUT = 60.0
 
@@ -80,7 +82,7 @@ class Job:
         state, since = "starting", time.monotonic()
         while True:
             end = ended()  # asked before the files are read, so that they are complete if it ended
-            self._read()
+            self.read()
             inside = self.unfinished(item)
             if not inside:
                 return None
@@ -136,7 +138,7 @@ class Job:
             return f"all {self.size} ranks"
         return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
-    def _read(self) -> None:
+    def read(self) -> None:
         """Take in what the ranks have written since the last call."""
         for rank in range(self.size):
             with suppress(FileNotFoundError), events_file(self.directory, rank).open("rb") as file:
@@ -152,6 +154,9 @@ class Job:
             self.pids[rank] = event["pid"]
         elif "begin" in event:
             self.begun.add(event["begin"])
+        elif "launches" in event:
+            for by, count in event["launches"].items():
+                launches[by] += count
         else:
             data = event["report"]
             if isinstance(data["longrepr"], list):  # a skip's reason, a tuple before it was JSON

@@ -18,8 +18,13 @@ from typing import Any
 
 import pytest
 
+from mpishard.runtime.launch import waiting_should_sleep
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 SESSION_START = time.time()
+
+# What tests have started: mpirun, Python without it, and commands in ranks that are kept.
+launches = {"mpirun": 0, "python": 0, "commands": 0}
 
 # A launcher tells its ranks the size of the world: MPICH's and Slurm's PMI, Open MPI.
 ANNOUNCED_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -39,12 +44,10 @@ RANK_SETTINGS = {
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
 
-# Ranks that wait must sleep when there are more of them than cores, and only then: sleeping makes
-# every small collective slower.
-CROWDED_SETTINGS = {
-    "MPIR_CVAR_ENABLE_HEAVY_YIELD": "1",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-}
+# With more ranks than cores, for Open MPI always and for MPICH where other processes are busy: see
+# `mpishard.runtime.launch.waiting_should_sleep`.
+CROWDED_SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+BUSY_SETTINGS = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}
 
 # What Open MPI and its launcher add to what ranks say that end with a status of their own.
 LAUNCHERS_WORDS = re.compile(
@@ -97,8 +100,10 @@ def environment(ranks: int, changes: Mapping[str, str | None]) -> dict[str, str]
         if not (nested and name.startswith(LAUNCHER_VARIABLES))
     }
     settings = {**inherited, **RANK_SETTINGS}
-    if ranks > allowed_cores():
-        settings.update(CROWDED_SETTINGS)
+    if ranks > (cores := allowed_cores()):
+        settings = {**CROWDED_SETTINGS, **settings}
+        if waiting_should_sleep(ranks, cores, [os.getpid()]):
+            settings = {**BUSY_SETTINGS, **settings}
     for name, change in changes.items():
         settings.pop(name, None)
         if change is not None:
@@ -126,6 +131,7 @@ class Launch:
         mark = f"MPI_RUNNER_LAUNCH_{uuid.uuid4().hex}"
         self.mark = f"{mark}=1"
         launcher = [] if n is None else [*mpirun(), "-n", str(n)]
+        launches["mpirun" if launcher else "python"] += 1
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [*launcher, sys.executable, *[os.fspath(arg) for arg in args]],
             env=environment(n or 1, {**(env or {}), mark: "1"}),

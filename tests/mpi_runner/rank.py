@@ -19,7 +19,7 @@ from _pytest.runner import runtestprotocol
 from mpi4py import MPI
 
 from mpi_runner.job import Job, events_file, ranks_of, stack_file, timeout_of
-from mpi_runner.launch import announced_size
+from mpi_runner.launch import announced_size, launches
 
 
 class Rank:
@@ -69,6 +69,10 @@ class Rank:
             faulthandler.enable(self.stack)
         faulthandler.register(signal.SIGUSR1, self.stack, all_threads=False)
         self._write(pid=os.getpid())
+
+    def pytest_sessionfinish(self) -> None:
+        if self.rank == 0:
+            self._write(launches=launches)  # of commands, by tests
 
     def pytest_unconfigure(self) -> None:
         if self.speaks:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from covering import covering
 from mpi4py import MPI
 
 from mpishard.communication import collectives
@@ -58,7 +59,8 @@ def blocks(sizes: list[int], axis: int, dtype: type) -> list[np.ndarray]:
 
 
 def test_all_reduce(group):
-    for shape, dtype, limit in product(SHAPES, DTYPES, LIMITS):
+    for row in covering({"shape": SHAPES, "dtype": DTYPES, "limit": LIMITS}):
+        shape, dtype, limit = row.values()
         everyones = [data(rank, shape, dtype) for rank in range(group.size)]
         mine = everyones[group.rank].copy()
         total = all_reduce(mine, group, limit=limit)
@@ -78,15 +80,16 @@ def test_all_reduce_of_a_view(group):
 
 @pytest.mark.parametrize("collective", [all_gather, gather])
 def test_gathering(group, collective: Callable):
-    for sizes, axis, limit in product(uneven(group.size), range(3), LIMITS):
-        for dtype in DTYPES:
-            everyones = blocks(sizes, axis, dtype)
-            whole = collective(everyones[group.rank], group, axis, sizes, limit)
-            if collective is gather and group.rank > 0:
-                assert whole is None
-                continue
-            assert whole.dtype == dtype and whole.flags.c_contiguous
-            np.testing.assert_array_equal(whole, np.concatenate(everyones, axis))
+    axes = {"sizes": uneven(group.size), "axis": range(3), "limit": LIMITS, "dtype": DTYPES}
+    for row in covering(axes, [("sizes", "axis", "limit")]):
+        sizes, axis, limit, dtype = row.values()
+        everyones = blocks(sizes, axis, dtype)
+        whole = collective(everyones[group.rank], group, axis, sizes, limit)
+        if collective is gather and group.rank > 0:
+            assert whole is None
+            continue
+        assert whole.dtype == dtype and whole.flags.c_contiguous
+        np.testing.assert_array_equal(whole, np.concatenate(everyones, axis))
 
 
 def test_even_blocks_need_no_sizes(group):

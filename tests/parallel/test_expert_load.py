@@ -115,8 +115,8 @@ def test_dropped_rows_are_counted_apart(comm: MPI.Intracomm):
             answers_of(toy(VARIANT, mesh).map_moe_layers(load.attach))
             dropped = 0
             for rows in load.totals(mesh):
-                if rows.phase == "prompt":  # generated tokens may be others where rows are dropped
-                    of_all = sum(expected[rows.layer, "prompt", e] for e in range(moe.num_experts))
+                if rows.phase == "prefill":  # generated tokens may be others where rows are dropped
+                    of_all = sum(expected[rows.layer, "prefill", e] for e in range(moe.num_experts))
                     assert sum(rows.tokens_per_expert) + rows.dropped == of_all
                     dropped += rows.dropped
                 owners = [block(moe.num_experts, mesh.ep.size, r) for r in range(mesh.ep.size)]

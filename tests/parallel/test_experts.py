@@ -3,17 +3,26 @@ sent against its closed form."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import covering
 import numpy as np
 import pytest
 from mpi4py import MPI
 from tiny_models import MOE_VARIANTS, tiny_config
 from toys import (
+    AXES,
+    MANY,
+    REPRESENTATIVES,
     Recorder,
+    dealt,
     degrees,
+    every_mixture,
+    has_effect,
+    layout_of,
     mesh_of,
     oracle,
     slices,
@@ -37,12 +46,13 @@ pytestmark = pytest.mark.ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_TOLERANCE = 2e-4  # of the logits' standard deviation
-every_mixture = pytest.mark.parametrize("variant", MOE_VARIANTS)
 
 
 def expert_layouts(ranks: int, variant: str) -> list[Layout]:
     """Every ``dp * cp * tp`` of `ranks` ranks with every `ep` that fits it, in forms that go round;
-    more ranks take turns in them."""
+    more ranks take turns in them, and many divide a covering design, unless all is asked for."""
+    if ranks in MANY and not covering.exhaustive:
+        return _designed(ranks)[variant]
     config, number, found = tiny_config(variant), list(MOE_VARIANTS).index(variant), []
     for place, plain in enumerate(degrees(ranks)):
         for ep in range(1, ranks + 1):
@@ -50,17 +60,54 @@ def expert_layouts(ranks: int, variant: str) -> list[Layout]:
             layout = replace(
                 layout, ep=ep, moe_token_dispatcher=TOKEN_DISPATCHERS[(place + ep) % 2]
             )
-            if plain.tp <= config.heads and _fits(config, layout):
+            if _fits(variant, layout):
                 found.append(layout)
     return found if ranks <= 2 else found[number % 3 :: 3]
 
 
-def _fits(config, layout: Layout) -> bool:
+@functools.cache
+def _designed(ranks: int) -> dict[str, list[Layout]]:
+    """Layouts in which every two of the degrees, the forms and the ways to divide experts meet."""
+    axes = AXES | {
+        "degrees": degrees(ranks),
+        "ep": range(1, ranks + 1),
+        "moe_token_dispatcher": TOKEN_DISPATCHERS,
+    }
+    del axes["cp_kv_cache_interleave_size"]  # of the cache alone
+
+    def allowed(row: covering.Row) -> bool:
+        layout = layout_of(row)
+        return any(has_effect(layout, shares) for shares in fitting(row).values())
+
+    def fits(row: covering.Row, variant: str) -> bool:
+        shares = fitting(row)
+        return variant in shares and has_effect(layout_of(row), shares[variant])
+
+    def fitting(row: covering.Row) -> dict[str, bool]:
+        return _fitting(row["degrees"], row["ep"])
+
+    mixtures = [variant for variant in REPRESENTATIVES if variant in MOE_VARIANTS]
+    return dealt(covering.covering(axes, allowed=allowed), mixtures, fits)
+
+
+@functools.cache
+def _fitting(plain: Layout, ep: int) -> dict[str, bool]:
+    """The mixtures that can be divided so, and whether their heads share key/value heads."""
+    found = {}
+    for variant in MOE_VARIANTS:
+        config = tiny_config(variant)
+        if variant in REPRESENTATIVES and _fits(variant, replace(plain, ep=ep)):
+            found[variant] = config.heads > config.kv_heads
+    return found
+
+
+def _fits(variant: str, layout: Layout) -> bool:
+    config = tiny_config(variant)
     try:
         check_experts(config, layout, [])
     except UserError:
         return False
-    return True
+    return layout.tp <= config.heads
 
 
 def expert_meshes(comm: MPI.Intracomm, variant: str) -> Iterator[Mesh]:

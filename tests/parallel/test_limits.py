@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from covering import Row, covering
 from mpi4py import MPI
 from tiny_models import tiny_config
-from toys import FORMS, Recorder, mesh_of, meshes, oracle, switched, toy
+from toys import AXES, Recorder, has_effect, layout_of, mesh_of, meshes, oracle, toy
 
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout
@@ -205,14 +206,21 @@ def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.In
 CONTEXT = "llama-gqa mistral-window gpt_oss-plain deepseek_v2-lite llama-mqa".split()
 
 
-def over_context(comm: MPI.Intracomm, variant: str) -> Iterator[tuple[Mesh, Recorder]]:
-    """`variant` over every number of context-parallel ranks, in forms that go round with it."""
+def over_context(
+    comm: MPI.Intracomm, variant: str, limits: tuple[SchedulerConfig, ...]
+) -> Iterator[tuple[Mesh, Recorder, SchedulerConfig]]:
+    """`variant` over every number of context-parallel ranks, in forms of which every two meet, and
+    meet each of the `limits`."""
+    config = tiny_config(variant)
     for cp in (cp for cp in range(2, comm.size + 1) if comm.size % cp == 0):
-        config, first = tiny_config(variant), CONTEXT.index(variant) + cp
-        for turn in range(first, first + len(FORMS), 7):
-            layout = switched(Layout(tp=comm.size // cp, cp=cp), config, turn)
-            with mesh_of(comm, variant, layout) as mesh:
-                yield mesh, Recorder(toy(variant, mesh))
+        plain = Layout(tp=comm.size // cp, cp=cp)
+
+        def allowed(row: Row, plain: Layout = plain) -> bool:
+            return has_effect(layout_of({"degrees": plain} | row), config.heads > config.kv_heads)
+
+        for row in covering(AXES | {"limits": limits}, allowed=allowed):
+            with mesh_of(comm, variant, layout_of({"degrees": plain} | row)) as mesh:
+                yield mesh, Recorder(toy(variant, mesh)), row["limits"]
 
 
 @pytest.mark.ranks(2, 3, 4)
@@ -231,8 +239,8 @@ def test_a_document_is_computed_once_for_all_questions(
         SchedulerConfig(),
         SchedulerConfig(max_num_batched_tokens=17, chunked_prefill_size=15, max_num_seqs=3),
     )
-    for place, (mesh, model) in enumerate(over_context(comm, variant)):
-        answers = generate(model, requests, limits=pieces[place % 2])
+    for mesh, model, limits in over_context(comm, variant, pieces):
+        answers = generate(model, requests, limits=limits)
         assert [answer.ids for answer in answers] == right, mesh.layout
         assert sum(begun(model)) == 1
         assert sum(fed(model)) == alone(requests) - 4 * len(document)

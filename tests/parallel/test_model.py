@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from mpi4py import MPI
-from tiny_models import VARIANTS, tiny_config
-from toys import Recorder, meshes, oracle, slices, toy, whole_logits
+from tiny_models import tiny_config
+from toys import Recorder, every_variant, meshes, oracle, slices, toy, whole_logits
 
 from mpishard.engine.generate import generate
 from mpishard.engine.scheduler import SchedulerConfig
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_TOLERANCE = 2e-4  # of the logits' standard deviation
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def score(

@@ -139,7 +139,7 @@ def test_copies_share_the_rows_in_turn(comm: MPI.Intracomm, dispatch: str):
                 assert entry.wire_bytes == wire * row
             first = range(max(layout.replica_size, layout.ep))  # the ranks that share its experts
             for counted in load.totals(mesh):
-                if counted.phase == "prompt" and mesh.world.rank in first:
+                if counted.phase == "prefill" and mesh.world.rank in first:
                     computed = rows[counted.layer].sum(axis=0)
                     expected = np.repeat(computed, mesh.etp.size).tolist()
                     assert counted.tokens_per_rank == expected + [0] * (comm.size - len(first))
@@ -168,7 +168,7 @@ def test_the_fullest_rank_has_less_to_do(comm: MPI.Intracomm):
         with mesh_of(comm, VARIANT, layout, placed) as mesh:
             load = ExpertLoad()
             forward(mesh, load)
-            totals = [rows for rows in load.totals(mesh) if rows.phase == "prompt"]
+            totals = [rows for rows in load.totals(mesh) if rows.phase == "prefill"]
             most.append(sum(max(rows.tokens_per_rank) for rows in totals))
             assert {sum(rows.tokens_per_rank) for rows in totals} == {
                 TOKENS * routings()[0].shape[1]
@@ -186,4 +186,6 @@ def test_every_rank_holds_the_weights_of_its_experts_and_no_others(comm: MPI.Int
                 assert sorted(layer.ffn.experts) == own
                 for chosen in own:
                     name = f"model.layers.{number}.mlp.experts.{chosen}.down_proj.weight"
-                    np.testing.assert_array_equal(layer.ffn.experts[chosen].down, weights[name])
+                    np.testing.assert_array_equal(
+                        layer.ffn.experts[chosen].down.weight, weights[name]
+                    )

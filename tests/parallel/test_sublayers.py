@@ -15,7 +15,7 @@ from mpishard.model import Decoder
 from mpishard.parallel import tensor
 from mpishard.sequences.step import Step, pack
 
-pytestmark = [pytest.mark.ranks, pytest.mark.parametrize("variant", VARIANTS)]
+pytestmark = [pytest.mark.ranks, pytest.mark.sweep, pytest.mark.parametrize("variant", VARIANTS)]
 
 LENGTHS = (5, 1, 13)  # fewer, equal and more than most windows
 

@@ -76,7 +76,7 @@ def seen(config, queries, keys) -> int:
 
 def test_a_report_has_every_phase_of_every_length_and_batch_in_order(report):
     phases = [(row["prompt_tokens"], row["batch"], row["phase"]) for row in report["speeds"]]
-    assert phases == list(product(PROMPTS, BATCHES, ("prompt", "generation")))
+    assert phases == list(product(PROMPTS, BATCHES, ("prefill", "decode")))
     rows = [(row["prompt_tokens"], row["batch"]) for row in report["memory"]]
     assert rows == list(product(PROMPTS, BATCHES))
 
@@ -100,7 +100,7 @@ def test_a_report_is_json(report):
 
 
 def tokens_of(row: dict) -> int:
-    return row["batch"] * (row["prompt_tokens"] if row["phase"] == "prompt" else 1)
+    return row["batch"] * (row["prompt_tokens"] if row["phase"] == "prefill" else 1)
 
 
 def test_speeds_and_limits_agree_with_each_other(report):
@@ -131,7 +131,7 @@ def test_the_slower_of_reading_and_multiplying_is_the_limit():
 
 def test_seconds_of_arithmetic_are_a_part_of_the_step(report):
     for row in report["speeds"]:
-        if row["phase"] == "prompt":
+        if row["phase"] == "prefill":
             assert 0 < row["attention_seconds"] < row["least_arithmetic_seconds"]
             assert row["least_arithmetic_seconds"] == row["most_arithmetic_seconds"]
             communication = row["share_in_communication"] * row["seconds_per_step"]
@@ -265,7 +265,7 @@ def test_reports_count_the_flops_of_their_own_steps(report):
     config = tiny_config(UNTIED)
     per_key = 4 * config.heads * config.head_dim * config.layers
     for row in report["speeds"]:
-        prompt, length = row["phase"] == "prompt", row["prompt_tokens"]
+        prompt, length = row["phase"] == "prefill", row["prompt_tokens"]
         flops = counts.product_flops(config, WeightSharding(1), 0, tokens_of(row), row["batch"])
         assert row["product_flops"] == flops
         # A query at position p sees p + 1 keys; the middle one after the prompt sees two more.
@@ -378,7 +378,7 @@ def test_the_table_shows_every_speed_with_its_limit_and_share(report):
     assert lines[0].endswith(report["mpi"])
     for row in report["speeds"]:
         length = row["prompt_tokens"]
-        prompt = row["phase"] == "prompt"
+        prompt = row["phase"] == "prefill"
         title = f"prompt {length}" if prompt else f"generation {TOKENS} after {length}"
         shown = [
             f"{row['batch']}",
@@ -519,7 +519,7 @@ def test_layouts_divide_the_residual_stream_and_the_cache(
     ]
     assert bool(exchanged) == (options == ["--cp", 2])
     for row in report["speeds"]:
-        if row["phase"] == "prompt":
+        if row["phase"] == "prefill":
             assert row["most_arithmetic_seconds"] >= row["least_arithmetic_seconds"] > 0
             assert bool(row["send_receive_seconds"]) == (options == ["--cp", 2])
 

@@ -24,6 +24,7 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
 }
 MIXTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -124,6 +125,38 @@ def test_defaults_of_qwen3():
     assert (config.family, config.kv_heads, config.head_dim) == ("qwen3", 32, 128)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
     assert (config.qk_norm, config.max_position_embeddings) == (True, 32768)
+
+
+def test_defaults_of_gemma2():
+    config = read("gemma2")
+    assert (config.family, config.kv_heads, config.head_dim) == ("gemma2", 4, 256)
+    assert (config.activation, config.tied, config.norm_offset) == ("gelu_pytorch_tanh", True, 1.0)
+    assert config.windows == (4096, None, 4096)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    assert (config.attention_scale, config.embedding_scale) == (256**-0.5, 8.0)
+    assert (config.post_norms, config.max_position_embeddings) == (True, 8192)
+    assert (config.eos_ids, config.bos_id) == ((1,), 2)
+
+
+def test_what_gemma2_may_change():
+    config = read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=5)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, 5.0)
+    assert read("gemma2", query_pre_attn_scalar=144).attention_scale == 1 / 12
+    assert read("gemma2", hidden_activation="relu", hidden_act="silu").activation == "relu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sliding_window": None}, "sliding_window = null must be a positive whole number"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0 must be a positive number"),
+        ({"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar = 0.5 must be a positive whole"),
+        ({"hidden_activation": "elu"}, 'hidden_activation = "elu" is not implemented'),
+        ({"use_bidirectional_attention": True}, "asks for attention to later tokens"),
+    ],
+)
+def test_what_gemma2_may_not_change(changes, problem):
+    assert problem in refusal("gemma2", **changes)
 
 
 def mixture(family: str, /, **changes: Any) -> MoEConfig:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,8 +88,68 @@ def test_a_rank_takes_its_share_of_the_cores_and_waits_awake_while_there_are_eno
         assert settings(2) == [f"{cores // 2}", f"{cores // 2}", "None"]
 
 
-def test_ranks_sleep_while_they_wait_when_there_are_more_of_them_than_cores():
-    assert settings(len(os.sched_getaffinity(0)) + 1) == ["1", "1", "1"]
+def test_ranks_sleep_while_they_wait_when_busy_processes_want_their_cores():
+    cores = len(os.sched_getaffinity(0))
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        assert settings(cores + 1) == ["1", "1", "1"]
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def fake_processes(monkeypatch: pytest.MonkeyPatch, directory: Path, looks: list[int], **states):
+    """Let the machine have so many running threads at each look, and processes with threads in
+    these states."""
+    monkeypatch.setattr(launch, "PROCESSES", directory)
+    found = iter(looks)
+
+    def look(_: float) -> None:
+        (directory / "loadavg").write_text(f"0.00 0.01 0.05 {next(found)}/99 1234\n")
+
+    monkeypatch.setattr(time, "sleep", look)
+    for process, threads in states.items():
+        for thread, state in enumerate(threads):
+            task = directory / process[1:] / "task" / str(thread)
+            task.mkdir(parents=True)
+            (task / "stat").write_text(f"{thread} (a) R) {state} 1 1\n")
+
+
+@pytest.mark.parametrize(
+    "ranks, cores, looks, sleep",
+    [
+        (2, 2, [9, 9, 9, 9, 9], False),  # a core for each
+        (3, 2, [3, 3, 3, 3, 3], False),  # the job's own
+        (3, 2, [4, 3, 3, 3, 4], False),  # a moment's work of somebody
+        (3, 2, [4, 3, 4, 3, 4], True),
+        (9, 8, [4, 4, 4, 4, 4], False),  # less than a quarter of the cores
+        (9, 8, [5, 5, 9, 5, 5], True),
+    ],
+)
+def test_ranks_sleep_beside_others_that_want_a_quarter_of_the_cores(
+    tmp_path, monkeypatch, ranks, cores, looks, sleep
+):
+    """The job runs three threads of its own, of two processes; a third process has ended."""
+    fake_processes(monkeypatch, tmp_path, looks, p7="RSR", p8="R")
+    assert launch.waiting_should_sleep(ranks, cores, [7, 8, 9]) == sleep
+
+
+def test_ranks_that_cannot_see_what_runs_sleep(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "PROCESSES", tmp_path)
+    assert launch.waiting_should_sleep(3, 2, [])
+    assert not launch.waiting_should_sleep(2, 2, [])
+
+
+def test_the_job_is_all_that_its_launcher_started(tmp_path, monkeypatch):
+    fake_ancestors(monkeypatch, tmp_path, "python", "hydra_pmi_proxy", "mpiexec.hydra", "bash")
+    for process, children in {101: "100 55", 102: "101", 55: "56", 100: "", 103: "102 9"}.items():
+        task = tmp_path / str(process) / "task" / str(process)
+        task.mkdir(parents=True)
+        (task / "children").write_text(children)
+    assert sorted(launch._job()) == [55, 56, 100, 101, 102]
+    monkeypatch.setattr(launch, "PROCESSES", tmp_path / "none")
+    assert launch._job() == [os.getpid()]
 
 
 def test_what_the_user_has_set_stays():

@@ -1,15 +1,18 @@
 """Tests of the tests: mistakes that are easy to make must turn the suite red.
 
-Each mistake is a plugin that pytest and the ranks it starts load; what it patches stays broken for
-a short run of the parallel tests on two ranks.
+A plugin that pytest and the ranks it starts load makes a mistake before a test and takes it back
+afterwards, in short runs of the parallel tests on two ranks.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -133,19 +136,74 @@ MISTAKES = {
 }
 
 
+# The plugin: each test of a file once with each of the mistakes that it is to find, and all of them
+# once with nothing at all.
+PLUGIN = """
+import json, os, sys
+import pytest
+
+MISTAKES = json.loads(os.environ["MISTAKES"])
+
+def pytest_generate_tests(metafunc):
+    test = metafunc.function.__name__
+    names = [name for name, (_, victim) in MISTAKES.items() if victim in (None, test)]
+    metafunc.parametrize("mistake", names, indirect=True)
+
+@pytest.fixture(autouse=True)
+def mistake(request):
+    from mpishard.arithmetic.packed import KVCache
+    modules = [m for name, m in sys.modules.items() if name.split(".")[0] in ("mpishard", "toys")]
+    owners = [*modules, KVCache]
+    before = [dict(vars(owner)) for owner in owners]
+    exec(MISTAKES[request.param][0], {})
+    forget(before)
+    yield
+    for owner, attributes in zip(owners, before):
+        for name, value in attributes.items():
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
+    forget(before)
+
+def forget(owners):
+    \"""Empty the caches of functions: they may have computed with another mistake.\"""
+    for attributes in owners:
+        for value in attributes.values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """What the short run of a file's tests says, with all the mistakes that they are to find."""
+    plugins = tmp_path_factory.mktemp("plugins")
+    (plugins / "mistakes.py").write_text(PLUGIN)
+
+    @cache
+    def of(file: str) -> str:
+        mine = {name: (patch, test) for name, (patch, at, test) in MISTAKES.items() if at == file}
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", TESTS[file]]
+            + ["-k", "np2 and (llama-bias or not llama and not qwen and not mistral)"],
+            cwd=ROOT,
+            env=os.environ
+            | {"PYTEST_PLUGINS": "mistakes", "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
+            | {"MISTAKES": json.dumps(mine)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert run.returncode == 1, run.stdout + run.stderr
+        return run.stdout
+
+    return of
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_turns_the_suite_red(mistake: str, tmp_path: Path):
-    patch, file, victim = MISTAKES[mistake]
-    (tmp_path / "mistake.py").write_text(patch)
-    path = f"{tmp_path}:{ROOT / 'tests'}"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS[file]]
-        + ["-k", "np2 and (llama-bias or not llama and not qwen and not mistral)"],
-        cwd=ROOT,
-        env=os.environ | {"PYTEST_PLUGINS": "mistake", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == (1 if victim else 0), run.stdout + run.stderr
-    assert not victim or re.search(rf"^FAILED .*{victim}\[", run.stdout, re.MULTILINE), run.stdout
+def test_a_mistake_turns_the_suite_red(mistake: str, outcome: Callable[[str], str]):
+    _, file, victim = MISTAKES[mistake]
+    said = outcome(file)
+    found = re.findall(rf"^(PASSED|FAILED|ERROR) .*::(\w+)\[.*{re.escape(mistake)}", said, re.M)
+    assert found and ("ERROR" not in dict(found)), said
+    failed = {test for result, test in found if result == "FAILED"}
+    assert failed == ({victim} if victim else set()), said

@@ -42,7 +42,7 @@ def report(layout: str, lengths: list[int], scale: float, batches: tuple[int, ..
         {"phase": phase, "prompt_tokens": length, "batch": batch}
         | {"seconds_per_step": scale * batch * length * seconds}
         for length, batch in cases
-        for phase, seconds in (("prompt", 0.01), ("generation", 1e-5))
+        for phase, seconds in (("prefill", 0.01), ("decode", 1e-5))
     ]
     return {
         "model": "a-model",

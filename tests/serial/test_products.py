@@ -67,8 +67,8 @@ def test_products_that_stay_in_columns(rows: int):
     random = np.random.RandomState(rows)
     x_NI, w_OI = random.standard_normal((rows, 30)), random.standard_normal((270, 30))
     w_PO, bias_O = random.standard_normal((11, 270)), random.standard_normal(270)
-    y_sOC = linear_packed(pack_columns(x_NI), w_OI, bias_O)
-    z_NP = unpack_columns(linear_packed([*map(np.tanh, y_sOC)], w_PO), rows)
+    y_XON = linear_packed(pack_columns(x_NI), w_OI, bias_O)
+    z_NP = unpack_columns(linear_packed([*map(np.tanh, y_XON)], w_PO), rows)
     assert z_NP.shape == (rows, 11) and z_NP.flags.c_contiguous
     np.testing.assert_allclose(z_NP, np.tanh(x_NI @ w_OI.T + bias_O) @ w_PO.T, atol=1e-12)
 

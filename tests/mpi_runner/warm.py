@@ -1,0 +1,109 @@
+"""Ranks that have started MPI and imported the program, and run one command of it after another.
+
+Most commands of the tests differ in what they answer, not in how their processes start and end: in
+warm ranks such a command takes a tenth of the time that mpirun and Python need to start. Real
+launches are for the rest: signals, standard input, terminals, patched programs, ends of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from mpi_runner.launch import CHECKOUT, LAUNCHERS_WORDS, Launch, launches
+
+START_LIMIT = 120.0  # seconds
+PROGRAM = str(CHECKOUT / "mpishard" / "__main__.py")  # what `python -m mpishard` is called
+
+_running: dict[int | None, WarmRanks] = {}
+
+
+class WarmRanks:
+    """A launch of `n` ranks, or of one process without mpirun if `n` is None, that runs commands
+    until it is told to end or its end of the connection closes."""
+
+    def __init__(self, n: int | None) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="mpi_runner-")
+        directory = Path(self._directory.name)
+        self.out, self.err = directory / "out", directory / "err"
+        path = [str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH", "")]
+        with socket.socket(socket.AF_UNIX) as desk, (directory / "start").open("w") as output:
+            desk.bind(str(directory / "socket"))
+            desk.listen(n or 1)
+            desk.settimeout(START_LIMIT)
+            self.launch = Launch(
+                n,
+                ["-m", "mpi_runner.warm_rank", directory / "socket"],
+                env={"PYTHONPATH": os.pathsep.join(filter(None, path))},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            self.ranks = [desk.accept()[0] for _ in range(n or 1)]
+
+    def run(
+        self, words: Sequence[str], cwd: str, timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """What a command answers. The test fails if it still runs after `timeout` seconds; the
+        launch has ended then, and also where a command ended its ranks."""
+        self.out.write_bytes(b"")
+        self.err.write_bytes(b"")
+        task = {"words": words, "cwd": cwd, "out": str(self.out), "err": str(self.err)}
+        for rank in self.ranks:
+            rank.sendall(f"{json.dumps(task)}\n".encode())
+        deadline, answers = time.monotonic() + timeout, []
+        for rank in self.ranks:
+            if not select.select([rank], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                self.launch.end()
+                said = self._said(words, -1)
+                pytest.fail(f"still running after {timeout:g} s: {words}\n{said}", False)
+            answers.append(rank.recv(99))
+        if all(answers):
+            (status,) = set(map(int, answers))  # all ranks know how the job ends
+        else:
+            status = self.launch.process.wait(START_LIMIT)
+            self.end()
+        return self._said(words, status)
+
+    def _said(self, words: Sequence[str], status: int) -> subprocess.CompletedProcess[str]:
+        out, err = (path.read_text("utf-8", "replace") for path in (self.out, self.err))
+        return subprocess.CompletedProcess(words, status, out, LAUNCHERS_WORDS.sub("", err))
+
+    @property
+    def has_ended(self) -> bool:
+        return self.launch.process.poll() is not None
+
+    def end(self) -> None:
+        """Let the ranks leave MPI, those that hang by force."""
+        for rank in self.ranks:
+            rank.close()
+        if not self.has_ended:
+            with suppress(subprocess.TimeoutExpired):
+                self.launch.process.wait(5)
+        self.launch.end()
+
+
+def run_warm(
+    n: int | None, words: Sequence[str], cwd: str | None = None, timeout: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """What ``mpirun -n N python -m mpishard WORDS`` answers, from ranks that are kept warm."""
+    launches["commands"] += 1
+    if n not in _running or _running[n].has_ended:
+        _running[n] = WarmRanks(n)
+    return _running[n].run(words, cwd or os.getcwd(), timeout)
+
+
+def end_warm_ranks() -> None:
+    """End all of them."""
+    while _running:
+        _running.popitem()[1].end()
