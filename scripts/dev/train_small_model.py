@@ -6,7 +6,7 @@ and library modules, and the library's source. The script trains a byte-level BP
 Llama-style decoder, or with --experts a Mixtral-style one (Muon for the matrices, AdamW for the
 rest), and writes the result in the Hugging Face layout, in bfloat16.
 
-    python scripts/dev/train_small_model.py --minutes 60          # train, then write data/cpython-4m
+    python scripts/dev/train_small_model.py --minutes 60         # train, then write data/cpython-4m
     python scripts/dev/train_small_model.py --minutes 60 --resume # go on from the last checkpoint
     python scripts/dev/train_small_model.py --export-only         # write what the checkpoint holds
     python scripts/dev/train_small_model.py --experts 8 --top-k 2 # the same for data/cpython-moe-7m
