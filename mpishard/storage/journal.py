@@ -68,7 +68,7 @@ class Journal:
         return len(self._places)
 
     def __getitem__(self, place: int) -> bytes:
-        """What was made of `eplb`; the first, should there be several."""
+        """What was made of `place`; the first, should there be several."""
         offset, length = self._places[place]
         return os.pread(self._file, length, offset)
 
