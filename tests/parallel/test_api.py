@@ -247,7 +247,10 @@ def test_of_several_failures_the_lowest_ranks_is_raised(comm):
             "chunked_prefill_size 0 must be at least",
         ),
         (lambda model: model.generate(["a"], SamplingParams(stop=("b", ""))), "none of them empty"),
-        (lambda model: model.generate(["a"], SamplingParams(stop="b"))  # type: ignore[arg-type], "stop 'b' must be a list"),
+        (
+            lambda model: model.generate(["a"], SamplingParams(stop="b")),  # type: ignore[arg-type]
+            "stop 'b' must be a list",
+        ),
         (lambda model: model.generate([[1]], chat=True), "not token ids"),
         (lambda model: model.logits([[1], []]), "sequence 2 is empty"),
         (lambda model: model.logits([[-1]]), "sequence 1 has token id -1"),
