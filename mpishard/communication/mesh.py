@@ -58,7 +58,7 @@ class Mesh:
         world = Group(comm, "world", ledger, calls, tuple(range(comm.size)))
 
         weight_sharding = weight_sharding_of(config, layout, placement)
-        shard_index = shard_index_of(weight_sharding, layout, comm.rank)
+        shard_index = shard_index_of(weight_sharding, comm.rank)
         own = shard_index if config.moe else comm.rank % layout.replica_size
         copy = comm.rank // max(layout.replica_size, layout.ep)  # of all experts
         etp = max(1, layout.replica_size // layout.ep)

@@ -53,7 +53,7 @@ def load_as(layout: Layout, path: Path, comm: MPI.Intracomm, **options: Any) -> 
 def layout_options(layout: Layout) -> dict[str, Any]:
     """What is to be said of `layout` beside its degrees."""
     values = {name: getattr(layout, name) for name in LAYOUT_OPTIONS}
-    return {name: value for name, value in values.items() if value != LAYOUT_OPTIONS[name][1]}
+    return {name: value for name, value in values.items() if value != LAYOUT_OPTIONS[name].default}
 
 
 def same_everywhere(value: object, comm: MPI.Intracomm) -> bool:
