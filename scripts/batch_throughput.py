@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -21,7 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from batch_under_fire import MPIRUN, environment
+CHECKOUT = Path(__file__).resolve().parents[1]
+MPIRUN = str(Path(sys.executable).parent / "mpirun")
 
 SUMMARY = re.compile(r"prompt: (\d+) tokens, ([\d.]+) tokens/s; generation: (\d+) tokens")
 NOTHING_BUT_MPI = "from mpi4py import MPI"
@@ -75,7 +77,7 @@ def start(ranks: int, *words: object) -> str:
     """What ``python WORDS`` on so many ranks says on standard error."""
     job = subprocess.run(
         [MPIRUN, "-n", str(ranks), sys.executable, *map(str, words)],
-        env=environment({"OPENBLAS_NUM_THREADS": "1"}),
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OPENBLAS_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )

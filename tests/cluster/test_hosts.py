@@ -1,4 +1,4 @@
-"""Ranks on several hosts: the hosts of ``scripts/lab/hosts.py``, which have nothing but TCP between
+"""Ranks on several hosts: the hosts of ``tests/lab/hosts.py``, which have nothing but TCP between
 them, and what the commands answer there.
 
 They are skipped where this system does not allow its user to make namespaces, or where mpirun is
@@ -22,7 +22,7 @@ from commands.shell import completions
 from mpi_runner import Launch, run_mpi
 from mpi_runner.launch import CHECKOUT, mpirun
 
-HOSTS = CHECKOUT / "scripts" / "lab" / "hosts.py"
+HOSTS = CHECKOUT / "tests" / "lab" / "hosts.py"
 MODEL, MIXTURE = (CHECKOUT / "data" / name for name in ("cpython-4m", "cpython-moe-7m"))
 PROMPTS = ["def read(self", "The module provides", "class Queue:", "import"]
 ASKED = [*(word for text in PROMPTS for word in ("--prompt", text)), "--max-tokens", "6"]

@@ -1,5 +1,5 @@
 """The batch scripts of ``scripts/slurm``: what they hand to srun, what they refuse, and how they do
-under a real Slurm, the cluster of ``scripts/lab/slurm.py``.
+under a real Slurm, the cluster of ``tests/lab/slurm.py``.
 
 The latter are skipped where Slurm is not installed, or mpirun is not MPICH's: its MPI is the one
 that srun can start without a library more.
@@ -23,7 +23,7 @@ import pytest
 from commands.shell import answered, completions
 from mpi_runner.launch import CHECKOUT, environment, mpirun, sweep_shared_memory
 
-LAB = CHECKOUT / "scripts" / "lab" / "slurm.py"
+LAB = CHECKOUT / "tests" / "lab" / "slurm.py"
 SCRIPTS = CHECKOUT / "scripts" / "slurm"
 MODEL, MIXTURE = (CHECKOUT / "data" / name for name in ("cpython-4m", "cpython-moe-7m"))
 NAMES = ["tensor", "data", "expert", "long-context", "chain"]

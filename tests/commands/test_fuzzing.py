@@ -8,7 +8,7 @@ from pathlib import Path
 from mpi_runner import run_mpi
 
 TESTS = Path(__file__).parents[1]
-SCRIPTS = TESTS.parent / "scripts"
+FUZZ = TESTS / "fuzz"
 
 # What a command must not do, as the body of its main function, in a room whose one file is `kept`
 # and where it makes `made`, and the words by which that is found.
@@ -36,8 +36,8 @@ FAULTS = {
 SCRIPT = f"""
 import json, os, sys, time
 from pathlib import Path
-sys.path[:0] = [{str(SCRIPTS)!r}, {str(TESTS)!r}]
-from fuzzing import running
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+from fuzz import running
 
 say = lambda words: sys.stderr.write(words + "\\n")
 found = {{}}
@@ -57,7 +57,7 @@ print(json.dumps(found))
 
 
 def test_damaged_inputs_end_in_a_sentence_or_in_the_right_answer():
-    words = [str(SCRIPTS / "fuzz_inputs.py"), "--inputs", "60"]
+    words = [str(FUZZ / "fuzz_inputs.py"), "--inputs", "60"]
     finished = run_mpi(None, words, timeout=200)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     last = finished.stdout.splitlines()[-1]
@@ -77,9 +77,9 @@ def test_faults_would_be_found(tmp_path):
 WRONG = f"""
 import sys
 import numpy as np
-sys.path[:0] = [{str(SCRIPTS)!r}, {str(TESTS)!r}]
-import fuzz_inputs
-from fuzzing.judge import check_answer, compare_logits
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+from fuzz import fuzz_inputs
+from fuzz.judge import check_answer, compare_logits
 
 right = {{"a": np.ones((2, 3)), "b": np.array([[np.nan, np.inf]])}}
 assert compare_logits(dict(right), right) == ""
@@ -107,5 +107,5 @@ sys.exit(fuzz_inputs.conclude([verdict], 1.0))
 def test_wrong_answers_would_be_found_and_can_be_seen_again():
     finished = run_mpi(None, ["-c", WRONG])
     assert finished.returncode == 1 and not finished.stderr, finished.stderr
-    assert "--- again: python scripts/fuzz_inputs.py --seed 5 --only 17\n" in finished.stdout
+    assert "--- again: python tests/fuzz/fuzz_inputs.py --seed 5 --only 17\n" in finished.stdout
     assert finished.stdout.endswith("in 1 s: 0 answered, 0 refused, 1 wrong\n")

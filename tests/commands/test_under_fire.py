@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mpi_runner import run_mpi
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+FUZZ = Path(__file__).parents[1] / "fuzz"
 
 # Answers lost, doubled, or changed: what a journal must not do.
 FAULTS = {
@@ -18,7 +18,7 @@ FAULTS = {
 
 
 def test_nothing_is_lost_under_fire():
-    words = [str(SCRIPTS / "batch_under_fire.py"), "--requests", "90", "--kills", "3"]
+    words = [str(FUZZ / "batch_under_fire.py"), "--requests", "90", "--kills", "3"]
     finished = run_mpi(None, words, timeout=200)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     lines = finished.stdout.splitlines()
@@ -34,8 +34,8 @@ def test_a_fault_would_be_found(tmp_path, fault, sentence):
     script = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(SCRIPTS)!r})
-from batch_under_fire import compare
+sys.path.insert(0, {str(FUZZ.parent)!r})
+from fuzz.batch_under_fire import compare
 right, found = Path("right"), Path("found")
 lines = ['{{"id": "a"}}', '{{"id": "b"}}', '{{"id": "c"}}']
 right.write_text("\\n".join(lines))

@@ -40,7 +40,7 @@ class WarmRanks:
         with socket.socket(socket.AF_UNIX) as desk, (directory / "start").open("w") as output:
             desk.bind(str(directory / "socket"))
             desk.listen(n or 1)
-            desk.settimeout(START_LIMIT)
+            desk.settimeout(0.5)
             self.launch = Launch(
                 n,
                 ["-m", "mpi_runner.warm_rank", directory / "socket"],
@@ -49,7 +49,17 @@ class WarmRanks:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            self.ranks = [desk.accept()[0] for _ in range(n or 1)]
+            self.ranks = [self._accept(desk) for _ in range(n or 1)]
+
+    def _accept(self, desk: socket.socket) -> socket.socket:
+        """The connection of one more rank. The test fails, with what the launch said, if it ends or
+        takes too long."""
+        deadline = time.monotonic() + START_LIMIT
+        while not self.has_ended and time.monotonic() < deadline:
+            with suppress(TimeoutError):
+                return desk.accept()[0]
+        self.launch.end()
+        pytest.fail(f"warm ranks do not start:\n{(self.out.parent / 'start').read_text()}", False)
 
     def run(
         self, words: Sequence[str], cwd: str, timeout: float

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mpishard import cli, launch
+from mpishard import cli
+from mpishard.runtime import launch
 
 WORLD = launch.start()
 

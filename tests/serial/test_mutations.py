@@ -41,9 +41,8 @@ MISTAKES = {
         "test_tensor_parallelism_is_two_all_reduces_a_layer_and_one_for_the_embedding",
     ),
     "a bias added on every rank": (
-        "from mpishard.parallel import tensor\n"
-        "from mpishard.communication.collectives import all_reduce\n"
-        "tensor.add_bias = lambda y, b: y if b is None else y + 2 * b",
+        "from mpishard.arithmetic.linear import Linear\n"
+        "Linear.add_bias = lambda self, y: y if self.bias is None else y + 2 * self.bias",
         "sublayers",
         "test_attention",
     ),
@@ -65,7 +64,7 @@ MISTAKES = {
         "test_attention",
     ),
     "a cache one position late": (
-        "from mpishard.sequences.step import KVCache\n"
+        "from mpishard.sequences.kv_cache import KVCache\n"
         "read = KVCache.read\n"
         "def late(self, layer):\n"
         "    k_gTK, v_gTK, at_T = read(self, layer)\n"
@@ -92,8 +91,8 @@ MISTAKES = {
         "import numpy as np\n"
         "from mpishard.parallel import flash_decoding\n"
         "right = flash_decoding.attend\n"
-        "def wrong(q, at_S, k, v, at_T, scale, window):\n"
-        "    return right(q, at_S, k, v, np.arange(len(at_T)) + len(at_T), scale, window)\n"
+        "def wrong(q, q_pos, k, v, k_pos, spec):\n"
+        "    return right(q, q_pos, k, v, np.arange(len(k_pos)) + len(k_pos), spec)\n"
         "flash_decoding.attend = wrong",
         "sublayers",
         "test_attention",
@@ -125,11 +124,17 @@ MISTAKES = {
     ),
     "replicas that talk": (
         "from mpishard.parallel import tensor\n"
-        "right = tensor.feed_forward\n"
-        "def chatty(x, w, step, mesh):\n"
-        "    tensor.all_reduce(x, mesh.dp)\n"
-        "    return right(x, w, step, mesh)\n"
-        "tensor.feed_forward = chatty",
+        "right = tensor.all_reduce\n"
+        "def chatty(x, group):\n"
+        "    right(x, chatty.mesh.dp)\n"
+        "    return right(x, group)\n"
+        "from mpishard import model\n"
+        "init = model.Decoder.__init__\n"
+        "def keep(self, config, weights, mesh, *rest):\n"
+        "    chatty.mesh = mesh\n"
+        "    init(self, config, weights, mesh, *rest)\n"
+        "model.Decoder.__init__ = keep\n"
+        "tensor.all_reduce = chatty",
         "schedule",
         "test_replicas_never_meet",
     ),
@@ -151,9 +156,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def mistake(request):
-    from mpishard.arithmetic.packed import KVCache
+    from mpishard.arithmetic.linear import Linear
+    from mpishard.model import Decoder
+    from mpishard.sequences.kv_cache import KVCache
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] in ("mpishard", "toys")]
-    owners = [*modules, KVCache]
+    owners = [*modules, Decoder, KVCache, Linear]
     before = [dict(vars(owner)) for owner in owners]
     exec(MISTAKES[request.param][0], {})
     forget(before)

@@ -13,8 +13,8 @@ import numpy as np
 from tiny_models import write_checkpoint
 from tiny_text import CHAT_TEMPLATE, write_speaker
 
-from fuzzing.judge import read_logits
-from fuzzing.running import Room
+from fuzz.judge import read_logits
+from fuzz.running import Room
 from mpishard.batch.job import BatchJob
 
 FAMILIES = (

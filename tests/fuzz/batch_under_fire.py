@@ -2,7 +2,7 @@
 """Kill a batch at random moments, over and over, and show that nothing is lost, nothing done twice
 and every answer is that of a run left in peace.
 
-    python scripts/batch_under_fire.py --requests 2000 --kills 10
+    python tests/fuzz/batch_under_fire.py --requests 2000 --kills 10
 
 Each time SIGKILL hits rank 0, another rank, the launcher, or all of them, while the job starts,
 computes or writes; then the same command is given again. Ends with status 1 if anything is wrong.
@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = CHECKOUT / "data" / "cpython-4m"
 MPIRUN = str(Path(sys.executable).parent / "mpirun")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")

@@ -15,10 +15,10 @@ from random import Random
 
 import numpy as np
 
-from fuzzing import damage
-from fuzzing.corpus import ANSWERED, DENSE, EP, MIXTURE, Corpus
-from fuzzing.judge import compare_logits, read_logits
-from fuzzing.running import Finding, Room
+from fuzz import damage
+from fuzz.corpus import ANSWERED, DENSE, EP, MIXTURE, Corpus
+from fuzz.judge import compare_logits, read_logits
+from fuzz.running import Finding, Room
 
 
 def beside(room: Room, corpus: Corpus, random: Random) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from fuzzing.running import Finding
+from fuzz.running import Finding
 from mpishard.reference import Reference
 from mpishard.storage.model_dir import read_config
 

@@ -32,11 +32,11 @@ import mpi4py  # noqa: E402
 
 mpi4py.rc.initialize = mpi4py.rc.finalize = False
 
-from batch_under_fire import MPIRUN, environment, processes_marked  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 from mpi_runner.launch import LAUNCHERS_WORDS  # noqa: E402
 
 import mpishard.commands  # noqa: E402, F401  (so that a fork need not import it)
+from fuzz.batch_under_fire import MPIRUN, environment, processes_marked  # noqa: E402
 from mpishard import cli  # noqa: E402
 
 CHECKOUT = Path(__file__).parents[2]

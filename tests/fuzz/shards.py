@@ -16,10 +16,10 @@ from random import Random
 import h5py
 import numpy as np
 
-from fuzzing import damage
-from fuzzing.corpus import DENSE, MIXTURE, Corpus
-from fuzzing.judge import compare_logits, read_logits
-from fuzzing.running import Finding, Room
+from fuzz import damage
+from fuzz.corpus import DENSE, MIXTURE, Corpus
+from fuzz.judge import compare_logits, read_logits
+from fuzz.running import Finding, Room
 
 BFLOAT16_TOLERANCE = 0.2  # of the sound model's numbers: only tells that nothing else went wrong
 FLOAT32 = 1e-4

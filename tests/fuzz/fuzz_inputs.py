@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Feed mpishard damaged inputs, and show that each ends in one sentence or in the right answer.
 
-    python scripts/fuzz_inputs.py --inputs 1000 --seed 0
+    python tests/fuzz/fuzz_inputs.py --inputs 1000 --seed 0
 
 Inputs of five kinds take turns, each damaged at random: files of requests, the small files of a
 checkpoint, its weights, shards, and what lies beside them (journals, routing, placements, loads).
@@ -9,7 +9,7 @@ Every twentieth of a kind is read by two ranks under mpirun, the others by one.
 
 A command must end in time, either with status 0 and the right answer, or with status 2 and one line
 ``mpishard: error: …``; with no other word than those of a run in peace, every file as it was, and
-nothing left half written. What the right answer is, `scripts/fuzzing` says kind by kind. Damage
+nothing left half written. What the right answer is, `tests/fuzz` says kind by kind. Damage
 that changes nothing must change no answer. Ends with status 1 if anything is wrong.
 
 What an input is depends on the seed and its number alone; --only N runs one again and keeps it.
@@ -30,15 +30,15 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
-from fuzzing.beside import beside  # noqa: E402
-from fuzzing.corpus import Corpus  # noqa: E402
-from fuzzing.models import configuration, weights  # noqa: E402
-from fuzzing.requests import requests  # noqa: E402
-from fuzzing.running import Finding, Room  # noqa: E402
-from fuzzing.shards import shards  # noqa: E402
+from fuzz.beside import beside  # noqa: E402
+from fuzz.corpus import Corpus  # noqa: E402
+from fuzz.models import configuration, weights  # noqa: E402
+from fuzz.requests import requests  # noqa: E402
+from fuzz.running import Finding, Room  # noqa: E402
+from fuzz.shards import shards  # noqa: E402
 
 KINDS = (requests, configuration, weights, shards, beside)
 EVERY = 20  # of a kind, one on two ranks
@@ -117,7 +117,7 @@ def report(verdict: Verdict, seed: int) -> None:
     """Say what became of an input, and how to see it again."""
     print(
         f"--- input {verdict.number} ({verdict.kind}, {verdict.ranks} ranks) {verdict.outcome}: "
-        f"{verdict.words}\n--- again: python scripts/fuzz_inputs.py --seed {seed} "
+        f"{verdict.words}\n--- again: python tests/fuzz/fuzz_inputs.py --seed {seed} "
         f"--only {verdict.number}",
         flush=True,
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run a command on a small network of hosts, all of them on this machine.
 
-    python scripts/lab/hosts.py 2 mpirun -n 4 -ppn 2 mpishard generate MODEL --tp 4 --prompt 'def f'
-    python scripts/lab/hosts.py --delay 100 --rate 1000 2 bash
+    python tests/lab/hosts.py 2 mpirun -n 4 -ppn 2 mpishard generate MODEL --tp 4 --prompt 'def f'
+    python tests/lab/hosts.py --delay 100 --rate 1000 2 bash
 
 A host is a set of Linux namespaces: it has a name (host1, host2, …), an address, processes and
 shared memory of its own, so that ranks on two hosts have nothing but TCP between them. Files are

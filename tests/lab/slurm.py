@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run a command beside a small Slurm cluster, all of whose nodes are on this machine.
 
-    python scripts/lab/slurm.py 4 bash
-    python scripts/lab/slurm.py --cpus 2 2 srun --nodes 2 --ntasks 4 hostname
+    python tests/lab/slurm.py 4 bash
+    python tests/lab/slurm.py --cpus 2 2 srun --nodes 2 --ntasks 4 hostname
 
 Slurm's own daemons run as on a cluster, node1, node2, … beside each other, as the user who calls
 this and with a configuration of their own: nothing outside of one directory is read or written.

@@ -16,9 +16,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fuzzing import damage
-from fuzzing.corpus import ANSWERED, DENSE, Corpus
-from fuzzing.judge import (
+from fuzz import damage
+from fuzz.corpus import ANSWERED, DENSE, Corpus
+from fuzz.judge import (
     chat_tokens,
     check_answer,
     compare_logits,
@@ -28,7 +28,7 @@ from fuzzing.judge import (
     right_logits,
     tokens,
 )
-from fuzzing.running import Finding, Room
+from fuzz.running import Finding, Room
 
 BOM = b"\xef\xbb\xbf"
 FIELDS = ("prompt", "input_ids", "id", "max_tokens", "stop", "temperature", "body", "messages")

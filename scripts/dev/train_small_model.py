@@ -6,10 +6,10 @@ and library modules, and the library's source. The script trains a byte-level BP
 Llama-style decoder, or with --experts a Mixtral-style one (Muon for the matrices, AdamW for the
 rest), and writes the result in the Hugging Face layout, in bfloat16.
 
-    python scripts/train_small_model.py --minutes 60          # train, then write data/cpython-4m
-    python scripts/train_small_model.py --minutes 60 --resume # go on from the last checkpoint
-    python scripts/train_small_model.py --export-only         # write what the checkpoint holds
-    python scripts/train_small_model.py --experts 8 --top-k 2 # the same for data/cpython-moe-7m
+    python scripts/dev/train_small_model.py --minutes 60         # train, then write data/cpython-4m
+    python scripts/dev/train_small_model.py --minutes 60 --resume # go on from the last checkpoint
+    python scripts/dev/train_small_model.py --export-only         # write what the checkpoint holds
+    python scripts/dev/train_small_model.py --experts 8 --top-k 2 # the same for data/cpython-moe-7m
 
 With --start data/cpython-4m, experts begin as parts of that dense model, which takes a fraction of
 the time.
@@ -820,7 +820,7 @@ def arguments() -> argparse.Namespace:
     add("--no-export", action="store_true", help="only leave a checkpoint")
     args = parser.parse_args()
     name = "cpython-moe-7m" if args.experts else "cpython-4m"
-    args.out = args.out or Path(__file__).resolve().parent.parent / "data" / name
+    args.out = args.out or Path(__file__).resolve().parents[2] / "data" / name
     args.work = args.work or Path(tempfile.gettempdir()) / f"mpishard-{name}"
     return args
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Remake tests/golden: what Hugging Face transformers computes for the tiny models of the tests.
 
-    python scripts/make_goldens.py [VARIANT …]
+    python scripts/dev/make_goldens.py [VARIANT …]
 
 Needs torch and transformers (the `dev` extra). For each variant and prompt P it stores, in float32:
 ids_P (S,), logits_P (S, V) at every position, hidden_P (layers + 1, S, D): the residual stream
@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import (  # noqa: E402

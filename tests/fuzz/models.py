@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fuzzing import damage
-from fuzzing.corpus import FAMILIES, GENERATE, MIXTURE, Corpus
-from fuzzing.judge import (
+from fuzz import damage
+from fuzz.corpus import FAMILIES, GENERATE, MIXTURE, Corpus
+from fuzz.judge import (
     chat_tokens,
     check_answer,
     compare_logits,
@@ -25,7 +25,7 @@ from fuzzing.judge import (
     right_logits,
     tokens,
 )
-from fuzzing.running import Finding, Room
+from fuzz.running import Finding, Room
 
 CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")
 SMALL_FILES = (*["config.json"] * 4, "tokenizer.json", *CHAT_FILES, "generation_config.json")
