@@ -404,7 +404,7 @@ class Model:
     ) -> Iterator[LogitsOutput | None]:
         """The `count` sequences' scores of one round, from the replicas that made them."""
         mesh = self.mesh
-        if (mesh.cp.rank, mesh.tp.rank) != (0, 0):
+        if mesh.replica.rank != 0:
             yield from [None] * count
             return
         everything = [scores.logits, *scores.hidden]

@@ -39,9 +39,7 @@ def each_layout(
     for layout in layouts(comm.size, VARIANT)[::every]:
         model = load_as(layout, path, comm, **options)
         yield model
-        mesh = model.mesh
-        for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv):
-            group.comm.Free()
+        model.mesh.free()
 
 
 def load_as(layout: Layout, path: Path, comm: MPI.Intracomm, **options: Any) -> mpishard.Model:
