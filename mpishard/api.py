@@ -59,11 +59,9 @@ from mpishard.communication.group import CallTracker, CollectiveCall, Group
 from mpishard.communication.ledger import Ledger
 from mpishard.communication.mesh import Mesh
 from mpishard.config.expert_placement import ExpertPlacement
-from mpishard.config.layout import (
-    LAYOUT_OPTIONS,
-    Layout,
+from mpishard.config.layout import LAYOUT_OPTIONS, Layout, block_sizes
+from mpishard.config.layout_checks import (
     Line,
-    block_sizes,
     check_degrees,
     check_experts,
     check_flash_decoding,
@@ -401,7 +399,7 @@ class Model:
     ) -> Iterator[LogitsOutput | None]:
         """The `count` sequences' scores of one round, from the replicas that made them."""
         mesh = self.mesh
-        if (mesh.cp.rank, mesh.tp.rank) != (0, 0):
+        if mesh.replica.rank != 0:
             yield from [None] * count
             return
         everything = [scores.logits, *scores.hidden]
@@ -541,7 +539,7 @@ def _check_arguments(layout_options: dict[str, bool | float | str | None]) -> No
             raise TypeError(
                 f"load() has no argument {name!r}; switches are {', '.join(LAYOUT_OPTIONS)}"
             )
-        right = type(LAYOUT_OPTIONS[name][1])
+        right = LAYOUT_OPTIONS[name].kind
         whole = right is float and type(value) is int
         if not whole and not isinstance(value, right | None):
             raise TypeError(f"{name} {value!r} must be of type {right.__name__}")

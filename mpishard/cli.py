@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpishard
-from mpishard.config.layout import (
-    CP_ORDERS,
-    CP_PREFILLS,
-    DECODE_MERGES,
-    TOKEN_DISPATCHERS,
-    TOKEN_DROP_POLICIES,
-)
+from mpishard.config.layout import layout_options
 from mpishard.errors import UserError
 from mpishard.runtime import launch
 
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TP_FLAGS = ("--tp", "--tensor-parallel-size")
-DP_FLAGS = ("--dp", "--data-parallel-size")
 CP_FLAGS = ("--cp", "--context-parallel-size")
 EP_FLAGS = ("--ep", "--expert-parallel-size")
 
@@ -249,64 +242,8 @@ def _add_command(commands, name: str, summary: str) -> Parser:
 
 def _add_layout(command: Parser) -> None:
     layout = command.add_argument_group("layout")
-    layout.add_argument(
-        *TP_FLAGS, type=count, default=None, metavar="N",
-        help="ranks that divide the weights of a replica (default: 1, or what the shards say)",
-    )  # fmt: skip
-    layout.add_argument(
-        *CP_FLAGS, type=count, default=1, metavar="N",
-        help="ranks with the same weights that share each sequence (default: 1)",
-    )  # fmt: skip
-    layout.add_argument(
-        *DP_FLAGS, type=count, default=None, metavar="N",
-        help="replicas that share the requests (default: what --tp and --cp leave of the ranks)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--sequence-parallel", action="store_true",
-        help="divide the residual stream's tokens over the ranks of --tp as well",
-    )  # fmt: skip
-    layout.add_argument(
-        "--flash-decoding", action="store_true",
-        help="divide the KV cache over the ranks of --tp that share a key/value head",
-    )  # fmt: skip
-    layout.add_argument(
-        "--cp-prefill", choices=CP_PREFILLS, default=None,
-        help="how keys and values reach the queries of other --cp ranks (default: ring)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--cp-order", choices=CP_ORDERS, default=None,
-        help="which tokens of a prompt a --cp rank has (default: zigzag, which balances the work)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--decode-merge", choices=DECODE_MERGES, default=None,
-        help="how the parts of a divided cache are merged (default: reduce-scatter)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--cp-kv-cache-interleave-size", type=count, default=None, metavar="N",
-        help="consecutive positions of a divided cache on the same rank (default: 1)",
-    )  # fmt: skip
-    layout.add_argument(
-        *EP_FLAGS, type=count, default=None, metavar="N",
-        help="ranks that divide the experts of a mixture (default: 1, or what the shards say)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--moe-token-dispatcher", choices=TOKEN_DISPATCHERS, default=None,
-        help="how tokens and experts meet (default: all-to-all)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--expert-capacity-factor", type=number, default=None, metavar="X",
-        help="an expert takes at most X times its even share of the rows that a rank routes in a "
-        "step; those above it are dropped (default: nothing is)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--token-drop-policy", choices=TOKEN_DROP_POLICIES, default=None,
-        help="what is kept first: rows of large weight, or of early tokens (default: probs)",
-    )  # fmt: skip
-    layout.add_argument(
-        "--expert-placement", default=None, metavar="FILE.json",
-        help="which rank has which experts, some of them several times, as `eplb` writes it "
-        "(default: a block of them each)",
-    )  # fmt: skip
+    for option in layout_options():
+        layout.add_argument(*option.flags, **option.argument({int: count, float: number}))
     layout.add_argument(
         "--max-model-len", type=count, default=None, metavar="N",
         help="positions to allow instead of those of config.json",

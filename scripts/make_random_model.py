@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mpishard.config.model_config import ModelConfig  # noqa: E402
+from mpishard.config.reader import read_model_config  # noqa: E402
 from mpishard.config.weight_specs import WeightSpec, weight_specs  # noqa: E402
 from mpishard.errors import UserError  # noqa: E402
 
@@ -66,7 +67,7 @@ def main() -> int:
             "num_experts_per_tok": args.top_k,
         }
     try:
-        config = ModelConfig.from_json(raw, None, "the options")
+        config = read_model_config(raw, None, "the options")
         args.out.mkdir(parents=True)
     except (UserError, FileExistsError) as error:
         print(f"make_random_model.py: error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
+from mpishard.config.reader import read_model_config
 from mpishard.config.weight_specs import per_expert_names, weight_specs
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -511,7 +512,7 @@ _SEEDS = {
 
 def tiny_config(variant: str) -> ModelConfig:
     """The configuration of `variant`."""
-    return ModelConfig.from_json(raw_config(variant), None, f"{variant}/config.json")
+    return read_model_config(raw_config(variant), None, f"{variant}/config.json")
 
 
 def raw_config(variant: str) -> dict[str, Any]:

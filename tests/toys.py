@@ -196,8 +196,7 @@ def mesh_of(
     """The mesh of `layout` for `variant`, freed afterwards."""
     mesh = Mesh.split(comm, layout, tiny_config(variant), placement)
     yield mesh
-    for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv, mesh.moe, mesh.ep, mesh.etp):
-        group.comm.Free()
+    mesh.free()
 
 
 def toy(variant: str, mesh: Mesh, dtype: type = np.float64) -> Decoder:

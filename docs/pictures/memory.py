@@ -7,7 +7,7 @@ import math
 from svg import Picture
 
 from mpishard.config.layout import Layout, kv_heads_of, weight_sharding_of
-from mpishard.config.model_config import ModelConfig
+from mpishard.config.reader import read_model_config
 from mpishard.config.weight_specs import specs_of_shard
 from mpishard.model import sequence_sharding_of
 
@@ -67,7 +67,7 @@ def memory_vs_context() -> Picture:
 
 def _bytes(layout: Layout, length: int) -> int:
     """Bytes that rank 0 of `layout` holds with one sequence of `length`."""
-    config = ModelConfig.from_json(LLAMA_3_8B, None, "config.json")
+    config = read_model_config(LLAMA_3_8B, None, "config.json")
     shards = weight_sharding_of(config, layout)
     sharding = sequence_sharding_of(config, layout, 0, 0)
     specs = specs_of_shard(config, shards, 0)

@@ -194,9 +194,9 @@ class ReplicaClient:
         clerk: Coordinator | None,
     ) -> None:
         self.has_more, self.should_stop = True, False
-        self._mesh, self._post, self._clerk = mesh, post, clerk
+        self._replica, self._post, self._clerk = mesh.replica, post, clerk
         self._text, self._eos_ids, self._told_to_stop = text, eos_ids, should_stop
-        self._leads = mesh.cp.rank == 0 and mesh.tp.rank == 0
+        self._leads = mesh.replica.rank == 0
         self._texts: dict[int, IncrementalDetokenizer] = {}
         self._asked = 0  # requests asked for that have not come
         self._stops = self._ends = False  # what the leader has heard
@@ -254,16 +254,16 @@ class ReplicaClient:
 
     def _agree(self, come: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What the leader has heard, on all ranks of the replica."""
-        mesh = self._mesh
+        replica = self._replica
         content = json.dumps(come).encode() if come else b""
         stops = self._stops or self._told_to_stop()
         news = np.array([stops, self._ends, len(content)], np.int64)
-        stops, ends, length = all_reduce(all_reduce(news, mesh.tp, MAX), mesh.cp, MAX).tolist()
+        stops, ends, length = all_reduce(news, replica, MAX).tolist()
         self.should_stop, self.has_more = bool(stops), not ends
         if not length:
             return []
         own = np.frombuffer(content, np.uint8) if self._leads else np.empty(length, np.uint8)
-        return json.loads(broadcast(broadcast(own, mesh.tp), mesh.cp).tobytes())
+        return json.loads(broadcast(own, replica).tobytes())
 
     def _request(self, fields: dict[str, Any]) -> Request:
         place, ids = fields["place"], fields["ids"]

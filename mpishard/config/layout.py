@@ -1,34 +1,33 @@
-"""How a model and its requests are divided over ranks: arithmetic alone, no MPI.
+"""How a model and its requests are assigned to ranks: arithmetic alone, no MPI.
 
-``world_size = dp * cp * tp``, ``tp`` innermost, because the ranks of a tensor-parallel group talk
-most and neighbouring ranks are the closest to each other.
+The ranks form a grid, ``world_size = dp * cp * tp``. ``tp`` is the innermost axis: tensor-parallel
+ranks communicate most, and neighbouring ranks are close to each other in the machine.
 
-Query heads are dealt so that a key/value head is held by as few ranks as possible:
+Query heads are assigned so that as few ranks as possible hold the same key/value head:
 
-- ``tp <= kv heads``: whole key/value heads, each with all its query heads, are dealt in blocks.
-- ``tp > kv heads``: the ranks are dealt over the key/value heads, and the query heads of one
-  key/value head over the ranks that hold it, so that each rank holds exactly one.
+- ``tp <= kv heads``: each rank has a block of key/value heads, each with all its query heads.
+- ``tp > kv heads``: each rank has one key/value head. The ranks are split over the key/value heads,
+  and the query heads of a key/value head over the ranks that hold it.
 
-Either way the query heads of a rank divide evenly over its key/value heads, whatever the numbers.
-Counting query heads alone would balance some odd layouts better (8 query heads over ``tp=3`` as
-3, 3, 2), but would cut through key/value heads and so store and cache some of them twice.
+In both cases all key/value heads of a rank have the same number of query heads there. Balancing
+query heads alone would be more even for some layouts (8 query heads over ``tp=3`` as 3, 3, 2), but
+would store and cache some key/value heads twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpishard.config.expert_placement import ExpertPlacement
-from mpishard.config.model_config import MAX_POSITIONS, ModelConfig, MoEConfig
+from mpishard.config.model_config import ModelConfig
+from mpishard.config.options import LayoutOption, option_field, options_of
 from mpishard.config.weight_sharding import WeightSharding
-from mpishard.errors import UserError
 
 
 def block(length: int, parts: int, index: int) -> slice:
-    """The `index`-th of `parts` consecutive blocks of ``range(length)``; the first ``length %
-    parts`` blocks are one longer.
+    """The `index`-th of `parts` consecutive blocks of ``range(length)``. The first ``length %
+    parts`` blocks are longer by one.
 
     >>> [block(7, 3, i) for i in range(3)]
     [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
@@ -47,7 +46,7 @@ def block_sizes(length: int, parts: int) -> list[int]:
     return [len(range(length)[block(length, parts, index)]) for index in range(parts)]
 
 
-# The alternatives of a layout, the first of each the default.
+# The choices of options; the first one is the default.
 CP_PREFILLS = ("ring", "all-gather")
 CP_ORDERS = ("zigzag", "contiguous")
 DECODE_MERGES = ("reduce-scatter", "all-to-all", "all-reduce")
@@ -55,101 +54,187 @@ TOKEN_DISPATCHERS = ("all-to-all", "all-gather")
 TOKEN_DROP_POLICIES = ("probs", "position")
 
 
+# The axes of the grid of ranks. The last one varies fastest, so that the ranks of a tensor-parallel
+# group are neighbours.
+AXES = ("dp", "cp", "tp")
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The degrees of parallelism, and which form each takes. ``Layout()`` is the serial program.
+    """The degrees of parallelism, and the form that each takes. ``Layout()`` is the serial program.
 
-    `sequence_parallel` divides the residual stream's tokens over ``tp``. `flash_decoding` divides
-    the positions of the cache over the tensor-parallel ranks that hold the same key/value head.
-    With context parallelism (``cp``), `cp_prefill` says how new keys and values meet the queries of
-    other ranks and `cp_order` which tokens of a prompt a rank has. Where the cache is divided,
-    `decode_merge` says how partial attentions become one, and `cp_kv_cache_interleave_size` how
-    many consecutive positions lie on the same rank. Of a mixture, `ep` ranks divide the experts,
-    and those that a replica has beyond them the width of each; `moe_token_dispatcher` says how
-    tokens and experts meet. With a `expert_capacity_factor` an expert takes no more than this many
-    times its even share of a step's rows, and `token_drop_policy` says by what the others are
-    dropped; 0 is no limit. `expert_placement` names the file that says which rank has which
-    experts, if it is not a block of them."""
+    `sequence_parallel` shards the tokens of the residual stream over ``tp``. `flash_decoding`
+    shards the positions of the cache over the tensor-parallel ranks that hold the same key/value
+    head. Under context parallelism (``cp``), `cp_prefill` says how new keys and values reach the
+    queries of other ranks, and `cp_order` which tokens of a prompt each rank has.
 
-    tp: int = 1
-    dp: int = 1
-    cp: int = 1
-    sequence_parallel: bool = False
-    flash_decoding: bool = False
-    cp_prefill: str = CP_PREFILLS[0]
-    cp_order: str = CP_ORDERS[0]
-    decode_merge: str = DECODE_MERGES[0]
-    cp_kv_cache_interleave_size: int = 1
-    ep: int = 1
-    moe_token_dispatcher: str = TOKEN_DISPATCHERS[0]
-    expert_capacity_factor: float = 0.0
-    token_drop_policy: str = TOKEN_DROP_POLICIES[0]
-    expert_placement: str = ""
+    If positions of the cache are sharded, `decode_merge` says how partial attention outputs are
+    merged, and `cp_kv_cache_interleave_size` how many consecutive positions lie on one rank.
+
+    `ep` ranks shard the experts; further ranks of a replica shard the width of each expert.
+    `moe_token_dispatcher` says how tokens reach experts. An `expert_capacity_factor` limits an
+    expert to this multiple of its even share of the (token, expert) pairs of a step, and
+    `token_drop_policy` says which pairs are dropped; 0 is no limit. `expert_placement` names a file
+    that assigns experts to ranks; by default each rank has a block of them."""
+
+    tp: int = option_field(
+        1,
+        "--tp",
+        "--tensor-parallel-size",
+        metavar="N",
+        help="ranks that divide the weights of a replica (default: 1, or what the shards say)",
+    )
+    dp: int = option_field(
+        1,
+        "--dp",
+        "--data-parallel-size",
+        metavar="N",
+        help="replicas that share the requests (default: what --tp and --cp leave of the ranks)",
+    )
+    cp: int = option_field(
+        1,
+        "--cp",
+        "--context-parallel-size",
+        metavar="N",
+        unset=1,
+        help="ranks with the same weights that share each sequence (default: 1)",
+    )
+    sequence_parallel: bool = option_field(
+        False,
+        "--sequence-parallel",
+        help="divide the residual stream's tokens over the ranks of --tp as well",
+    )
+    flash_decoding: bool = option_field(
+        False,
+        "--flash-decoding",
+        help="divide the KV cache over the ranks of --tp that share a key/value head",
+    )
+    cp_prefill: str = option_field(
+        CP_PREFILLS[0],
+        "--cp-prefill",
+        choices=CP_PREFILLS,
+        needs="cp",
+        help="how keys and values reach the queries of other --cp ranks (default: ring)",
+    )
+    cp_order: str = option_field(
+        CP_ORDERS[0],
+        "--cp-order",
+        choices=CP_ORDERS,
+        needs="cp",
+        help="which tokens of a prompt a --cp rank has (default: zigzag, which balances the work)",
+    )
+    decode_merge: str = option_field(
+        DECODE_MERGES[0],
+        "--decode-merge",
+        choices=DECODE_MERGES,
+        needs="sharded cache",
+        help="how the parts of a divided cache are merged (default: reduce-scatter)",
+    )
+    cp_kv_cache_interleave_size: int = option_field(
+        1,
+        "--cp-kv-cache-interleave-size",
+        metavar="N",
+        needs="sharded cache",
+        help="consecutive positions of a divided cache on the same rank (default: 1)",
+    )
+    ep: int = option_field(
+        1,
+        "--ep",
+        "--expert-parallel-size",
+        metavar="N",
+        moe=True,
+        help="ranks that divide the experts of a mixture (default: 1, or what the shards say)",
+    )
+    moe_token_dispatcher: str = option_field(
+        TOKEN_DISPATCHERS[0],
+        "--moe-token-dispatcher",
+        choices=TOKEN_DISPATCHERS,
+        moe=True,
+        help="how tokens and experts meet (default: all-to-all)",
+    )
+    expert_capacity_factor: float = option_field(
+        0.0,
+        "--expert-capacity-factor",
+        metavar="X",
+        moe=True,
+        help="an expert takes at most X times its even share of the rows that a rank routes in a "
+        "step; those above it are dropped (default: nothing is)",
+    )
+    token_drop_policy: str = option_field(
+        TOKEN_DROP_POLICIES[0],
+        "--token-drop-policy",
+        choices=TOKEN_DROP_POLICIES,
+        moe=True,
+        needs="capacity",
+        help="what is kept first: rows of large weight, or of early tokens (default: probs)",
+    )
+    expert_placement: str = option_field(
+        "",
+        "--expert-placement",
+        metavar="FILE.json",
+        moe=True,
+        needs="sharded experts",
+        help="which rank has which experts, some of them several times, as `eplb` writes it "
+        "(default: a block of them each)",
+    )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The degrees along `AXES`: the shape of the grid of ranks."""
+        return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def world_size(self) -> int:
-        """The number of ranks this layout needs."""
-        return self.dp * self.replica_size
+        """The number of ranks that this layout needs."""
+        return math.prod(self.shape)
 
     @property
     def replica_size(self) -> int:
-        """The number of ranks that hold one replica together."""
-        return self.cp * self.tp
+        """The number of ranks of a replica."""
+        return self.world_size // self.dp
 
     @property
     def shards_kv_positions(self) -> bool:
-        """Whether the positions of a sequence's cache lie on several ranks."""
+        """Whether several ranks hold positions of the same sequence and key/value head."""
         return self.flash_decoding or self.cp > 1
 
     @property
     def replicas_per_ep_group(self) -> int:
-        """The number of neighbouring replicas that share experts and so step together."""
+        """The number of neighbouring replicas that share experts, and therefore step together."""
         return max(1, self.ep // self.replica_size)
 
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """``(dp, cp, tp)`` of world rank `rank`."""
-        dp, inside = divmod(rank, self.replica_size)
-        return dp, *divmod(inside, self.tp)
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """The place of world rank `rank` along each of the `AXES`: ``(dp, cp, tp)``."""
+        places = []
+        for degree in reversed(self.shape):
+            rank, place = divmod(rank, degree)
+            places.append(place)
+        return tuple(reversed(places))
 
     @property
     def degrees(self) -> str:
-        """The flags that ask for the degrees, that of context parallelism only where there is
-        any."""
+        """The flags of the degrees; ``--cp`` only if it is above 1."""
         return f"--tp {self.tp}{f' --cp {self.cp}' if self.cp > 1 else ''} --dp {self.dp}"
 
     def __str__(self) -> str:
-        """The flags that ask for this layout, those of defaults left out."""
+        """The flags of this layout, without those of default values."""
         flags = [self.degrees]
-        for name, (flag, default) in LAYOUT_OPTIONS.items():
-            value = getattr(self, name)
-            if value != default:
-                flags.append(flag if value is True else f"{flag} {value}")
+        for option in LAYOUT_OPTIONS.values():
+            value = getattr(self, option.name)
+            if value != option.default:
+                flags.append(option.flag if value is True else f"{option.flag} {value}")
         return " ".join(flags)
 
 
-# The flags of a layout beside its degrees, by field, and their defaults.
-LAYOUT_OPTIONS: dict[str, tuple[str, bool | int | float | str]] = {
-    "sequence_parallel": ("--sequence-parallel", False),
-    "flash_decoding": ("--flash-decoding", False),
-    "cp_prefill": ("--cp-prefill", CP_PREFILLS[0]),
-    "cp_order": ("--cp-order", CP_ORDERS[0]),
-    "decode_merge": ("--decode-merge", DECODE_MERGES[0]),
-    "cp_kv_cache_interleave_size": ("--cp-kv-cache-interleave-size", 1),
-    "ep": ("--ep", 1),
-    "moe_token_dispatcher": ("--moe-token-dispatcher", TOKEN_DISPATCHERS[0]),
-    "expert_capacity_factor": ("--expert-capacity-factor", 0.0),
-    "token_drop_policy": ("--token-drop-policy", TOKEN_DROP_POLICIES[0]),
-    "expert_placement": ("--expert-placement", ""),
-}
+_DEFINED = options_of(Layout)
 
-# Those that only a mixture of experts knows.
-EXPERT_OPTIONS = (
-    "ep",
-    "moe_token_dispatcher",
-    "expert_capacity_factor",
-    "token_drop_policy",
-    "expert_placement",
-)
+# The options beside the degrees, by name.
+LAYOUT_OPTIONS = {name: option for name, option in _DEFINED.items() if name not in AXES}
+
+
+def layout_options() -> tuple[LayoutOption, ...]:
+    """All options of a layout, in the order of the command line's help."""
+    return (*(_DEFINED[axis] for axis in reversed(AXES)), *LAYOUT_OPTIONS.values())
 
 
 def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
@@ -161,8 +246,8 @@ def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
 
 
 def query_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
-    """The query heads that tensor-parallel rank `rank` of `tp` computes: those of its key/value
-    heads, or its share of those of the one key/value head that it holds with other ranks."""
+    """The query heads that tensor-parallel rank `rank` of `tp` computes: all query heads of its
+    key/value heads, or its share of the query heads of the one that it holds with other ranks."""
     per_kv = config.heads // config.kv_heads
     if tp <= config.kv_heads:
         held = block(config.kv_heads, tp, rank)
@@ -173,8 +258,8 @@ def query_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
 
 
 def kv_replica_ranks(config: ModelConfig, tp: int, rank: int) -> tuple[int, range]:
-    """The first key/value head that tensor-parallel rank `rank` of `tp` holds, and the ranks that
-    hold the same: `rank` alone unless ``tp > kv heads``."""
+    """The first key/value head of tensor-parallel rank `rank` of `tp`, and the ranks that hold the
+    same key/value heads: `rank` alone unless ``tp > kv heads``."""
     if tp <= config.kv_heads:
         return block(config.kv_heads, tp, rank).start, range(rank, rank + 1)
     for head in range(config.kv_heads):
@@ -184,161 +269,11 @@ def kv_replica_ranks(config: ModelConfig, tp: int, rank: int) -> tuple[int, rang
     raise ValueError(f"rank {rank} is not one of tp={tp}")
 
 
-def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
-    """Refuse a `tp` for which some rank would be left without a query head (UserError)."""
-    if tp > config.heads:
-        raise UserError(
-            f"--tp {tp} is more than the model's {config.heads} query heads: "
-            f"a rank without a head would have nothing to do; use --tp 1 to {config.heads}"
-        )
-
-
-def check_expert_parallel(moe: MoEConfig, ep: int) -> None:
-    """Refuse an `ep` for which some rank would be left without an expert (UserError)."""
-    if not 1 <= ep <= moe.num_experts:
-        raise UserError(
-            f"--ep {ep} must be 1 to the model's {moe.num_experts} experts: "
-            "a rank without an expert would have nothing to do"
-        )
-
-
-def check_flash_decoding(config: ModelConfig) -> None:
-    """Refuse flash decoding for a model in which no `tp` makes ranks share a key/value head
-    (UserError)."""
-    if config.heads == config.kv_heads:
-        raise UserError(
-            "--flash-decoding divides the cache over ranks of --tp that share a key/value head, "
-            f"but with {config.heads} query heads and {config.kv_heads} key/value heads no --tp "
-            "makes any share one: leave it out, or divide the cache with --cp 2"
-        )
-
-
-def check_degrees(tp: int | None, dp: int | None, cp: int) -> None:
-    """Refuse a degree below 1 (UserError); None is one that is not given."""
-    for flag, value in (("--tp", tp), ("--dp", dp), ("--cp", cp)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
-
-
-# What is to be typed for so many ranks and a `tp`.
-Line = Callable[[int, int], str]
-
-
-def make_layout(
-    world_size: int,
-    tp: int = 1,
-    dp: int | None = None,
-    cp: int = 1,
-    line: Line = lambda ranks, tp: f"mpirun -n {ranks} …",
-    **layout_options: bool | float | str | None,
-) -> Layout:
-    """The layout of `world_size` ranks, `dp` being what `tp` and `cp` leave of the world unless
-    given; `layout_options` are the other fields of `Layout`, None for their defaults.
-
-    Raises UserError for a value out of range, for a switch that would have no effect, and, with the
-    `line` to type, when the product is not the world.
-    """
-    check_degrees(tp, dp, cp)
-    given = {name: value for name, value in layout_options.items() if value is not None}
-    replicas = dp or max(1, world_size // (cp * tp))
-    layout = Layout(tp=tp, dp=replicas, cp=cp, **given)  # type: ignore[arg-type]
-    _check_layout_options(layout, given)
-    if layout.world_size == world_size:
-        return layout
-    if dp is not None:
-        problem = (
-            f"{layout.degrees} needs {layout.world_size} ranks but {_were(world_size)} started"
-        )
-    elif cp == 1:
-        problem = f"--tp {tp} does not divide the {_ranks_were(world_size)} started"
-    else:
-        replica_size = f"--tp {tp} --cp {cp} makes replicas of {layout.replica_size} ranks"
-        problem = f"{replica_size}, which do not divide the {_ranks_were(world_size)} started"
-    raise UserError(f"{problem}: run `{line(layout.world_size, tp)}`")
-
-
-def _check_layout_options(layout: Layout, given: dict[str, bool | float | str]) -> None:
-    choices = (
-        ("cp_prefill", CP_PREFILLS),
-        ("cp_order", CP_ORDERS),
-        ("decode_merge", DECODE_MERGES),
-        ("moe_token_dispatcher", TOKEN_DISPATCHERS),
-        ("token_drop_policy", TOKEN_DROP_POLICIES),
-    )
-    for name, known in choices:
-        if getattr(layout, name) not in known:
-            flag = LAYOUT_OPTIONS[name][0]
-            raise UserError(f"{flag} {getattr(layout, name)} must be one of {', '.join(known)}")
-    if not 1 <= layout.cp_kv_cache_interleave_size <= MAX_POSITIONS:
-        raise UserError(
-            f"--cp-kv-cache-interleave-size {layout.cp_kv_cache_interleave_size} must be 1 to "
-            f"{MAX_POSITIONS}"
-        )
-    if "expert_capacity_factor" in given and not 0 < layout.expert_capacity_factor < math.inf:
-        raise UserError(
-            f"--expert-capacity-factor {layout.expert_capacity_factor} must be a number "
-            "above 0: how many times its even share of a step's rows an expert takes; leave it "
-            "out to drop nothing"
-        )
-    for name, value in given.items():
-        no_effect = f"{LAYOUT_OPTIONS[name][0]} {value} has no effect"
-        if name in ("cp_prefill", "cp_order") and layout.cp == 1:
-            raise UserError(f"{no_effect} with --cp 1: leave it out, or give --cp 2 or more")
-        if (
-            name in ("decode_merge", "cp_kv_cache_interleave_size")
-            and not layout.shards_kv_positions
-        ):
-            raise UserError(
-                f"{no_effect} where every rank has the whole cache of its heads: leave it out, or "
-                "divide the cache with --flash-decoding or --cp 2"
-            )
-        if name == "expert_placement" and layout.ep == 1:
-            raise UserError(
-                f"{no_effect} with --ep 1, where every rank has all experts: leave it out, or give "
-                "the --ep that it was made for"
-            )
-        if name == "token_drop_policy" and not layout.expert_capacity_factor:
-            raise UserError(
-                f"{no_effect} where nothing is dropped: leave it out, or give "
-                "--expert-capacity-factor"
-            )
-
-
-def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> None:
-    """Refuse an `ep` that the model's experts or the ranks cannot be divided by, and switches
-    `given` that have no effect on a model without experts (UserError)."""
-    moe, ep, replica_size = config.moe, layout.ep, layout.replica_size
-    if moe is None:
-        for name in (name for name in EXPERT_OPTIONS if name in given):
-            flag = f"{LAYOUT_OPTIONS[name][0]} {getattr(layout, name)}"
-            raise UserError(f"{flag} has no effect on a model without experts: leave it out")
-        return
-    check_expert_parallel(moe, ep)
-    fits = [n for n in range(1, min(moe.num_experts, layout.world_size) + 1) if _divides(n, layout)]
-    if not _divides(ep, layout):
-        raise UserError(
-            f"--ep {ep} does not divide {layout.degrees}: it must divide the {replica_size} ranks "
-            f"of a replica, or be a number of whole replicas that divides them; use --ep "
-            f"{' or '.join(map(str, fits))}"
-        )
-    if replica_size // ep > moe.moe_intermediate_size:
-        raise UserError(
-            f"--ep {ep} leaves {replica_size // ep} ranks to divide the width "
-            f"{moe.moe_intermediate_size} of an expert: use a larger --ep of "
-            f"{' or '.join(map(str, fits))}"
-        )
-
-
-def _divides(ep: int, layout: Layout) -> bool:
-    if ep <= layout.replica_size:
-        return layout.replica_size % ep == 0
-    return ep % layout.replica_size == 0 and layout.dp % (ep // layout.replica_size) == 0
-
-
 def weight_sharding_of(
     config: ModelConfig, layout: Layout, expert_placement: ExpertPlacement | None = None
 ) -> WeightSharding:
-    """How `layout` cuts a model's weights; experts in blocks, or as `expert_placement` says."""
+    """The sharding of a model's weights under `layout`, with experts in blocks or in an
+    `expert_placement`."""
     if config.moe is None:
         return WeightSharding(layout.tp)
     return WeightSharding(
@@ -346,14 +281,6 @@ def weight_sharding_of(
     )
 
 
-def shard_index_of(sharding: WeightSharding, layout: Layout, rank: int) -> int:
-    """Which set of the weights that `sharding` makes world rank `rank` has."""
-    return rank % sharding.ranks if sharding.ranks > sharding.tp else layout.coordinates(rank)[2]
-
-
-def _were(number: int) -> str:
-    return f"{number} was" if number == 1 else f"{number} were"
-
-
-def _ranks_were(number: int) -> str:
-    return f"{number} rank that was" if number == 1 else f"{number} ranks that were"
+def shard_index_of(sharding: WeightSharding, rank: int) -> int:
+    """The index of the shard of world rank `rank`."""
+    return rank % sharding.ranks

@@ -35,13 +35,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mpishard.config.layout import (
-    block,
-    check_expert_parallel,
-    check_tensor_parallel,
-    kv_heads_of,
-    query_heads_of,
-)
+from mpishard.config.layout import block, kv_heads_of, query_heads_of
+from mpishard.config.layout_checks import check_expert_parallel, check_tensor_parallel
 from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig, PerExpertNames
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.errors import UserError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpishard.config.model_config import ModelConfig
+from mpishard.config.reader import read_model_config
 from mpishard.errors import UserError
 from mpishard.storage.parsing import parse_json
 
@@ -50,11 +51,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> ModelConfig:
     """The model configuration of a directory, with the token ids of its generation settings if it
-    has any. Raises UserError as `read_json` and `ModelConfig.from_json` do."""
+    has any. Raises UserError as `read_json` and `read_model_config` do."""
     path = directory / CONFIG
     generation_path = directory / GENERATION_CONFIG
     generation = read_json(generation_path) if generation_path.exists() else None
-    return ModelConfig.from_json(read_json(path), generation, str(path))
+    return read_model_config(read_json(path), generation, str(path))
 
 
 def copy_companions(source: Path, target: Path) -> None:

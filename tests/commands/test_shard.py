@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tiny_models import VARIANTS, write_checkpoint
 
 from commands.shell import answered, mpishard, refusal, refusal_here
-from mpishard.config.model_config import ModelConfig
+from mpishard.config.reader import read_model_config
 from mpishard.config.weight_specs import weight_specs
 
 
@@ -76,7 +76,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "large"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(raw))
-    table = weight_specs(ModelConfig.from_json(raw, None, "config.json"))
+    table = weight_specs(read_model_config(raw, None, "config.json"))
     weights = {weight.name: np.ones(weight.shape, np.float32) for weight in table}
     save_file(weights, directory / "model.safetensors")
     return directory

@@ -40,9 +40,7 @@ def each_layout(
     for layout in layouts(comm.size, VARIANT)[::every]:
         model = load_as(layout, path, comm, **options)
         yield model
-        mesh = model.mesh
-        for group in (mesh.dp, mesh.cp, mesh.tp, mesh.kv):
-            group.comm.Free()
+        model.mesh.free()
 
 
 def load_as(layout: Layout, path: Path, comm: MPI.Intracomm, **options: Any) -> mpishard.Model:
@@ -54,7 +52,7 @@ def load_as(layout: Layout, path: Path, comm: MPI.Intracomm, **options: Any) -> 
 def layout_options(layout: Layout) -> dict[str, Any]:
     """What is to be said of `layout` beside its degrees."""
     values = {name: getattr(layout, name) for name in LAYOUT_OPTIONS}
-    return {name: value for name, value in values.items() if value != LAYOUT_OPTIONS[name][1]}
+    return {name: value for name, value in values.items() if value != LAYOUT_OPTIONS[name].default}
 
 
 def same_everywhere(value: object, comm: MPI.Intracomm) -> bool:

@@ -261,7 +261,7 @@ def ways(ranks: int, variant: str) -> Iterator[dict[str, Any]]:
         for layout in layouts(ranks, variant):
             values = {name: getattr(layout, name) for name in LAYOUT_OPTIONS}
             layout_options = {
-                name: one for name, one in values.items() if one != LAYOUT_OPTIONS[name][1]
+                name: one for name, one in values.items() if one != LAYOUT_OPTIONS[name].default
             }
             yield {"tp": layout.tp, "dp": layout.dp, "cp": layout.cp} | layout_options
 

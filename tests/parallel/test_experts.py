@@ -33,7 +33,8 @@ from toys import (
 )
 
 from mpishard.communication.mesh import Mesh
-from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block, check_experts
+from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block
+from mpishard.config.layout_checks import check_experts
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig

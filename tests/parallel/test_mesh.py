@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,59 @@ def test_tensor_parallel_ranks_are_neighbours_and_then_those_of_a_replica(comm):
             first = comm.rank - comm.rank % layout.replica_size
             replica = mesh.tp.comm.allgather(members(mesh.cp.comm, comm))
             assert sorted(sum(replica, [])) == list(range(first, first + layout.replica_size))
+
+
+def test_a_replica_is_a_group_of_its_own(comm):
+    """By cp, then tp: its rank 0 is the first of both."""
+    for layout in layouts(comm.size, "llama-uneven"):
+        with mesh_of(comm, "llama-uneven", layout) as mesh:
+            first = comm.rank - comm.rank % layout.replica_size
+            ranks = list(range(first, first + layout.replica_size))
+            assert members(mesh.replica.comm, comm) == list(mesh.replica.members) == ranks
+            assert mesh.replica.rank == mesh.cp.rank * layout.tp + mesh.tp.rank
+
+
+def every_kind(ranks: int) -> Iterator[tuple[str, Layout]]:
+    """Layouts with flash decoding and without, and such that shard experts over ranks of a replica
+    and over replicas."""
+    for layout in layouts(ranks, "llama-uneven"):
+        yield "llama-uneven", layout
+    for layout in degrees(ranks):
+        for ep in sorted({1, layout.replica_size, ranks}):
+            yield "mixtral-window", replace(layout, ep=ep)
+
+
+def test_groups_of_the_same_ranks_share_a_communicator(comm):
+    """And no others do: MPI has few communicators. A group knows its ranks of the world."""
+    fields = ("replica", "dp", "cp", "tp", "kv", "moe", "ep", "etp")
+    for variant, layout in every_kind(comm.size):
+        with mesh_of(comm, variant, layout) as mesh:
+            groups = [getattr(mesh, field) for field in fields]
+            for group in groups:
+                assert list(group.members) == members(group.comm, comm)
+            everyones = comm.allgather([group.members for group in groups])
+            different = set(zip(*everyones, strict=True))
+            assert len(mesh.comms) == len(different) == len({id(group.comm) for group in groups})
+            assert all(group.comm is not comm for group in groups)
+
+
+@pytest.mark.ranks(1, 2, 4, 6, 8)
+def test_ranks_with_the_same_experts_and_parts_of_them(comm):
+    """Ranks of moe are by ep, then etp; a rank of ep has other experts than its neighbours, a rank
+    of etp other parts of the same."""
+    for variant, layout in every_kind(comm.size):
+        with mesh_of(comm, variant, layout) as mesh:
+            assert (
+                mesh.moe.size == max(layout.replica_size, layout.ep) == mesh.ep.size * mesh.etp.size
+            )
+            assert (mesh.ep.size, mesh.moe.rank) == (
+                layout.ep,
+                mesh.ep.rank * mesh.etp.size + mesh.etp.rank,
+            )
+            sharding, own = mesh.weight_sharding, mesh.shard_index
+            if tiny_config(variant).moe:
+                assert mesh.ep.rank == sharding.ep_rank(own)
+                assert mesh.etp.rank == sharding.etp_rank(own)
 
 
 def kv_heads(config: ModelConfig, layout: Layout, rank: int) -> tuple[int, range]:

@@ -159,7 +159,7 @@ def test_replicas_never_meet(path, files, comm):
         model.mesh.ledger.clear()
         assert model.batch(*files, PARAMS).complete
         groups = {group for _, group, _ in model.mesh.ledger}
-        assert groups <= {"tp", "cp", "kv", "world"}
+        assert groups <= {"tp", "cp", "kv", "replica", "world"}
         assert model.mesh.ledger["all_reduce", "world"].calls == 1, "the memory that is free"
         result(files[1], comm)
 

@@ -25,6 +25,7 @@ from toys import Recorder, mesh_of, meshes, toy
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import CP_ORDERS, CP_PREFILLS, DECODE_MERGES, Layout, kv_replica_ranks
 from mpishard.config.model_config import ModelConfig
+from mpishard.config.reader import read_model_config
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
@@ -680,7 +681,7 @@ def in_words(calls: list[list[CollectiveCall]]) -> str:
 @pytest.mark.ranks(1)
 @pytest.mark.parametrize("flags", LAYOUTS)
 def test_the_figures_of_the_readme(flags: str):
-    layout, config = LAYOUTS[flags], ModelConfig.from_json(LLAMA_3_8B, None, "config.json")
+    layout, config = LAYOUTS[flags], read_model_config(LLAMA_3_8B, None, "config.json")
     calls = calls_of_a_layer(layout, config)
     assert tuple(map(in_words, calls)) == CALLS[flags]
     prompt, token = (sum(c.wire for of_rank in step for c in of_rank) / 16 for step in calls)

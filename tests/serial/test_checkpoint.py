@@ -23,7 +23,7 @@ from tiny_models import (
     write_checkpoint,
 )
 
-from mpishard.config.model_config import ModelConfig
+from mpishard.config.reader import read_model_config
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import specs_of_shard, weight_specs
 from mpishard.errors import UserError
@@ -468,7 +468,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     raw = raw_config("gpt_oss-plain") | {"hidden_size": 64, "intermediate_size": 96}
     raw |= {"num_local_experts": 5, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     raw["quantization_config"] = {"quant_method": "mxfp4"}
-    config = ModelConfig.from_json(raw, None, "config.json")
+    config = read_model_config(raw, None, "config.json")
     random = np.random.default_rng(11)
     weights = {
         weight.name: random.standard_normal(weight.shape, np.float32)

@@ -11,14 +11,8 @@ import pytest
 
 import mpishard
 from mpishard.cli import make_parser, retyped
-from mpishard.config.layout import (
-    CP_ORDERS,
-    CP_PREFILLS,
-    DECODE_MERGES,
-    LAYOUT_OPTIONS,
-    Layout,
-    make_layout,
-)
+from mpishard.config.layout import CP_ORDERS, CP_PREFILLS, DECODE_MERGES, LAYOUT_OPTIONS, Layout
+from mpishard.config.layout_checks import make_layout
 from mpishard.errors import UserError
 
 GENERATE = ["generate", "M", "--prompt", "a"]

@@ -17,6 +17,7 @@ from mpishard.config.model_config import (
     Rope,
     StackedNames,
 )
+from mpishard.config.reader import read_model_config
 from mpishard.errors import UserError
 
 FAMILIES = {
@@ -69,7 +70,7 @@ def document(family: str = "llama", /, **changes: Any) -> dict[str, Any]:
 
 
 def read(family: str = "llama", generation: Any = None, /, **changes: Any) -> ModelConfig:
-    return ModelConfig.from_json(document(family, **changes), generation, SOURCE)
+    return read_model_config(document(family, **changes), generation, SOURCE)
 
 
 # -- defaults, which are those of the configuration classes of transformers 5
@@ -77,7 +78,7 @@ def read(family: str = "llama", generation: Any = None, /, **changes: Any) -> Mo
 
 def test_defaults_of_llama():
     raw = document()
-    assert ModelConfig.from_json(raw, None, SOURCE) == ModelConfig(
+    assert read_model_config(raw, None, SOURCE) == ModelConfig(
         family="llama",
         hidden=64,
         layers=3,
@@ -599,7 +600,7 @@ def test_defaults_of_yarn():
 
 
 def test_llama_3_2():
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "attention_bias": False,
@@ -643,7 +644,7 @@ def test_llama_3_2():
 
 
 def test_qwen2_5_with_yarn():
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["Qwen2ForCausalLM"],
             "attention_dropout": 0.0,
@@ -684,7 +685,7 @@ def test_qwen2_5_with_yarn():
 
 
 def test_mistral_as_transformers_5_writes_it():
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["MistralForCausalLM"],
             "attention_dropout": 0.0,
@@ -722,7 +723,7 @@ def test_mistral_as_transformers_5_writes_it():
 
 
 def test_mixtral_8x7b():
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["MixtralForCausalLM"],
             "attention_dropout": 0.0,
@@ -762,7 +763,7 @@ def test_mixtral_8x7b():
 
 
 def test_qwen3_30b():
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["Qwen3MoeForCausalLM"],
             "attention_bias": False,
@@ -813,7 +814,7 @@ def test_qwen3_30b():
 
 def test_gpt_oss_20b():
     types = ["sliding_attention", "full_attention"] * 12
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["GptOssForCausalLM"],
             "attention_bias": True,
@@ -866,7 +867,7 @@ def test_gpt_oss_20b():
 
 
 def test_deepseek_v2_lite():
-    config = ModelConfig.from_json(
+    config = read_model_config(
         {
             "architectures": ["DeepseekV2ForCausalLM"],
             "attention_bias": False,
@@ -987,7 +988,7 @@ def test_unknown_architecture(architectures):
 
 def test_not_an_object():
     with pytest.raises(UserError, match=r"model/config.json must hold a JSON object, not \[1\]"):
-        ModelConfig.from_json([1], None, SOURCE)  # type: ignore[arg-type]
+        read_model_config([1], None, SOURCE)  # type: ignore[arg-type]
 
 
 REMOVE = "remove it from the file if it does not change the mathematics"

@@ -19,13 +19,11 @@ from mpishard.config.layout import (
     Layout,
     block,
     block_sizes,
-    check_flash_decoding,
-    check_tensor_parallel,
     kv_heads_of,
     kv_replica_ranks,
-    make_layout,
     query_heads_of,
 )
+from mpishard.config.layout_checks import check_flash_decoding, check_tensor_parallel, make_layout
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import (

@@ -1,0 +1,146 @@
+"""Typed access to the fields of a JSON object, with one error sentence for each kind of defect.
+
+`Fields` keeps the names that its readers asked for. `Fields.reject_unknown` then refuses every
+other field that could change the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, NoReturn
+
+from mpishard.config.unsupported import IGNORED_FIELDS, UNSUPPORTED_FIELDS
+from mpishard.errors import UserError, brief
+
+# No model counts or measures anything beyond this number.
+MOST = 2**31 - 1
+
+
+class Fields:
+    """The fields of one JSON object. Each method reads a field by name and checks its type; a null
+    counts as no value. A defect raises UserError with `source`, the field and its value.
+
+    `within` is the prefix of field names in errors: the name of the object if it is nested."""
+
+    def __init__(self, values: dict[str, Any], source: str, within: str = "") -> None:
+        self.values = values
+        self.source = source
+        self.within = within
+        self.asked: set[str] = set()
+
+    def get(self, name: str, absent: Any = None) -> Any:
+        """The value in the file, unchecked; `absent` if there is no such field."""
+        self.asked.add(name)
+        return self.values.get(name, absent)
+
+    def refuse(self, name: str, problem: str) -> NoReturn:
+        """Raise UserError: the field `name` has the `problem`."""
+        value = f" = {as_json(self.values[name])}" if name in self.values else ""
+        raise UserError(f"{self.source}: {self.within}{brief(name)}{value} {problem}")
+
+    def optional_integer(self, name: str, absent: int | None = None) -> int | None:
+        """A positive whole number, None for null, `absent` if there is no such field."""
+        value = self.get(name, absent)
+        if value is not None and (type(value) is not int or value < 1):
+            self.refuse(name, "must be a positive whole number")
+        if value is not None and value > MOST:
+            self.refuse(name, f"must be at most {MOST}")
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A positive whole number; without a `default` the field is required."""
+        value = self.optional_integer(name)
+        if value is None:
+            value = default
+        if value is None:
+            self.refuse(name, "is missing: it must be a positive whole number")
+        return value
+
+    def non_negative_integer(self, name: str, default: int) -> int:
+        """A whole number that is not negative."""
+        value = self.get(name)
+        if value is None:
+            value = default
+        if type(value) is not int or not 0 <= value <= MOST:
+            self.refuse(name, "must be a whole number that is not negative")
+        return value
+
+    def same_integer(self, *names: str) -> int:
+        """A positive whole number with several spellings: at least one of the `names` is required,
+        and those that are there must agree."""
+        values = {name: self.optional_integer(name) for name in names}
+        given = [name for name in names if values[name] is not None]
+        if not given:
+            self.refuse(names[0], "is missing: it must be a positive whole number")
+        for name in given[1:]:
+            if values[name] != values[given[0]]:
+                self.refuse(name, f"contradicts {given[0]} = {values[given[0]]}")
+        return self.integer(given[0])
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Raise UserError unless the field has one of the `allowed` values, or no value."""
+        verb = "is" if len(allowed) == 1 else "are"
+        if self.get(name) not in (None, *allowed):
+            self.refuse(name, f"is not implemented: {' and '.join(map(as_json, allowed))} {verb}")
+
+    def optional_number(self, name: str) -> float | None:
+        """A finite number that is not negative, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+            self.refuse(name, "must be a number that is not negative")
+        return float(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number; without a `default` the field is required."""
+        value = self.optional_number(name)
+        if value is None:
+            value = default
+        if value is None:
+            self.refuse(name, "is missing: it must be a positive number")
+        if value == 0:
+            self.refuse(name, "must be a positive number")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name)
+        if value is not None and type(value) is not bool:
+            self.refuse(name, "must be true or false")
+        return default if value is None else value
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        value = self.get(name)
+        if value is not None and type(value) is not str:
+            self.refuse(name, "must be a string")
+        return default if value is None else value
+
+    def section(self, name: str) -> Fields | None:
+        """The fields of the nested object `name`, or None if it is empty or absent."""
+        value = self.get(name)
+        if value is not None and type(value) is not dict:
+            self.refuse(name, "must be an object")
+        return Fields(value, self.source, within=f"{name}.") if value else None
+
+    def reject_unknown(self, reader: str, ignored: frozenset[str] = frozenset()) -> None:
+        """Raise UserError for a field that was not read, is not `ignored` and may change the
+        logits. `reader` names the reader in the error: a family or a kind of rope."""
+        for name, value in self.values.items():
+            if name in self.asked | ignored | IGNORED_FIELDS or name.endswith("_token_id"):
+                continue
+            remedy = "remove it from the file if it does not change the mathematics"
+            if value is not None and name not in UNSUPPORTED_FIELDS:
+                self.refuse(name, f"is not a field that is known for {reader}: {remedy}")
+            if value is not None and value != UNSUPPORTED_FIELDS[name][1]:
+                self.refuse(
+                    name, f"asks for {UNSUPPORTED_FIELDS[name][0]}, not implemented: {remedy}"
+                )
+
+
+def as_json(value: object) -> str:
+    """`value` as JSON, shortened to fit into a sentence."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return brief(text, 60)

@@ -1,0 +1,246 @@
+"""Reads a Hugging Face ``config.json`` into a `ModelConfig`.
+
+Both spellings of the rotary embedding are read: `rope_parameters`, as transformers 5 writes it, and
+the older `rope_theta` with `rope_scaling`. An absent field has the default of transformers'
+configuration class for the family (`mpishard.config.families`).
+
+A field that changes the mathematics in a way that is not implemented is refused, and so is an
+unknown field: a model that is computed almost right writes fluent, wrong text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpishard.config.families import FAMILIES
+from mpishard.config.families.family import Family
+from mpishard.config.fields import Fields, as_json
+from mpishard.config.model_config import MLAConfig, ModelConfig
+from mpishard.config.read_moe import read_moe
+from mpishard.config.read_rope import read_rope
+from mpishard.config.read_windows import read_windows
+from mpishard.errors import UserError
+
+# No model has so many layers. A damaged number must not fill the memory with lists of layers before
+# there is any weight to compare it with.
+MOST_LAYERS = 10_000
+
+_DEFAULT_Q_LORA_RANK = 1536
+
+# Names in transformers' table of activations, and the name of the same function here.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+
+def read_model_config(
+    raw: dict[str, Any], generation: dict[str, Any] | None, source: str
+) -> ModelConfig:
+    """The configuration in `raw`, the content of the ``config.json`` that errors call `source`.
+
+    `generation` is the content of ``generation_config.json``, or None; its end-of-sequence and
+    beginning-of-sequence ids take precedence.
+
+    Raises UserError, with `source`, the field and its value, if the file is inconsistent or needs
+    something that is not implemented.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{source} must hold a JSON object, not {as_json(raw)}")
+    if not isinstance(generation, dict | None):
+        raise UserError(f"{_beside(source)} must hold a JSON object, not {as_json(generation)}")
+    fields = Fields(raw, source)
+    family = _family(fields)
+    hidden = fields.integer("hidden_size")
+    layers = fields.integer("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        fields.refuse("num_hidden_layers", f"must be at most {MOST_LAYERS}")
+    heads = fields.integer("num_attention_heads")
+    rope_dim = _rope_dim(fields, family, hidden, heads)
+    rope, max_position_embeddings = read_rope(fields, family, rope_dim)
+    mla = _mla(fields, family) if family.mla else None
+    kv_heads = _kv_heads(fields, family, heads)
+    _refuse_quantized(fields, family)
+    bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
+    config = ModelConfig(
+        family=family.name,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=1 if mla else kv_heads,
+        head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else rope_dim,
+        ffn=fields.integer("intermediate_size"),
+        vocab=fields.integer("vocab_size"),
+        norm_eps=fields.number("rms_norm_eps", family.norm_eps),
+        activation=_activation(fields, family),
+        tied=fields.flag("tie_word_embeddings", family.tied),
+        qkv_bias=bias and not mla,
+        o_bias=bias and family.o_bias,
+        mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias),
+        qk_norm=family.qk_norm,
+        rope=rope,
+        windows=read_windows(fields, family, layers),
+        max_position_embeddings=max_position_embeddings,
+        eos_ids=_eos_ids(fields, generation, family),
+        bos_id=_bos_id(fields, generation, family),
+        full_width_qk_norm=family.full_width_qk_norm,
+        sinks=family.sinks,
+        moe=read_moe(fields, family.moe, layers) if family.moe else None,
+        mla=mla,
+        norm_offset=family.norm_offset,
+        post_norms=family.post_norms,
+        attn_logit_softcapping=_softcap(
+            fields, "attn_logit_softcapping", family.attn_logit_softcapping
+        ),
+        final_logit_softcapping=_softcap(
+            fields, "final_logit_softcapping", family.final_logit_softcapping
+        ),
+        attention_scale=_attention_scale(fields, family),
+        embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
+        raw=raw,
+    )
+    fields.reject_unknown(family.name, family.ignored)
+    return config
+
+
+def _family(fields: Fields) -> Family:
+    names = fields.get("architectures")
+    if names not in [[name] for name in FAMILIES]:
+        fields.refuse("architectures", f"must be a list of one of {', '.join(FAMILIES)}")
+    family = FAMILIES[names[0]]
+    if fields.text("model_type", family.name) != family.name:
+        fields.refuse("model_type", f'must be "{family.name}", as architectures is {names[0]}')
+    return family
+
+
+def _refuse_quantized(fields: Fields, family: Family) -> None:
+    """Raise UserError for quantized weights, except the family's own quantization."""
+    if family.quantization is None:
+        return  # reject_unknown refuses the field
+    section = fields.section("quantization_config")
+    if section and section.text("quant_method", "") != family.quantization:
+        fields.refuse("quantization_config", f"is not implemented: {family.quantization} is")
+
+
+def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
+    """The number of rotated elements of a head: all of them, except under latent attention."""
+    if family.mla:
+        rope_dim = fields.integer("qk_rope_head_dim")
+        if fields.optional_integer("head_dim", absent=rope_dim) not in (None, rope_dim):
+            fields.refuse("head_dim", f"contradicts qk_rope_head_dim = {rope_dim}")
+        if rope_dim % 2:
+            fields.refuse("qk_rope_head_dim", f"must be even for rope's pairs, not {rope_dim}")
+        return rope_dim
+    head_dim = fields.optional_integer("head_dim", absent=family.head_dim)
+    if head_dim is None:
+        if hidden % heads:
+            fields.refuse(
+                "hidden_size",
+                f"must be a multiple of num_attention_heads = {heads}, or head_dim must be given",
+            )
+        head_dim = hidden // heads
+    if head_dim % 2:
+        fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
+    if family.full_width_qk_norm and head_dim * heads != hidden:
+        fields.refuse("head_dim", f"contradicts {family.name}, whose heads fill hidden_size")
+    return head_dim
+
+
+def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
+    kv_heads = fields.optional_integer("num_key_value_heads", absent=family.kv_heads)
+    if kv_heads is None:
+        return heads
+    if heads % kv_heads:
+        default = "" if "num_key_value_heads" in fields.values else f", {family.name}'s default"
+        fields.refuse(
+            "num_attention_heads",
+            f"must be a multiple of num_key_value_heads = {kv_heads}{default}",
+        )
+    if family.mla and kv_heads != heads:
+        fields.refuse("num_key_value_heads", f"must be num_attention_heads = {heads}")
+    return kv_heads
+
+
+def _mla(fields: Fields, family: Family) -> MLAConfig:
+    qk_nope_head_dim = fields.integer("qk_nope_head_dim")
+    rope_dim = fields.integer("qk_rope_head_dim")
+    fields.only("qk_head_dim", qk_nope_head_dim + rope_dim)
+    interleaved = family.rope_interleaved_pairs
+    if interleaved is None:
+        interleaved = fields.flag("rope_interleave", True)
+    return MLAConfig(
+        q_lora_rank=fields.optional_integer("q_lora_rank", absent=_DEFAULT_Q_LORA_RANK),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        qk_nope_head_dim=qk_nope_head_dim,
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=fields.integer("v_head_dim"),
+        bias=fields.flag("attention_bias", False),
+        interleaved=interleaved,
+    )
+
+
+def _activation(fields: Fields, family: Family) -> str:
+    field = family.activation_field
+    name = fields.text(field, family.activation)
+    if name not in _ACTIVATIONS:
+        fields.refuse(field, f"is not implemented: {', '.join(_ACTIVATIONS)} are")
+    if family.moe and family.moe.clamped and _ACTIVATIONS[name] != "silu":
+        fields.refuse("hidden_act", f'contradicts {family.name}, where it is always "silu"')
+    return _ACTIVATIONS[name]
+
+
+def _softcap(fields: Fields, name: str, default: float | None) -> float | None:
+    """The soft cap in the field `name`: `default` if the field is absent, None if it is null. A
+    `default` of None means that the family has no such field; reject_unknown then refuses it."""
+    if default is None:
+        return None
+    if name not in fields.values:
+        return default
+    return fields.number(name) if fields.get(name) is not None else None
+
+
+def _attention_scale(fields: Fields, family: Family) -> float | None:
+    """The factor of the attention scores, None for the usual ``head_dim ** -0.5``."""
+    if family.query_pre_attn_scalar is None:
+        return None
+    return fields.integer("query_pre_attn_scalar", family.query_pre_attn_scalar) ** -0.5
+
+
+def _bias(fields: Fields, name: str, always: bool | None, default: bool = False) -> bool:
+    """Whether projections have a bias. If the family has no choice, `always` is its value, and a
+    field that contradicts it is refused (UserError)."""
+    bias = fields.flag(name, default if always is None else always)
+    if always is not None and bias != always:
+        fields.refuse(name, f"contradicts the family, where it is always {as_json(always)}")
+    return bias
+
+
+def _eos_ids(fields: Fields, generation: dict[str, Any] | None, family: Family) -> tuple[int, ...]:
+    ids, source = _special(fields, generation, "eos_token_id", family.eos_id)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int for token in ids):
+        raise UserError(f"{source}: eos_token_id = {as_json(ids)} must be token ids")
+    return tuple(ids)
+
+
+def _bos_id(fields: Fields, generation: dict[str, Any] | None, family: Family) -> int | None:
+    token, source = _special(fields, generation, "bos_token_id", family.bos_id)
+    if token is not None and type(token) is not int:
+        raise UserError(f"{source}: bos_token_id = {as_json(token)} must be a token id")
+    return token
+
+
+def _special(
+    fields: Fields, generation: dict[str, Any] | None, name: str, absent: int | None
+) -> tuple[Any, str]:
+    """The value of a special token's field, and the file that has it."""
+    if generation and generation.get(name) is not None:
+        return generation[name], _beside(fields.source)
+    return fields.get(name, absent), fields.source
+
+
+def _beside(source: str) -> str:
+    return f"generation_config.json beside {source}"
