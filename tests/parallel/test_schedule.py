@@ -104,7 +104,7 @@ def all_to_all(group: str, payload: int, kept: int) -> CollectiveCall:
 
 
 def isendrecv(group: str, payload: int) -> CollectiveCall:
-    return CollectiveCall("send_receive", group, payload, payload)
+    return CollectiveCall("isendrecv", group, payload, payload)
 
 
 def forward_calls(
@@ -475,7 +475,7 @@ def test_context_parallelism_sends_what_is_published(comm: MPI.Intracomm, prefil
                 if all(length % (2 * cp) == 0 for length in lengths):
                     assert sent(mesh, "cp") == wire
                     ring, gathers = (cp - 1, 0) if prefill == "ring" else (0, int(cp > 1))
-                    assert mesh.ledger["send_receive", "cp"].calls == layers * ring
+                    assert mesh.ledger["isendrecv", "cp"].calls == layers * ring
                     assert mesh.ledger["all_gather", "cp"].calls == layers * gathers
 
 
@@ -505,7 +505,7 @@ def test_only_what_a_window_reaches_is_sent(comm: MPI.Intracomm, prefill: str, o
             mine = 0 if is_last else reach * hops
             assert sent(mesh, "cp") == layers * mine * position
         if order == "contiguous" and prefill == "ring":
-            assert mesh.ledger["send_receive", "cp"].calls == (layers if cp > 1 else 0)
+            assert mesh.ledger["isendrecv", "cp"].calls == (layers if cp > 1 else 0)
 
 
 # The choice of tokens, and replicas
