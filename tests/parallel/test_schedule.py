@@ -581,7 +581,7 @@ def test_replicas_never_meet(comm: MPI.Intracomm):
         assert {group for _, group in seen(mesh)} <= {"tp", "cp", "kv"}
 
 
-# The table in docs/costs.md: Llama 3 8B in float32 on 16 ranks, a prompt of 32,768 tokens and then a token
+# docs/costs.md: Llama 3 8B in float32 on 16 ranks, a prompt of 32,768 tokens and then a token
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
