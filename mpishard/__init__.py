@@ -44,7 +44,7 @@ __all__ = [
 _HOMES = {
     "Completion": "mpishard.api",
     "Model": "mpishard.api",
-    "LogitsOutput": "mpishard.api",
+    "LogitsOutput": "mpishard.scoring",
     "SamplingParams": "mpishard.engine.sampling_params",
     "UserError": "mpishard.errors",
     "Watchdog": "mpishard.runtime.watchdog",

@@ -40,7 +40,6 @@ from __future__ import annotations
 import json
 import operator
 import resource
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -54,19 +53,12 @@ from mpi4py import MPI
 from mpishard.batch.dispatch import Progress
 from mpishard.batch.job import BatchJob
 from mpishard.batch.run import BatchReport, run
-from mpishard.communication.collectives import all_reduce, gather
-from mpishard.communication.group import CallTracker, CollectiveCall, Group
-from mpishard.communication.ledger import Ledger
+from mpishard.communication.collectives import all_reduce
+from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
-from mpishard.config.expert_placement import ExpertPlacement
-from mpishard.config.layout import LAYOUT_OPTIONS, Layout, block_sizes
 from mpishard.config.layout_checks import (
     Line,
-    check_degrees,
     check_experts,
-    check_flash_decoding,
-    check_tensor_parallel,
-    make_layout,
 )
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
 from mpishard.engine.generate import Timing, check_request, generate
@@ -74,19 +66,19 @@ from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
+from mpishard.layout_resolution import check_arguments, read_placement, resolve_layout
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
 from mpishard.parallel.expert_load import ExpertLoad
 from mpishard.parallel.router_replay import RoutingRecorder, replay_layer
+from mpishard.runtime.agreement import raise_on_all
 from mpishard.runtime.launch import launcher
 from mpishard.runtime.malloc import keep_freed_memory
 from mpishard.runtime.watchdog import Watchdog
-from mpishard.sequences.step import ScheduledChunk, Step, pack
-from mpishard.storage.model_dir import read_json
+from mpishard.scoring import LogitsOutput, score_sequences
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
-from mpishard.storage.shards import ShardDirectory
-from mpishard.storage.source import Source, fingerprint, open_source
+from mpishard.storage.source import fingerprint, open_source
 from mpishard.storage.weights import load_weights
 from mpishard.tokenizer import TOKENIZER, IncrementalDetokenizer, Tokenizer, finish_output
 
@@ -108,16 +100,6 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-
-
-@dataclass(frozen=True)
-class LogitsOutput:
-    """The `logits` after each token of one sequence, (tokens, vocab), and where asked for the
-    residual stream entering each layer and after the final norm: layers + 1 arrays (tokens,
-    hidden). All are of the model's compute dtype."""
-
-    logits: np.ndarray
-    hidden: list[np.ndarray]
 
 
 @dataclass
@@ -342,75 +324,7 @@ class Model:
             self.check(ids, f"sequence {place + 1}")
         _check_chunk(chunked_prefill_size)
         self._check_routing(encoded, 0)
-        return self._rounds(encoded, hidden_states, chunked_prefill_size)
-
-    def _rounds(
-        self, sequences: list[list[int]], hidden_states: bool, chunk: int | None
-    ) -> Iterator[LogitsOutput | None]:
-        for first in range(0, len(sequences), self.mesh.dp.size):
-            raise_on_all = sequences[first : first + self.mesh.dp.size]
-            mine = raise_on_all[self.mesh.dp.rank] if self.mesh.dp.rank < len(raise_on_all) else []
-            longest = max(map(len, raise_on_all))
-            ids_S, place = np.array(mine, np.int64), first + self.mesh.dp.rank
-            scores = self._score(ids_S, place, hidden_states, chunk or longest, longest)
-            lengths = [len(ids) for ids in raise_on_all]
-            lengths += [0] * (self.mesh.dp.size - len(raise_on_all))
-            yield from self._gather_scores(scores, lengths, len(raise_on_all))
-
-    def _score(
-        self, ids_S: np.ndarray, place: int, hidden_states: bool, chunk: int, longest: int
-    ) -> LogitsOutput:
-        """This replica's scores of one sequence, the `place`-th of all, whole on rank 0 of the
-        replica, fed in steps of at most `chunk` tokens, as many as the `longest` of all replicas'
-        sequences takes. The sequence has no tokens where fewer are left than replicas."""
-        decoder = self.decoder
-        cache = decoder.allocate_cache(len(ids_S), min(chunk, len(ids_S)))
-        streams = self.config.layers + 1 if hidden_states else 0
-        logits = [np.empty((0, self.config.vocab), decoder.dtype)]
-        hidden = [[np.empty((0, self.config.hidden), decoder.dtype)] for _ in range(streams)]
-        for start in range(0, longest, chunk):
-            new_S = ids_S[start : start + chunk]
-            feed = ScheduledChunk(new_S, cache, max(0, len(ids_S) - start - len(new_S)), place)
-            step = pack([feed] if len(new_S) else [], decoder.sequence_sharding, all_logits=True)
-
-            def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:
-                hidden[layer].append(decoder.gather_sequence(x_nD, step))
-
-            logits_Nv = decoder.forward(step, observe if hidden_states else None)
-            logits.append(self._gather_logits(logits_Nv, step))
-        return LogitsOutput(np.concatenate(logits), [np.concatenate(parts) for parts in hidden])
-
-    def _gather_logits(self, logits_Nv: np.ndarray, step: Step) -> np.ndarray:
-        """The logits of all of a step's tokens, in their order, on rank 0 of the replica; no rows
-        on the others: (W, V)."""
-        mesh, vocab = self.mesh, self.config.vocab
-        logits_WV = np.empty((0, vocab), logits_Nv.dtype)
-        logits_NV = gather(logits_Nv, mesh.tp, axis=1, sizes=block_sizes(vocab, mesh.tp.size))
-        if logits_NV is not None:
-            sizes = [len(place) for place in step.global_index]
-            rows_WV = gather(logits_NV, mesh.cp, sizes=sizes)
-            if rows_WV is not None:
-                logits_WV = np.empty_like(rows_WV)
-                logits_WV[np.concatenate(step.global_index)] = rows_WV
-        return logits_WV
-
-    def _gather_scores(
-        self, scores: LogitsOutput, lengths: list[int], count: int
-    ) -> Iterator[LogitsOutput | None]:
-        """The `count` sequences' scores of one round, from the replicas that made them."""
-        mesh = self.mesh
-        if mesh.replica.rank != 0:
-            yield from [None] * count
-            return
-        everything = [scores.logits, *scores.hidden]
-        arrays = [gather(array, mesh.dp, sizes=lengths) for array in everything]
-        if mesh.dp.rank != 0:
-            yield from [None] * count
-            return
-        bounds = np.cumsum(lengths)[:-1]
-        split = [np.split(array, bounds) for array in arrays if array is not None]
-        for place in range(count):
-            yield LogitsOutput(split[0][place], [parts[place] for parts in split[1:]])
+        return score_sequences(self.decoder, encoded, hidden_states, chunked_prefill_size)
 
     def peak_memory(self) -> int:
         """The largest peak of resident memory, in bytes, of any rank."""
@@ -444,7 +358,7 @@ def load(
     not fit it. Its message then has the line to type, which `line` gives for the right number of
     ranks and `tp`. Raises TypeError for a switch that does not exist or is of another type.
     """
-    _check_arguments(layout_options)
+    check_arguments(layout_options)
     if compute_dtype not in DTYPES:
         raise UserError(f"compute_dtype {compute_dtype!r} must be one of {', '.join(DTYPES)}")
     if max_model_len is not None and not 1 <= max_model_len <= MAX_POSITIONS:
@@ -453,13 +367,13 @@ def load(
     calls = watch.calls if watch else CallTracker()
     with raise_on_all(comm, calls):
         source = open_source(path)
-        layout = _layout(source, comm.size, tp, dp, cp, line, layout_options)
+        layout = resolve_layout(source, comm.size, tp, dp, cp, line, layout_options)
         config = source.config
         given = [name for name, value in layout_options.items() if value is not None]
         check_experts(config, layout, given)
         if max_model_len is not None:
             config = replace(config, max_position_embeddings=max_model_len)
-        placement = _placement(layout, config)
+        placement = read_placement(layout, config)
     mesh = Mesh.split(comm, layout, config, placement, calls)
     with raise_on_all(comm, calls):
         weights = load_weights(
@@ -530,83 +444,6 @@ def scheduler_config(
 def _check_chunk(chunked_prefill_size: int | None) -> None:
     if chunked_prefill_size is not None and chunked_prefill_size < 1:
         raise UserError(f"chunked_prefill_size {chunked_prefill_size} must be at least 1")
-
-
-def _check_arguments(layout_options: dict[str, bool | float | str | None]) -> None:
-    """Refuse, with a TypeError, what no layout has, and what would pass for another type."""
-    for name, value in layout_options.items():
-        if name not in LAYOUT_OPTIONS:
-            raise TypeError(
-                f"load() has no argument {name!r}; switches are {', '.join(LAYOUT_OPTIONS)}"
-            )
-        right = LAYOUT_OPTIONS[name].kind
-        whole = right is float and type(value) is int
-        if not whole and not isinstance(value, right | None):
-            raise TypeError(f"{name} {value!r} must be of type {right.__name__}")
-
-
-@contextmanager
-def raise_on_all(comm: MPI.Comm, calls: CallTracker | None = None) -> Iterator[None]:
-    """What is done within fails on all ranks of `comm` if it fails on one: a UserError of any rank
-    is raised, the lowest rank's, after all have come to the end. `calls` are those of this rank
-    that somebody watches or checks."""
-    mine = None
-    try:
-        yield
-    except UserError as error:
-        mine = str(error)
-    with CollectiveCall("agreement", Group(comm, "world", Ledger(), calls or CallTracker())):
-        everyones = comm.allgather(mine)
-    messages = [message for message in everyones if message is not None]
-    if messages:
-        raise UserError(messages[0])
-
-
-def _layout(
-    source: Source,
-    ranks: int,
-    tp: int | None,
-    dp: int | None,
-    cp: int,
-    line: Line,
-    layout_options: dict[str, bool | float | str | None],
-) -> Layout:
-    """The layout asked for, if the source can be loaded in it and `ranks` are right (UserError)."""
-    check_degrees(tp, dp, cp)
-    if tp is not None:
-        check_tensor_parallel(source.config, tp)
-    if layout_options.get("flash_decoding"):
-        check_flash_decoding(source.config)
-    if not isinstance(source, ShardDirectory):
-        tp = 1 if tp is None else tp
-        return make_layout(ranks, tp, dp, cp, line, **layout_options)
-    right = source.sharding.tp
-    if layout_options.get("ep") is None and source.config.moe:
-        layout_options = layout_options | {"ep": source.sharding.ep}
-    replica = cp * right
-    typed = line(replica * (dp or max(1, ranks // replica)), right)
-    if tp not in (None, right):
-        raise UserError(
-            f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run `{typed}`, "
-            f"or make others with `mpishard shard {shlex.quote(str(source.path))} OUT --tp {tp}`"
-        )
-    if dp is None and ranks % replica:
-        cause = "so" if cp == 1 else f"so with --cp {cp}"
-        raise UserError(
-            f"{source.path} holds shards for --tp {right}, {cause} the number of ranks must be a "
-            f"multiple of {replica}, not {ranks}: run `{typed}`"
-        )
-    return make_layout(ranks, right, dp, cp, line, **layout_options)
-
-
-def _placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:
-    """The placement of experts that the layout names, if it does."""
-    if not layout.expert_placement or config.moe is None:
-        return None
-    where = f"--expert-placement {layout.expert_placement}"
-    return ExpertPlacement.of(
-        read_json(Path(layout.expert_placement)), config.moe, layout.ep, where
-    )
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

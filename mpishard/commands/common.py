@@ -15,7 +15,7 @@ import numpy as np
 from mpi4py import MPI
 from tqdm import tqdm
 
-from mpishard.api import Model, load, raise_on_all
+from mpishard.api import Model, load
 from mpishard.batch.job import check_output
 from mpishard.commands.expert_load import load_report, load_table
 from mpishard.communication.collectives import MAX, all_reduce
@@ -23,6 +23,7 @@ from mpishard.config.layout import LAYOUT_OPTIONS
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
+from mpishard.runtime.agreement import raise_on_all
 from mpishard.runtime.launch import reaches_terminal, threads_per_rank
 
 

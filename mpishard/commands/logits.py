@@ -15,7 +15,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpishard import options
-from mpishard.api import LogitsOutput, Model, raise_on_all
+from mpishard.api import Model
 from mpishard.batch.job import check_output
 from mpishard.batch.requests import check_fields, name_of, prompt_of, read_object
 from mpishard.commands.common import (
@@ -27,6 +27,8 @@ from mpishard.commands.common import (
 )
 from mpishard.engine.generate import Timing
 from mpishard.errors import UserError, brief
+from mpishard.runtime.agreement import raise_on_all
+from mpishard.scoring import LogitsOutput
 
 SUMMARY = "Score given tokens."
 
@@ -156,7 +158,7 @@ def _write_scores(
             for name, score in zip(names, scores, strict=True):
                 assert score is not None  # on this rank they all arrive
                 _write_array(archive, name, score.logits)
-                for layer, x_SD in enumerate(score.hidden):
+                for layer, x_SD in enumerate(score.hidden_states):
                     _write_array(archive, f"{name}.hidden.{layer}", x_SD)
                 advance(1)
         os.replace(temporary, target)

@@ -8,9 +8,9 @@ from math import lcm
 from mpi4py import MPI
 
 from mpishard import options
-from mpishard.api import raise_on_all
 from mpishard.commands.common import progress_bar, say
 from mpishard.communication.collectives import barrier
+from mpishard.runtime.agreement import raise_on_all
 from mpishard.storage.convert import Conversion
 from mpishard.storage.source import open_source
 

@@ -161,7 +161,8 @@ def test_a_rank_that_ends_before_the_others(model):
     said = message(generated(script("sys.exit()"), model))
     assert re.fullmatch(f"rank 0: {IN_TP}", place("rank 0", said))
     assert "rank 1: in no collective; done:" in said
-    assert re.fullmatch(r"mpishard/runtime/launch\.py:\d+ in _agree_on_exit", stack("rank 1", said)[0])
+    agreeing = r"mpishard/runtime/launch\.py:\d+ in _agree_on_exit"
+    assert re.fullmatch(agreeing, stack("rank 1", said)[0])
 
 
 def test_ranks_in_the_same_place_are_named_together(model):
@@ -171,9 +172,7 @@ def test_ranks_in_the_same_place_are_named_together(model):
 
 
 def test_a_rank_that_leaves_the_ring(model):
-    program = script(
-        "time.sleep(1000)", name="isendrecv", module="parallel.context", when="(3,)"
-    )
+    program = script("time.sleep(1000)", name="isendrecv", module="parallel.context", when="(3,)")
     said = message(generated(program, model, 3, "--cp 3"))
     where = r"isendrecv, at mpishard/parallel/context\.py:\d+; done: \d+ of cp"
     assert re.search(rf"in collective \d+ of cp \(ranks 0, 1, 2\), {where}", said)
@@ -405,7 +404,8 @@ def test_the_watchdog_speaks_where_a_comparison_waits_for_ever(model):
     how = "--tp 2 --check-collectives"
     said = message(generated(script("sys.exit()"), model, how=how))
     assert re.fullmatch(f"rank 0: {IN_TP}", place("rank 0", said))
-    assert re.match(r"mpishard/communication/check\.py:\d+ in check_collective", stack("rank 0", said)[-1])
+    checking = r"mpishard/communication/check\.py:\d+ in check_collective"
+    assert re.match(checking, stack("rank 0", said)[-1])
 
 
 # The report

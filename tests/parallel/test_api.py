@@ -15,10 +15,10 @@ from tiny_text import write_speaker
 from toys import layouts, oracle
 
 import mpishard
-from mpishard.api import raise_on_all
 from mpishard.config.layout import LAYOUT_OPTIONS, Layout
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling_params import SamplingParams
+from mpishard.runtime.agreement import raise_on_all
 
 pytestmark = pytest.mark.ranks
 
@@ -174,8 +174,8 @@ def test_scores_are_the_oracles_on_the_first_rank(path, comm, hidden_states, chu
         for score, (logits_SV, hidden) in zip(scores, [*right, right[0]], strict=True):
             assert score is not None
             np.testing.assert_allclose(score.logits, logits_SV, rtol=0, atol=1e-9)
-            assert len(score.hidden) == (len(hidden) if hidden_states else 0)
-            for x_SD, right_SD in zip(score.hidden, hidden, strict=False):
+            assert len(score.hidden_states) == (len(hidden) if hidden_states else 0)
+            for x_SD, right_SD in zip(score.hidden_states, hidden, strict=False):
                 np.testing.assert_allclose(x_SD, right_SD, rtol=0, atol=1e-9)
 
 

@@ -512,10 +512,7 @@ def test_layouts_divide_the_residual_stream_and_the_cache(
         assert row["residual_stream_bytes"] == tokens * config.hidden * FLOAT32
         assert row["kv_cache_bytes"] == (length + TOKENS) // cache * per_position
     exchanged = [
-        e
-        for row in report["speeds"]
-        for e in row["collectives"]
-        if e["operation"] == "isendrecv"
+        e for row in report["speeds"] for e in row["collectives"] if e["operation"] == "isendrecv"
     ]
     assert bool(exchanged) == (options == ["--cp", 2])
     for row in report["speeds"]:

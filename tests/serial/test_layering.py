@@ -25,7 +25,8 @@ FLOORS = (
     ("engine",),
 )
 SURFACE = (
-    *("api", "batch", "bench", "cli", "commands", "options", "runtime", "tokenizer"),
+    *("api", "batch", "bench", "cli", "commands", "layout_resolution", "options", "runtime"),
+    *("scoring", "tokenizer"),
     "__main__",
 )
 
