@@ -37,18 +37,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
-    *("Completion", "Model", "Sampling", "LogitsOutput", "UserError", "Watchdog", "Wishes", "load"),
+    *("Completion", "Model", "LogitsOutput", "SamplingParams", "UserError", "Watchdog", "load"),
 ]
 
 # Imported when asked for: the command line sets the number of threads before NumPy is loaded.
 _HOMES = {
     "Completion": "mpishard.api",
     "Model": "mpishard.api",
-    "Sampling": "mpishard.engine.sampling",
     "LogitsOutput": "mpishard.api",
+    "SamplingParams": "mpishard.engine.sampling_params",
     "UserError": "mpishard.errors",
     "Watchdog": "mpishard.runtime.watchdog",
-    "Wishes": "mpishard.batch.requests",
     "load": "mpishard.api",
 }
 

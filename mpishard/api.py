@@ -3,7 +3,8 @@
     import mpishard
 
     model = mpishard.load("data/cpython-4m")
-    for completion in model.generate(["def read(self", "class Set"], max_tokens=32):
+    params = mpishard.SamplingParams(max_tokens=32)  # greedy, unless it has a temperature
+    for completion in model.generate(["def read(self", "class Set"], params):
         print(completion.text)
 
 That is one rank, without mpirun. On several, hand the communicator over and say how it is divided;
@@ -20,7 +21,7 @@ communicator make it, in the same order and with the same arguments.
     for scores in model.logits([[1, 2, 3], [4, 5]]):  # on rank 0; None on the others
         if scores is not None:
             print(scores.logits.shape)
-    report = model.batch("in.jsonl", "out.jsonl", mpishard.Wishes(max_tokens=32))
+    report = model.batch("in.jsonl", "out.jsonl", params)
 
 What depends on a rank's own files fails on all ranks if it fails on one. What else fails on one
 rank alone would leave the others waiting for it: ``python -m mpi4py`` ends them too, and so does
@@ -52,7 +53,6 @@ from mpi4py import MPI
 
 from mpishard.batch.dispatch import Progress
 from mpishard.batch.job import BatchJob
-from mpishard.batch.requests import Wishes
 from mpishard.batch.run import BatchReport, run
 from mpishard.communication.collectives import all_reduce, gather
 from mpishard.communication.group import CallTracker, CollectiveCall, Group
@@ -70,7 +70,7 @@ from mpishard.config.layout_checks import (
 )
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
 from mpishard.engine.generate import Timing, check_request, generate
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
@@ -217,10 +217,8 @@ class Model:
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        max_tokens: int = 128,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
+        params: SamplingParams = SamplingParams(),  # noqa: B008 (immutable)
+        *,
         chat: bool = False,
         on_text: Callable[[int, str], None] | None = None,
         on_finish: Callable[[int], None] | None = None,
@@ -229,7 +227,7 @@ class Model:
     ) -> list[Completion]:
         """The completions of all `prompts` (texts or token ids), in their order, on every rank.
 
-        Greedy unless `sampling` says otherwise. `on_text` is called with ``(prompt's place, text)``
+        All are continued as `params` say. `on_text` is called with ``(prompt's place, text)``
         as text appears and `on_finish` with the places of finished prompts, both on the ranks of
         the replica that serves the prompt; `timing` is added to, for that replica. Prompts of more
         than `chunked_prefill_size` tokens enter in several steps.
@@ -237,32 +235,29 @@ class Model:
         Raises UserError for a prompt that is empty, too long, or has ids beyond the vocabulary,
         where text is asked of a model without a tokenizer, and where logits are not finite.
         """
-        if max_tokens < 1:
-            raise UserError(f"max_tokens {max_tokens} must be at least 1")
         _check_chunk(chunked_prefill_size)
-        if isinstance(stop, str) or "" in stop:
-            raise UserError(f"stop {stop!r} must be a list of texts, none of them empty")
         encoded = [self.encode(prompt, chat) for prompt in prompts]
         for place, ids in enumerate(encoded):
             self.check(ids, f"prompt {place + 1}")
-        self._check_routing(encoded, max_tokens - 1)
+        self._check_routing(encoded, params.max_tokens - 1)
         mine = assign_requests(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
-        text = self.text if self.has_tokenizer or stop or on_text else None
+        text = self.text if self.has_tokenizer or params.stop or on_text else None
         texts = {
-            place: IncrementalDetokenizer(text, encoded[place], stop, _writer(on_text, place))
+            place: IncrementalDetokenizer(
+                text, encoded[place], params.stop, _writer(on_text, place)
+            )
             for place in mine
             if text
         }
-        eos = frozenset() if ignore_eos else frozenset(self.config.eos_ids)
+        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
         requests = [
             Request(
                 index=place,
                 ids=encoded[place],
-                max_tokens=max_tokens,
-                sampling=sampling or Sampling(),
+                params=params,
                 eos_ids=eos,
-                stop_fn=texts[place].update if stop or on_text else None,
+                stop_fn=texts[place].update if params.stop or on_text else None,
             )
             for place in mine
         ]
@@ -293,15 +288,15 @@ class Model:
         self,
         input: str | Path,
         output: str | Path,
-        wishes: Wishes = Wishes(),  # noqa: B008 (immutable)
+        params: SamplingParams = SamplingParams(),  # noqa: B008 (immutable)
         limits: SchedulerConfig | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> BatchReport:
         """Answer every line of the file `input` in a line of the file `output`, in their order.
 
-        Lines are those of ``mpishard batch`` and made as `wishes` say where they do not. The
-        replicas, each within `limits`, draw requests as they become free. Answers are kept in a
+        Lines are those of ``mpishard batch``; `params` are the parameters of lines that have none.
+        The replicas, each within `limits`, draw requests as they become free. Answers are kept in a
         journal beside the output, so that a job that was ended goes on where it ended when the same
         call is made again; the output appears when all are there, and the journal goes. Both files
         need to be seen from rank 0 alone. All ranks stop after a step in which `should_stop` is
@@ -315,7 +310,7 @@ class Model:
             (self.decoder.dtype.name, self.config.max_position_embeddings),
         )
         files = self.path, input, output
-        with open_batch(world.comm, *files, wishes, *settings, world.calls) as task:
+        with open_batch(world.comm, *files, params, *settings, world.calls) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
     def answer(
@@ -365,7 +360,7 @@ class Model:
     def _score(
         self, ids_S: np.ndarray, place: int, hidden_states: bool, chunk: int, longest: int
     ) -> LogitsOutput:
-        """This replica's scores of one sequence, the `eplb`-th of all, whole on rank 0 of the
+        """This replica's scores of one sequence, the `place`-th of all, whole on rank 0 of the
         replica, fed in steps of at most `chunk` tokens, as many as the `longest` of all replicas'
         sequences takes. The sequence has no tokens where fewer are left than replicas."""
         decoder = self.decoder
@@ -479,10 +474,11 @@ def open_batch(
     path: Path,
     input: str | Path,
     output: str | Path,
-    wishes: Wishes,
+    params: SamplingParams,
     compute_dtype: str,
     max_model_len: int | None,
     calls: CallTracker | None = None,
+    chat: bool = False,
 ) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
@@ -490,12 +486,12 @@ def open_batch(
     task = None
     with raise_on_all(comm, calls):
         if comm.rank == 0:
-            facts = {
+            metadata = {
                 "model": fingerprint(path),
                 "compute_dtype": compute_dtype,
                 "max_model_len": max_model_len or open_source(path).config.max_position_embeddings,
             }
-            task = BatchJob(Path(input), Path(output), wishes, facts)
+            task = BatchJob(Path(input), Path(output), params, metadata, chat)
     with task or nullcontext():
         yield task
 
@@ -533,7 +529,7 @@ def scheduler_config(
 
 def _check_chunk(chunked_prefill_size: int | None) -> None:
     if chunked_prefill_size is not None and chunked_prefill_size < 1:
-        raise UserError(f"prefill_chunk {chunked_prefill_size} must be at least 1")
+        raise UserError(f"chunked_prefill_size {chunked_prefill_size} must be at least 1")
 
 
 def _check_arguments(layout_options: dict[str, bool | float | str | None]) -> None:

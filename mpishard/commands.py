@@ -11,7 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import lcm
 from pathlib import Path
 from time import perf_counter
@@ -33,12 +33,12 @@ from mpishard.api import (
 )
 from mpishard.batch.dispatch import Progress
 from mpishard.batch.job import BatchJob, check_output
-from mpishard.batch.requests import Wishes, check_fields, name_of, prompt_of, read_object
+from mpishard.batch.requests import check_fields, name_of, prompt_of, read_object
 from mpishard.batch.run import BatchReport
 from mpishard.communication.collectives import MAX, all_reduce, barrier
 from mpishard.config.layout import LAYOUT_OPTIONS
 from mpishard.engine.generate import Timing
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError, brief
 from mpishard.expert_report import (
     load_report,
@@ -99,7 +99,7 @@ def inspect(args: argparse.Namespace, world: MPI.Intracomm) -> None:
 
 def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard generate``: streams the text of one prompt; prints several in their order."""
-    sampling = _sampling(args)
+    params = _sampling_params(args)
     model = _load(args, world)
     load = _count_load(args, model, world)
     prompts = _read_prompts(args.prompt, world)
@@ -111,10 +111,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     with _bar(world, 0 if streams else mine, "prompts", "prompt") as advance:
         completions = model.generate(
             prompts,
-            max_tokens=args.max_tokens,
-            sampling=sampling,
-            stop=args.stop,
-            ignore_eos=args.ignore_eos,
+            params,
             chat=args.chat,
             on_text=_write_text if streams else None,
             on_finish=lambda place: advance(1),
@@ -134,7 +131,7 @@ def generate(args: argparse.Namespace, world: MPI.Intracomm) -> None:
 def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard batch``: exits with status 75 if it was told to stop before all was answered,
     which may have been before this call."""
-    wishes = Wishes(args.max_tokens, _sampling(args), tuple(args.stop), args.ignore_eos, args.chat)
+    params = _sampling_params(args)
     limits = scheduler_config(
         args.max_num_batched_tokens,
         args.max_num_seqs,
@@ -142,8 +139,8 @@ def batch(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         args.kv_cache_memory_bytes,
     )
     args.stop_request.listen()  # MPI may have taken these signals for itself
-    files = Path(args.model), args.input, args.output, wishes, args.compute_dtype
-    with open_batch(world, *files, args.max_model_len, args.watch.calls) as task:
+    files = Path(args.model), args.input, args.output, params, args.compute_dtype
+    with open_batch(world, *files, args.max_model_len, args.watch.calls, args.chat) as task:
         if task and task.journal.damaged:
             _say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
         model = _load(args, world)
@@ -210,11 +207,11 @@ def eplb(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     _say(f"{target}: {placement_summary(loads, placement)}")
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
-    """How tokens are chosen; refuses a --stop that would stop everything."""
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """How tokens are sampled; refuses a --stop that would stop everything."""
     if "" in args.stop:
         raise UserError("--stop '' is empty: give the text that ends an answer")
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    return SamplingParams(**{one.name: getattr(args, one.name) for one in fields(SamplingParams)})
 
 
 def _load(args: argparse.Namespace, world: MPI.Intracomm) -> Model:

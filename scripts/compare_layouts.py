@@ -128,7 +128,8 @@ def measure(model: mpishard.Model, walk: Callable[[], float], args: argparse.Nam
     comm.Barrier()
     bandwidth = comm.allreduce(walk())
     comm.Barrier()
-    model.generate(prompts.tolist(), args.max_tokens + 1, ignore_eos=True, timing=timing)
+    params = mpishard.SamplingParams(max_tokens=args.max_tokens + 1, ignore_eos=True)
+    model.generate(prompts.tolist(), params, timing=timing)
     prompt, generation = (
         max(comm.allgather(seconds)) for seconds in (timing.prefill_seconds, timing.decode_seconds)
     )

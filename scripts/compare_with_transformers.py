@@ -43,7 +43,8 @@ import transformers  # noqa: E402
 
 import mpishard  # noqa: E402
 from mpishard.arithmetic.gemm import KERNELS  # noqa: E402
-from mpishard.engine.sampling import Sampling, SamplingRow, sample  # noqa: E402
+from mpishard.engine.sampling import SamplingRow, sample  # noqa: E402
+from mpishard.engine.sampling_params import SamplingParams  # noqa: E402
 from mpishard.sequences.step import pack  # noqa: E402
 
 # Seconds in which the threads of the one that had its turn go to sleep.
@@ -112,7 +113,9 @@ def feed_mpishard(model: mpishard.Model, batch: int) -> ScheduledChunk:
 
     def feed(ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits_BV = decoder.forward(pack(list(zip(ids_BS, caches, strict=True)), decoder.division))
-        rows = [SamplingRow(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
+        rows = [
+            SamplingRow(SamplingParams(), place, cache.length) for place, cache in enumerate(caches)
+        ]
         return np.array(sample(logits_BV, rows, decoder.config.vocab, decoder.mesh)), logits_BV
 
     return feed

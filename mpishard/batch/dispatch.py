@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 
 from mpishard.batch.job import BatchJob
-from mpishard.batch.requests import BatchRequest, Wishes
+from mpishard.batch.requests import BatchRequest
 from mpishard.communication.collectives import MAX, all_reduce, broadcast
 from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
 from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
@@ -163,9 +163,7 @@ class Coordinator:
                 self._refuse(place, line, str(error), made)
                 continue
             self._out[place] = line, len(ids)
-            wishes = asdict(line.wishes)
-            del wishes["chat"]
-            return {"place": place, "ids": ids, **wishes}
+            return {"place": place, "ids": ids, "params": asdict(line.params)}
         return None
 
     def _write(self, made: list[tuple[int, bytes]]) -> None:
@@ -269,21 +267,15 @@ class ReplicaClient:
 
     def _request(self, fields: dict[str, Any]) -> Request:
         place, ids = fields["place"], fields["ids"]
-        wishes = Wishes(
-            max_tokens=fields["max_tokens"],
-            sampling=Sampling(**fields["sampling"]),
-            stop=tuple(fields["stop"]),
-            ignore_eos=fields["ignore_eos"],
-        )
+        params = SamplingParams(**fields["params"])
         stopped = None
-        if wishes.stop and self._text:
-            self._texts[place] = IncrementalDetokenizer(self._text, ids, wishes.stop)
+        if params.stop and self._text:
+            self._texts[place] = IncrementalDetokenizer(self._text, ids, params.stop)
             stopped = self._texts[place].update
         return Request(
             index=place,
             ids=ids,
-            max_tokens=wishes.max_tokens,
-            sampling=wishes.sampling,
-            eos_ids=frozenset() if wishes.ignore_eos else self._eos_ids,
+            params=params,
+            eos_ids=frozenset() if params.ignore_eos else self._eos_ids,
             stop_fn=stopped,
         )

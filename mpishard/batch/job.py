@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from mpishard.batch.requests import BatchRequest, Wishes, read_request
+from mpishard.batch.requests import BatchRequest, read_request
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError, brief
 from mpishard.storage.journal import Journal, write_whole
 
@@ -28,17 +29,25 @@ class Span(NamedTuple):
 
 
 class BatchJob:
-    """A batch job: the lines of `source`, to be answered in `target`, as `wishes` say where they do
-    not. `metadata` are what else answers depend on.
+    """A batch job: the lines of `source`, to be answered in `target`.
+
+    `defaults` are the sampling parameters of lines that say nothing else. With `chat`, plain
+    prompts open a conversation in the model's chat template. `metadata` is what else answers depend
+    on.
 
     Raises UserError where the input cannot be read or has no line, where the output exists or
     cannot be made, and as `Journal` does.
     """
 
     def __init__(
-        self, source: Path, target: Path, wishes: Wishes, metadata: dict[str, Any] | None = None
+        self,
+        source: Path,
+        target: Path,
+        defaults: SamplingParams,
+        metadata: dict[str, Any] | None = None,
+        chat: bool = False,
     ) -> None:
-        self.source, self.target, self.wishes = source, target, wishes
+        self.source, self.target, self.defaults, self.chat = source, target, defaults, chat
         check_output("--output", target, source)
         if source.exists() and not source.is_file() and not source.is_dir():
             raise UserError(f"--input {source} is no file: lines have to be read more than once")
@@ -51,8 +60,7 @@ class BatchJob:
                 f"--output {target} exists already and no job is to be continued there: give "
                 "another name, or remove it"
             )
-        told = asdict(wishes) | asdict(wishes.sampling) | {"stop": list(wishes.stop)}
-        del told["sampling"]
+        told = asdict(defaults) | {"stop": list(defaults.stop), "chat": chat}
         own = {"input": f"sha256 {digest}", "lines": len(self._spans)}
         self.journal = Journal(path, {**own, **(metadata or {}), **told})
         self._next = 0
@@ -73,7 +81,7 @@ class BatchJob:
         return len(self) - len(self.journal)
 
     def line(self, place: int) -> BatchRequest:
-        """What the line at `eplb` asks for. Raises UserError if the input has changed."""
+        """What the line at `place` asks for. Raises UserError if the input has changed."""
         span = self._spans[place]
         where = f"{self.source} line {span.number}"
         with open(self.source, "rb") as file:
@@ -83,7 +91,7 @@ class BatchJob:
                 f"{where} is not what it was when the job began: leave --input as it is until the "
                 "job has ended; what the journal has belongs to what was there"
             )
-        line = read_request(content, span.number, self.wishes, where)
+        line = read_request(content, span.number, self.defaults, where)
         if not line.error and place in self._twice:
             first = self._twice[place]
             return BatchRequest(
@@ -116,7 +124,7 @@ class BatchJob:
         twice: dict[int, int] = {}
         digest = hashlib.sha256()
         for span, content in self._raw_lines(digest):
-            line = read_request(content, span.number, self.wishes, "")
+            line = read_request(content, span.number, self.defaults, "")
             if not line.error:
                 earlier = first.setdefault((type(line.name), line.name), span.number)
                 if earlier != span.number:

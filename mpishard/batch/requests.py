@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import time
 from typing import Any
 
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError, brief
 from mpishard.storage.parsing import parse_json
 
 PLAIN, COMPLETION, CHAT = "plain", "/v1/completions", "/v1/chat/completions"
 
-SAMPLING = {  # what a line may ask of sampling, and how it is written
+# The numbers among the fields of SamplingParams that a line may have, and their types.
+NUMBERS = {
     "temperature": float,
     "top_k": int,
     "top_p": float,
     "min_p": float,
     "seed": int,
+    "max_tokens": int,
 }
-WISHES = (*SAMPLING, "max_tokens", "stop", "ignore_eos")
-PLAIN_FIELDS = ("id", "prompt", "input_ids", *WISHES)
+PARAMS = (*NUMBERS, "stop", "ignore_eos")
+PLAIN_FIELDS = ("id", "prompt", "input_ids", *PARAMS)
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 
 # Fields of an OpenAI body that change nothing about the answer, and those that may be there only
@@ -52,26 +54,6 @@ NEUTRAL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """How answers are made: of a whole job, where a line does not say otherwise, or of one.
-
-    With `chat` plain prompts open a conversation in the model's chat template.
-    """
-
-    max_tokens: int = 128
-    sampling: Sampling = Sampling()
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens {self.max_tokens} must be at least 1")
-        if "" in self.stop:
-            raise UserError("stop has an empty text: give the texts that end an answer")
-
-
-@dataclass(frozen=True)
 class BatchRequest:
     """What one line asks for. `error` says why it cannot be answered, if it cannot."""
 
@@ -79,7 +61,7 @@ class BatchRequest:
     form: str = PLAIN
     name: Any = None
     prompt: str | list[int] | list[dict[str, str]] = ""
-    wishes: Wishes = field(default_factory=Wishes)
+    params: SamplingParams = SamplingParams()
     model: str = ""
     error: str = ""
 
@@ -128,19 +110,21 @@ class BatchRequest:
         return _dump({"id": request, "custom_id": self.name, "response": response, "error": error})
 
 
-def read_request(content: bytes, number: int, wishes: Wishes, where: str) -> BatchRequest:
-    """What line `number` of a file, which errors call `where`, asks for, if not otherwise as
-    `wishes` say."""
+def read_request(content: bytes, number: int, defaults: SamplingParams, where: str) -> BatchRequest:
+    """The request of line `number` of a file, which errors call `where`; `defaults` are the
+    sampling parameters of lines that say nothing else."""
     line = BatchRequest(number)
     try:
         fields = read_object(content, where)
         if fields.keys() & {"custom_id", "body"}:
             line = replace(line, form=_form(fields), name=fields.get("custom_id"))
-            return _read_openai(line, fields, wishes, where)
+            return _read_openai(line, fields, defaults, where)
         line = replace(line, name=fields.get("id"))
         check_fields(fields, PLAIN_FIELDS, where)
         line = replace(line, name=name_of(fields, "id", where))
-        return replace(line, prompt=prompt_of(fields, where), wishes=_wishes(fields, wishes, where))
+        return replace(
+            line, prompt=prompt_of(fields, where), params=_params(fields, defaults, where)
+        )
     except UserError as error:
         name = None if isinstance(line.name, bool | float | list | dict) else line.name
         return replace(line, name=name, error=str(error))
@@ -190,15 +174,12 @@ def prompt_of(fields: dict[str, Any], where: str) -> str | list[int]:
     return prompt if ids is None else ids  # type: ignore[return-value]  # one of them is there
 
 
-def _wishes(fields: Mapping[str, Any], wishes: Wishes, where: str) -> Wishes:
-    """The wishes of a line; null is as good as nothing."""
-    given = {name: fields[name] for name in WISHES if fields.get(name) is not None}
-    sampling = {}
-    for name, kind in SAMPLING.items():
+def _params(fields: Mapping[str, Any], defaults: SamplingParams, where: str) -> SamplingParams:
+    """The sampling parameters of a line; null is as good as nothing."""
+    given = {name: fields[name] for name in PARAMS if fields.get(name) is not None}
+    for name, kind in NUMBERS.items():
         if name in given:
-            sampling[name] = _number(name, given.pop(name), kind, where)
-    if "max_tokens" in given:
-        given["max_tokens"] = _number("max_tokens", given["max_tokens"], int, where)
+            given[name] = _number(name, given[name], kind, where)
     if "stop" in given:
         given["stop"] = _stops(given["stop"], where)
     if not isinstance(given.get("ignore_eos", False), bool):
@@ -206,7 +187,7 @@ def _wishes(fields: Mapping[str, Any], wishes: Wishes, where: str) -> Wishes:
             f'{where}: "ignore_eos" must be true or false, not {_short(given["ignore_eos"])}'
         )
     try:
-        return replace(wishes, sampling=replace(wishes.sampling, **sampling), **given)
+        return replace(defaults, **given)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -234,7 +215,7 @@ def _form(fields: dict[str, Any]) -> str:
 
 
 def _read_openai(
-    line: BatchRequest, fields: dict[str, Any], wishes: Wishes, where: str
+    line: BatchRequest, fields: dict[str, Any], defaults: SamplingParams, where: str
 ) -> BatchRequest:
     check_fields(fields, OPENAI_FIELDS, where)
     name_of(fields, "custom_id", where)
@@ -248,7 +229,7 @@ def _read_openai(
     if not isinstance(body, dict):
         raise UserError(f'{where}: "body" must be an object, not {_short(body)}')
     prompt = "messages" if line.form == CHAT else "prompt"
-    known = (prompt, *WISHES, "max_completion_tokens", *UNRELATED, *NEUTRAL)
+    known = (prompt, *PARAMS, "max_completion_tokens", *UNRELATED, *NEUTRAL)
     check_fields(body, known, f"{where}: its body")
     for name, neutral in NEUTRAL.items():
         if not _asks_nothing(body.get(name), neutral):
@@ -260,7 +241,7 @@ def _read_openai(
         raise UserError(f'{where}: "model" must be a string, not {_short(body["model"])}')
     line = replace(line, model=body.get("model", ""))
     asked = _messages(body.get("messages"), where) if prompt == "messages" else _text(body, where)
-    return replace(line, prompt=asked, wishes=_wishes(_one_limit(body, where), wishes, where))
+    return replace(line, prompt=asked, params=_params(_one_limit(body, where), defaults, where))
 
 
 def _asks_nothing(value: Any, neutral: Any) -> bool:

@@ -127,7 +127,7 @@ def _encoder(
     def encode(line: BatchRequest) -> list[int]:
         where = f"{task.source} line {line.number}"
         try:
-            ids = _ids(line, directory, text)
+            ids = _ids(line, task.chat, directory, text)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         check_request(decoder, ids, where)
@@ -136,10 +136,10 @@ def _encoder(
     return encode
 
 
-def _ids(line: BatchRequest, directory: Path, text: Tokenizer | None) -> list[int]:
-    prompt, chat = line.prompt, line.wishes.chat
+def _ids(line: BatchRequest, chat: bool, directory: Path, text: Tokenizer | None) -> list[int]:
+    prompt = line.prompt
     are_ids = isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
-    if text is None and (not are_ids or line.wishes.stop):
+    if text is None and (not are_ids or line.params.stop):
         text = Tokenizer(directory)  # which says that there is none
     if are_ids and chat:
         raise UserError("a chat needs the text that opens it, not token ids; leave --chat away")

@@ -37,7 +37,8 @@ from mpishard.communication.group import CollectiveCall, Group
 from mpishard.communication.ledger import Entry, Ledger
 from mpishard.communication.mesh import Mesh
 from mpishard.engine.generate import next_tokens
-from mpishard.engine.sampling import Sampling, SamplingRow
+from mpishard.engine.sampling import SamplingRow
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 from mpishard.layers import Layer
 from mpishard.model import Decoder
@@ -297,7 +298,9 @@ def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.nda
         for place, (ids_S, cache) in enumerate(zip(ids_BS, caches, strict=True))
     ]
     step = pack(feeds, decoder.sequence_sharding)
-    rows = [SamplingRow(Sampling(), place, cache.length) for place, cache in enumerate(caches)]
+    rows = [
+        SamplingRow(SamplingParams(), place, cache.length) for place, cache in enumerate(caches)
+    ]
     return np.array(next_tokens(decoder, step, rows))[:, np.newaxis]
 
 

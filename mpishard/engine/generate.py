@@ -195,7 +195,7 @@ def _run_step(
     gets its next token."""
     step = pack([chunk for _, chunk in chunks], model.sequence_sharding)
     complete = [sequence for sequence, chunk in chunks if not chunk.remaining]
-    rows = [SamplingRow(s.request.sampling, s.request.index, s.cache.length) for s in complete]
+    rows = [SamplingRow(s.request.params, s.request.index, s.cache.length) for s in complete]
     for sequence, token in zip(complete, next_tokens(model, step, rows), strict=True):
         output = sequence.output
         if token == NO_TOKEN:
@@ -218,7 +218,7 @@ def _finish_reason(sequence: Sequence, token: int) -> str:
     if token in request.eos_ids or (request.stop_fn and request.stop_fn(ids)):
         return "stop"
     cache_is_full = sequence.cache.length == sequence.cache.capacity
-    return "length" if len(ids) == request.max_tokens or cache_is_full else ""
+    return "length" if len(ids) == request.params.max_tokens or cache_is_full else ""
 
 
 def _add_step(

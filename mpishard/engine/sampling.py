@@ -27,7 +27,7 @@ from mpishard.arithmetic.sampling import gumbel, logsumexp, num_kept, row_topk
 from mpishard.communication.collectives import all_gather, broadcast
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block, block_sizes
-from mpishard.errors import UserError
+from mpishard.engine.sampling_params import SamplingParams
 
 # Candidates that each rank sends first if no top-k says how many are needed.
 FIRST_CANDIDATES = 64
@@ -36,57 +36,11 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a request's tokens are chosen. `temperature` 0 is greedy, and then nothing else has an
-    effect; `top_k` 0, `top_p` 1 and `min_p` 0 filter nothing.
-
-    Raises UserError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        limits = [
-            ("temperature", self.temperature, self._can_divide(), "0 (greedy) or at least 1e-6"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (no filter) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
-            ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
-        ]
-        for name, value, valid, range_ in limits:
-            if not valid:
-                raise UserError(f"{name} {value} is out of range: it must be {range_}")
-
-    def _can_divide(self) -> bool:
-        """Whether logits over the temperature stay finite."""
-        return self.temperature == 0 or 1e-6 <= self.temperature < np.inf
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.temperature == 0
-
-    @property
-    def filtered(self) -> bool:
-        """Whether some tokens are excluded before one is drawn."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether the filters depend on the probabilities of the whole vocabulary."""
-        return not self.greedy and self.top_k == 0 and self.top_p < 1
-
-
-@dataclass(frozen=True)
 class SamplingRow:
     """How to choose the token of one row of logits (one row of vLLM's SamplingMetadata). The random
     numbers depend on `request` and `position`."""
 
-    sampling: Sampling
+    params: SamplingParams
     request: int
     position: int
 
@@ -96,7 +50,7 @@ def sample(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab: int, mesh: Mes
     the lowest id wins. A row whose largest logit is infinite or not a number gets `NO_TOKEN`."""
     vocab_start = block(vocab, mesh.tp.size, mesh.tp.rank).start
     scores_Mv = _scores(logits_Mv, rows, vocab_start)
-    if any(row.sampling.filtered for row in rows):
+    if any(row.params.filtered for row in rows):
         widest = max(block_sizes(vocab, mesh.tp.size))
         tokens_M = _sample_rows_filtered(scores_Mv, rows, vocab_start, widest, mesh)
         return [int(token) for token in broadcast(tokens_M, mesh.tp)]
@@ -130,15 +84,15 @@ def local_top_k_candidates(
 def _scores(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int) -> np.ndarray:
     """What tokens are ranked by. A greedy row keeps its logits. A sampled row has logits over
     temperature, with noise unless a filter comes first."""
-    if all(row.sampling.greedy for row in rows):
+    if all(row.params.greedy for row in rows):
         return logits_Mv
     scores_Mv = logits_Mv.astype(np.float64)
     id_v = np.arange(vocab_start, vocab_start + logits_Mv.shape[1])
     for scores_v, row in zip(scores_Mv, rows, strict=True):
-        if not row.sampling.greedy:
-            scores_v /= row.sampling.temperature
-            if not row.sampling.filtered:
-                scores_v += gumbel(row.sampling.seed, row.request, row.position, id_v)
+        if not row.params.greedy:
+            scores_v /= row.params.temperature
+            if not row.params.filtered:
+                scores_v += gumbel(row.params.seed, row.request, row.position, id_v)
     return scores_Mv
 
 
@@ -149,10 +103,10 @@ def _sample_rows_filtered(
     four times as many each time, until they decide every row. `widest` is the largest number of
     tokens that a rank has, so that many candidates are all there are."""
     log_total_M = np.zeros(len(rows))
-    if any(row.sampling.needs_total for row in rows):
+    if any(row.params.needs_total for row in rows):
         log_total_RM = all_gather(logsumexp(scores_Mv)[np.newaxis], mesh.tp)
         log_total_M = logsumexp(log_total_RM.T)
-    top_ks = [row.sampling.top_k or FIRST_CANDIDATES for row in rows if row.sampling.filtered]
+    top_ks = [row.params.top_k or FIRST_CANDIDATES for row in rows if row.params.filtered]
     count = min(max(top_ks), widest)
     while True:
         score_MC, id_MC = local_top_k_candidates(scores_Mv, count, vocab_start, mesh)
@@ -188,7 +142,7 @@ def _sample_filtered(
     if not complete:
         is_last_sent = (ranking + 1) % count == 0
         ranking = ranking[: int(np.flatnonzero(is_last_sent)[0]) + 1]
-    params = row.sampling
+    params = row.params
     if not params.filtered:
         return int(id_C[ranking[0]])
     scores, ids = score_C[ranking], id_C[ranking]

@@ -87,9 +87,9 @@ class Scheduler:
                 self.waiting.append(request)
                 continue
             error = (
-                f"its {len(request.ids)} prompt tokens and up to {request.max_tokens} more need "
-                f"{cache_bytes} bytes of KV cache on a rank, but there are {limit}; shorten it, "
-                "or allow more with --kv-cache-memory-bytes"
+                f"its {len(request.ids)} prompt tokens and up to {request.params.max_tokens} more "
+                f"need {cache_bytes} bytes of KV cache on a rank, but there are {limit}; shorten "
+                "it, or allow more with --kv-cache-memory-bytes"
             )
             rejected.append((request, RequestOutput(request.index, error=error)))
         return rejected

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.model import Decoder
 from mpishard.sequences.kv_cache import KVCache
 from mpishard.sequences.sharding import FirstChunk
@@ -16,7 +16,7 @@ from mpishard.sequences.step import ScheduledChunk
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, `ids`, to be continued by at most `max_tokens` (1 or more) tokens.
+    """A prompt, `ids`, to be continued as `params` say.
 
     `index` is the request's place in the input; its random numbers depend on it. Generation ends
     with the first token that is one of `eos_ids`, or after which `stop_fn` is true of all tokens
@@ -25,15 +25,14 @@ class Request:
 
     index: int
     ids: list[int]
-    max_tokens: int
-    sampling: Sampling = Sampling()
+    params: SamplingParams = SamplingParams()
     eos_ids: frozenset[int] = frozenset()
     stop_fn: Callable[[list[int]], bool] | None = None
 
     def max_length(self, model: Decoder) -> int:
         """The most positions that the KV cache can hold. The last token of the longest output is
         not one of them: the model never processes it."""
-        return min(len(self.ids) + self.max_tokens - 1, model.config.max_position_embeddings)
+        return min(len(self.ids) + self.params.max_tokens - 1, model.config.max_position_embeddings)
 
 
 @dataclass

@@ -432,7 +432,7 @@ from mpishard.runtime import launch
 
 class Importing:
     def find_spec(self, name, *_):
-        if name == "{module}" and launch._announced(launch.RANK_VARIABLES) in {ranks}:
+        if name == "{module}" and launch._env_int(launch.RANK_VARIABLES) in {ranks}:
             os.kill(os.getpid(), signal.{notice})
 
 sys.meta_path.insert(0, Importing())

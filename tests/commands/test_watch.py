@@ -222,12 +222,12 @@ import sys, time
 from mpi4py import MPI
 import mpishard
 comm = MPI.COMM_WORLD
-with mpishard.Watch(comm, timeout=4) as watch:
+with mpishard.Watchdog(comm, timeout=4) as watch:
     model = mpishard.load(sys.argv[1], comm, tp=2, watch=watch)
-    model.generate(["a"], max_tokens=2)
+    model.generate(["a"], mpishard.SamplingParams(max_tokens=2))
     if comm.rank == 1:
         time.sleep(1000)
-    model.generate(["b"], max_tokens=2)
+    model.generate(["b"], mpishard.SamplingParams(max_tokens=2))
 """
 
 

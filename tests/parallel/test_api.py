@@ -18,6 +18,7 @@ import mpishard
 from mpishard.api import raise_on_all
 from mpishard.config.layout import LAYOUT_OPTIONS, Layout
 from mpishard.engine.generate import Timing
+from mpishard.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.ranks
 
@@ -62,18 +63,18 @@ def same_everywhere(value: object, comm: MPI.Intracomm) -> bool:
 
 
 def test_every_layout_gives_every_rank_the_same_answers(path, comm):
-    alone = mpishard.load(path).generate([*PROMPTS, *IDS], max_tokens=6)
+    alone = mpishard.load(path).generate([*PROMPTS, *IDS], SamplingParams(max_tokens=6))
     assert [answer.prompt for answer in alone] == [*PROMPTS, *IDS]
     assert [answer.prompt_tokens for answer in alone[3:]] == list(map(len, IDS))
     for model in each_layout(path, comm):
-        answers = model.generate([*PROMPTS, *IDS], max_tokens=6)
+        answers = model.generate([*PROMPTS, *IDS], SamplingParams(max_tokens=6))
         assert answers == alone
         assert same_everywhere(answers, comm)
 
 
 def test_greedy_tokens_are_the_oracles(path, comm):
     for model in each_layout(path, comm, compute_dtype="float64"):
-        answers = model.generate(IDS, max_tokens=5, ignore_eos=True)
+        answers = model.generate(IDS, SamplingParams(max_tokens=5, ignore_eos=True))
         assert [a.output_ids for a in answers] == [oracle(VARIANT).greedy(ids, 5) for ids in IDS]
 
 
@@ -85,7 +86,10 @@ def test_prompts_taken_in_by_pieces_are_answered_the_same(path, comm, chunk):
     for model in each_layout(path, comm, every=2, compute_dtype="float64"):
         timing = Timing()
         answers = model.generate(
-            prompts, max_tokens=4, ignore_eos=True, chunked_prefill_size=chunk, timing=timing
+            prompts,
+            SamplingParams(max_tokens=4, ignore_eos=True),
+            chunked_prefill_size=chunk,
+            timing=timing,
         )
         assert [answer.output_ids for answer in answers] == right
         mine = prompts[model.mesh.dp.rank :: model.mesh.dp.size]
@@ -96,7 +100,7 @@ def test_prompts_taken_in_by_pieces_are_answered_the_same(path, comm, chunk):
 def test_a_model_can_be_given_more_positions_or_fewer(path, comm):
     long = [(7 * place) % 67 for place in range(80)]
     longer = mpishard.load(path, comm, cp=comm.size, compute_dtype="float64", max_model_len=100)
-    (answer,) = longer.generate([long], max_tokens=30, ignore_eos=True)
+    (answer,) = longer.generate([long], SamplingParams(max_tokens=30, ignore_eos=True))
     assert answer.output_ids == oracle(VARIANT).greedy(long, 21), "the last token has no position"
     assert answer.finish_reason == "length"
     (score,) = longer.logits([long])
@@ -113,9 +117,7 @@ def test_text_and_ends_are_told_to_the_replica_that_makes_them(path, comm):
         on_text, ends = Mock(), list[int]()
         answers = model.generate(
             PROMPTS,
-            max_tokens=8,
-            sampling=mpishard.Sampling(temperature=1, seed=3),
-            stop=["x"],
+            mpishard.SamplingParams(temperature=1, seed=3, max_tokens=8, stop=("x",)),
             on_text=on_text,
             on_finish=ends.append,
         )
@@ -130,7 +132,7 @@ def test_text_and_ends_are_told_to_the_replica_that_makes_them(path, comm):
 def test_the_time_is_that_of_the_replica(path, comm):
     for model in each_layout(path, comm, every=3):
         timing = Timing()
-        answers = model.generate(IDS, max_tokens=4, ignore_eos=True, timing=timing)
+        answers = model.generate(IDS, SamplingParams(max_tokens=4, ignore_eos=True), timing=timing)
         mine = answers[model.mesh.dp.rank :: model.mesh.dp.size]
         assert timing.prefill_tokens == sum(answer.prompt_tokens for answer in mine)
         assert timing.decode_tokens == sum(answer.completion_tokens - 1 for answer in mine)
@@ -147,12 +149,13 @@ def test_nothing_to_do(path, comm):
 def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path, comm):
     model = mpishard.load(write_checkpoint("llama-mqa", tmp_path / "bare"), comm)
     assert not model.has_tokenizer
-    (answer,) = model.generate([np.array([1, 2, 3])], max_tokens=3, ignore_eos=True)
+    (answer,) = model.generate([np.array([1, 2, 3])], SamplingParams(max_tokens=3, ignore_eos=True))
     assert answer.prompt == [1, 2, 3] and answer.text is None
     assert answer.completion_tokens == len(answer.output_ids) == 3
-    for unreadable in ({"stop": ["x"]}, {"on_text": print}):
-        with pytest.raises(mpishard.UserError, match="tokenizer.json does not exist"):
-            model.generate([[1, 2, 3]], **unreadable)
+    with pytest.raises(mpishard.UserError, match="tokenizer.json does not exist"):
+        model.generate([[1, 2, 3]], SamplingParams(stop=("x",)))
+    with pytest.raises(mpishard.UserError, match="tokenizer.json does not exist"):
+        model.generate([[1, 2, 3]], on_text=print)
 
 
 # Scoring
@@ -192,8 +195,8 @@ def test_a_part_of_the_ranks_can_have_a_model_of_its_own(path, comm):
     half = comm.Split(comm.rank % 2)
     model = mpishard.load(path, half, tp=half.size)
     prompts = PROMPTS[: 1 + comm.rank % 2]  # the other half has other work
-    answers = model.generate(prompts, max_tokens=5)
-    assert answers == mpishard.load(path).generate(prompts, max_tokens=5)
+    answers = model.generate(prompts, SamplingParams(max_tokens=5))
+    assert answers == mpishard.load(path).generate(prompts, SamplingParams(max_tokens=5))
     half.Free()
 
 
@@ -233,13 +236,19 @@ def test_of_several_failures_the_lowest_ranks_is_raised(comm):
         (lambda model: model.generate(["a", ""]), "prompt 2 is empty"),
         (lambda model: model.generate([[1, 67]]), "prompt 1 has token id 67"),
         (lambda model: model.generate([[1] * 65]), "prompt 1 has 65 tokens"),
-        (lambda model: model.generate(["a"], max_tokens=0), "max_tokens 0 must be at least 1"),
+        (
+            lambda model: model.generate(["a"], SamplingParams(max_tokens=0)),
+            "max_tokens 0 is out of range",
+        ),
         (
             lambda model: model.generate(["a"], chunked_prefill_size=0),
-            "prefill_chunk 0 must be at least",
+            "chunked_prefill_size 0 must be at least",
         ),
-        (lambda model: model.generate(["a"], stop=["b", ""]), "none of them empty"),
-        (lambda model: model.generate(["a"], stop="b"), "stop 'b' must be a list"),
+        (lambda model: model.generate(["a"], SamplingParams(stop=("b", ""))), "none of them empty"),
+        (
+            lambda model: model.generate(["a"], SamplingParams(stop="b")),  # type: ignore[arg-type]
+            "stop 'b' must be a list",
+        ),
         (lambda model: model.generate([[1]], chat=True), "not token ids"),
         (lambda model: model.logits([[1], []]), "sequence 2 is empty"),
         (lambda model: model.logits([[-1]]), "sequence 1 has token id -1"),
@@ -251,7 +260,7 @@ def test_a_wrong_call_is_refused_and_the_next_one_works(
     model = mpishard.load(path, comm)
     with pytest.raises(mpishard.UserError, match=sentence):
         wrong(model)
-    assert len(model.generate(["a"], max_tokens=1)) == 1
+    assert len(model.generate(["a"], SamplingParams(max_tokens=1))) == 1
 
 
 @pytest.mark.ranks(1)

@@ -31,6 +31,7 @@ from mpishard.communication.collectives import (
 from mpishard.communication.group import CallTracker, CollectiveCall, Group
 from mpishard.communication.ledger import Ledger
 from mpishard.config.layout import LAYOUT_OPTIONS
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import CollectiveMismatch
 
 pytestmark = pytest.mark.ranks(2, 3, timeout=30)
@@ -275,7 +276,9 @@ def test_every_layout_makes_the_same_collectives_on_all_ranks(comm, variant, tmp
         for how in ways(comm.size, variant):
             model = mpishard.load(path, comm, watch=watch, **how)
             unchecked = mpishard.load(path, comm, **how)
-            answers = [one.generate(prompts, max_tokens=3) for one in (model, unchecked)]
+            answers = [
+                one.generate(prompts, SamplingParams(max_tokens=3)) for one in (model, unchecked)
+            ]
             assert answers[0] == answers[1]
             list(model.logits(prompts, hidden_states=True))
             assert sum(entry.calls for *_, entry in model.mesh.ledger)

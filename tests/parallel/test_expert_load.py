@@ -16,6 +16,7 @@ from mpishard.communication.collectives import all_gather
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block
 from mpishard.engine.generate import generate
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.model import Decoder
@@ -36,7 +37,9 @@ def requests() -> list[Request]:
     """Of different lengths, more than replicas."""
     random = np.random.RandomState(2)
     return [
-        Request(index, random.randint(0, 65, length).tolist(), max_tokens)
+        Request(
+            index, random.randint(0, 65, length).tolist(), SamplingParams(max_tokens=max_tokens)
+        )
         for index, (length, max_tokens) in enumerate([(9, 3), (4, 5), (6, 1)])
     ]
 
@@ -52,7 +55,7 @@ def expected_rows() -> dict[tuple[int, str, int], int]:
     """The rows of (layer, phase, expert), from the reference's routings of whole sequences."""
     reference, rows = oracle(VARIANT), Counter[tuple[int, str, int]]()
     for request in requests():
-        ids = request.ids + reference.greedy(request.ids, request.max_tokens)[:-1]
+        ids = request.ids + reference.greedy(request.ids, request.params.max_tokens)[:-1]
         for layer, routing in reference.routings(ids).items():
             for position, experts_A in enumerate(routing.experts_SA.tolist()):
                 phase = PHASES[position >= len(request.ids)]

@@ -36,6 +36,7 @@ from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout, block
 from mpishard.config.layout_checks import check_experts
 from mpishard.engine.generate import generate
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.errors import UserError
@@ -141,7 +142,9 @@ def test_every_step_is_the_references(comm: MPI.Intracomm, variant: str, chunk: 
     vocab = reference.config.vocab
     random = np.random.RandomState(5)
     requests = [
-        Request(index, random.randint(0, vocab, length).tolist(), max_tokens)
+        Request(
+            index, random.randint(0, vocab, length).tolist(), SamplingParams(max_tokens=max_tokens)
+        )
         for index, (length, max_tokens) in enumerate([(9, 3), (1, 5), (14, 1)])
     ]
     for mesh in expert_meshes(comm, variant):
@@ -149,7 +152,9 @@ def test_every_step_is_the_references(comm: MPI.Intracomm, variant: str, chunk: 
         mine = [requests[place] for place in assign_requests(len(requests), mesh)]
         answers = generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=chunk))
         for request, answer in zip(mine, answers, strict=True):
-            assert answer.ids == reference.greedy(request.ids, request.max_tokens), mesh.layout
+            assert answer.ids == reference.greedy(request.ids, request.params.max_tokens), (
+                mesh.layout
+            )
         segments = [segment for step in model.steps for segment in step.segments]
         caches = list({id(segment.cache): segment.cache for segment in segments}.values())
         sequences = [r.ids + answer.ids for r, answer in zip(mine, answers, strict=True)]
@@ -220,7 +225,7 @@ def test_all_tokens_for_one_expert_and_none_for_the_others(comm: MPI.Intracomm):
                 for name in reference.weights:
                     if name.endswith("gate.weight"):
                         reference.weights[name][:] = 0
-                request = Request(0, [5], 3)
+                request = Request(0, [5], SamplingParams(max_tokens=3))
                 mine = [request][: 1 if mesh.dp.rank == 0 else 0]
                 answers = generate(model, mine)
                 assert [a.ids for a in answers] == [reference.greedy([5], 3) for _ in mine]

@@ -4,6 +4,7 @@ request's tokens are the reference's, whatever runs beside it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout
 from mpishard.engine.generate import generate
 from mpishard.engine.prefix_cache import MIN_PREFIX_TOKENS
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.sequences.sharding import FirstChunk
@@ -24,14 +25,14 @@ from mpishard.sequences.step import Step
 
 pytestmark = pytest.mark.ranks
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 # Plain, uneven, with sliding windows, and with dynamic RoPE.
 VARIANTS = "llama-gqa llama-uneven mistral-window qwen3-mixed llama-dynamic-old mistral-dynamic-new"
 every_kind = pytest.mark.parametrize("variant", VARIANTS.split())
 
 
-def some_requests(variant: str, count: int = 9, sampling: Sampling = GREEDY) -> list[Request]:
+def some_requests(variant: str, count: int = 9, sampling: SamplingParams = GREEDY) -> list[Request]:
     """Prompts of 1 to 13 tokens, answers of 1 to 6."""
     random = np.random.RandomState(11)
     vocab = oracle(variant).config.vocab
@@ -39,8 +40,7 @@ def some_requests(variant: str, count: int = 9, sampling: Sampling = GREEDY) -> 
         Request(
             index,
             random.randint(0, vocab, 1 + (5 * index) % 13).tolist(),
-            1 + (3 * index) % 6,
-            sampling,
+            replace(sampling, max_tokens=1 + (3 * index) % 6),
         )
         for index in range(count)
     ]
@@ -48,7 +48,7 @@ def some_requests(variant: str, count: int = 9, sampling: Sampling = GREEDY) -> 
 
 def greedy(variant: str, requests: list[Request]) -> list[list[int]]:
     """The reference's answers."""
-    return [oracle(variant).greedy(request.ids, request.max_tokens) for request in requests]
+    return [oracle(variant).greedy(request.ids, request.params.max_tokens) for request in requests]
 
 
 def fed(model: Recorder) -> list[int]:
@@ -58,7 +58,7 @@ def fed(model: Recorder) -> list[int]:
 
 def alone(requests: list[Request]) -> int:
     """How many tokens are processed if no prefix is reused."""
-    return sum(len(request.ids) + request.max_tokens - 1 for request in requests)
+    return sum(len(request.ids) + request.params.max_tokens - 1 for request in requests)
 
 
 def begun(model: Recorder) -> list[bool]:
@@ -89,7 +89,9 @@ def test_steps_keep_to_their_bounds(comm: MPI.Intracomm, variant: str):
 
 @pytest.mark.ranks(1, 2, 4)
 def test_a_place_is_taken_in_the_step_after_it_is_left(comm: MPI.Intracomm):
-    requests = [Request(index, [1 + index], 3 + index % 3) for index in range(8)]
+    requests = [
+        Request(index, [1 + index], SamplingParams(max_tokens=3 + index % 3)) for index in range(8)
+    ]
     for _, model in recorded(comm, "llama-gqa"):
         generate(
             model,
@@ -99,7 +101,7 @@ def test_a_place_is_taken_in_the_step_after_it_is_left(comm: MPI.Intracomm):
             ),
         )
         running = [len(step.segments) for step in model.steps]
-        assert running[:8] == [3] * 8 and sum(running) == sum(r.max_tokens for r in requests)
+        assert running[:8] == [3] * 8 and sum(running) == sum(r.params.max_tokens for r in requests)
 
 
 @pytest.mark.ranks(1, 2, 4)
@@ -121,7 +123,7 @@ def test_more_sequences_than_a_step_has_tokens_take_turns(comm: MPI.Intracomm):
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-uneven", "mistral-window"])
 def test_caches_keep_to_the_memory_they_are_given(comm: MPI.Intracomm, variant: str):
     """The rank that needs most counts. A request that never fits is rejected with the reason."""
-    requests = [*some_requests(variant), Request(9, [1] * 30, 9)]
+    requests = [*some_requests(variant), Request(9, [1] * 30, SamplingParams(max_tokens=9))]
     right = greedy(variant, requests[:9])
     for mesh, model in recorded(comm, variant):
         largest = max(mesh.world.comm.allgather(model.cache_bytes(19)))
@@ -170,8 +172,13 @@ def test_what_prompts_begin_with_is_computed_once(
     length = min(38, config.max_position_embeddings - 10)
     shared = random.randint(0, config.vocab, length).tolist()
     endings = [[], [1, 2], [3], [1, 2, 5, 6], random.randint(0, config.vocab, 7).tolist()]
-    requests = [Request(index, shared + end, 4) for index, end in enumerate(endings)]
-    requests.insert(0, Request(5, shared[:7], 2))  # too short for other frequencies
+    requests = [
+        Request(index, shared + end, SamplingParams(max_tokens=4))
+        for index, end in enumerate(endings)
+    ]
+    requests.insert(
+        0, Request(5, shared[:7], SamplingParams(max_tokens=2))
+    )  # too short for other frequencies
     right = greedy(variant, requests)
     for mesh, model in recorded(comm, variant):
         dynamic = model.uses_dynamic_rope(length + 3)
@@ -190,7 +197,9 @@ def test_what_prompts_begin_with_is_computed_once(
 def test_a_prefix_outlives_the_sequence_that_computed_it_for_a_step(comm: MPI.Intracomm):
     """All sequences finish together, and the next ones start with the same tokens."""
     shared = [(7 * place) % 67 for place in range(MIN_PREFIX_TOKENS)]
-    requests = [Request(index, [*shared, index], 2) for index in range(6)]
+    requests = [
+        Request(index, [*shared, index], SamplingParams(max_tokens=2)) for index in range(6)
+    ]
     right = greedy("llama-gqa", requests)
     for mesh, model in recorded(comm, "llama-gqa"):
         answers = generate(
@@ -233,7 +242,10 @@ def test_a_document_is_computed_once_for_all_questions(
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 11)
     random = np.random.RandomState(5)
     document = random.randint(0, oracle(variant).config.vocab, 41).tolist()
-    requests = [Request(n, document + [n] * (1 + 3 * n % 7), 3 + n % 3) for n in range(5)]
+    requests = [
+        Request(n, document + [n] * (1 + 3 * n % 7), SamplingParams(max_tokens=3 + n % 3))
+        for n in range(5)
+    ]
     right = greedy(variant, requests)
     pieces = (
         SchedulerConfig(),
@@ -256,7 +268,10 @@ def test_what_lies_on_few_ranks_is_computed_anew(
     """In contiguous order the first rank, or the first two, hold a third of a prompt."""
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(6).randint(0, 67, 60).tolist()
-    requests = [Request(0, long, 3), Request(1, [*long[:20], 1], 3)]
+    requests = [
+        Request(0, long, SamplingParams(max_tokens=3)),
+        Request(1, [*long[:20], 1], SamplingParams(max_tokens=3)),
+    ]
     right = greedy("llama-gqa", requests)
     with mesh_of(comm, "llama-gqa", Layout(cp=comm.size, cp_order=order)) as mesh:
         model = Recorder(toy("llama-gqa", mesh))
@@ -272,7 +287,10 @@ def test_a_prefix_is_as_long_as_what_a_step_feeds_after_it(
 ):
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(7).randint(0, 67, 30).tolist()
-    requests = [Request(0, long, 3), Request(1, [*long[:6], *range(20)], 3)]
+    requests = [
+        Request(0, long, SamplingParams(max_tokens=3)),
+        Request(1, [*long[:6], *range(20)], SamplingParams(max_tokens=3)),
+    ]
     right = greedy("llama-gqa", requests)
     with mesh_of(comm, "llama-gqa", Layout(cp=comm.size)) as mesh:
         model = Recorder(toy("llama-gqa", mesh))
@@ -289,7 +307,10 @@ def test_a_prefix_is_taken_over_where_its_ranks_have_the_memory(
     """In contiguous order the first of two ranks holds all of it: more than an even share."""
     monkeypatch.setattr("mpishard.engine.prefix_cache.MIN_PREFIX_TOKENS", 5)
     long = np.random.RandomState(8).randint(0, 67, 40).tolist()
-    requests = [Request(0, long, 4), Request(1, [*long[:20], 1], 3)]
+    requests = [
+        Request(0, long, SamplingParams(max_tokens=4)),
+        Request(1, [*long[:20], 1], SamplingParams(max_tokens=3)),
+    ]
     right = greedy("llama-gqa", requests)
     layout = Layout(cp=2, tp=comm.size // 2, cp_order="contiguous")
     with mesh_of(comm, "llama-gqa", layout) as mesh:
@@ -305,7 +326,9 @@ def test_a_prefix_is_taken_over_where_its_ranks_have_the_memory(
 
 def test_what_is_hardly_the_same_is_not_waited_for(comm: MPI.Intracomm):
     shared = [5] * (MIN_PREFIX_TOKENS - 1)
-    requests = [Request(index, [*shared, index, 9], 1) for index in range(4)]
+    requests = [
+        Request(index, [*shared, index, 9], SamplingParams(max_tokens=1)) for index in range(4)
+    ]
     for _, model in recorded(comm, "llama-gqa"):
         generate(model, requests)
         assert fed(model) == [4 * (MIN_PREFIX_TOKENS + 1)]
@@ -313,7 +336,9 @@ def test_what_is_hardly_the_same_is_not_waited_for(comm: MPI.Intracomm):
 
 @pytest.mark.ranks(1, 2, 3)
 def test_samples_do_not_depend_on_what_runs_beside(comm: MPI.Intracomm):
-    requests = some_requests("llama-gqa", sampling=Sampling(1.2, top_k=30, top_p=0.95, seed=4))
+    requests = some_requests(
+        "llama-gqa", sampling=SamplingParams(1.2, top_k=30, top_p=0.95, seed=4)
+    )
     alone = None
     for _, model in recorded(comm, "llama-gqa"):
         found = [generate(model, [request])[0].ids for request in requests]

@@ -13,6 +13,7 @@ from tiny_models import tiny_config
 from toys import Recorder, every_variant, meshes, oracle, slices, toy, whole_logits
 
 from mpishard.engine.generate import generate
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.model import Decoder
@@ -81,7 +82,9 @@ def test_the_generate_loop_goes_on_as_transformers_does(comm: MPI.Intracomm, var
     for mesh in meshes(comm, variant):
         model = toy(variant, mesh, np.float32)
         prompts = [golden["ids_0"].tolist(), golden["ids_1"].tolist()]
-        answers = generate(model, [Request(i, ids, 8) for i, ids in enumerate(prompts)])
+        answers = generate(
+            model, [Request(i, ids, SamplingParams(max_tokens=8)) for i, ids in enumerate(prompts)]
+        )
         for place, answer in enumerate(answers):
             assert answer.ids == golden[f"greedy_{place}"].tolist(), mesh.layout
 
@@ -98,7 +101,9 @@ def test_every_step_of_the_generate_loop_is_the_references(
     vocab = reference.config.vocab
     random = np.random.RandomState(5)
     requests = [
-        Request(index, random.randint(0, vocab, length).tolist(), max_tokens)
+        Request(
+            index, random.randint(0, vocab, length).tolist(), SamplingParams(max_tokens=max_tokens)
+        )
         for index, (length, max_tokens) in enumerate([(9, 4), (1, 7), (14, 1), (3, 5)])
     ]
     for mesh in meshes(comm, variant):
@@ -107,7 +112,7 @@ def test_every_step_of_the_generate_loop_is_the_references(
         answers = generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=chunk))
         assert [answer.index for answer in answers] == [request.index for request in mine]
         for request, answer in zip(mine, answers, strict=True):
-            assert answer.ids == reference.greedy(request.ids, request.max_tokens)
+            assert answer.ids == reference.greedy(request.ids, request.params.max_tokens)
             assert answer.finish_reason == "length"
         if chunk and not model.uses_dynamic_rope(14):
             fed = [
@@ -152,10 +157,10 @@ def test_ends_of_answers(comm: MPI.Intracomm):
     for mesh in meshes(comm, "qwen3-mixed"):
         model = toy("qwen3-mixed", mesh)
         requests = [
-            Request(0, ids, 12),
-            Request(1, ids, 12, eos_ids=frozenset([greedy[2]])),
-            Request(2, ids, 12, stop_fn=lambda ids: len(ids) == 5),
-            Request(3, [1] * room, 9),
+            Request(0, ids, SamplingParams(max_tokens=12)),
+            Request(1, ids, SamplingParams(max_tokens=12), eos_ids=frozenset([greedy[2]])),
+            Request(2, ids, SamplingParams(max_tokens=12), stop_fn=lambda ids: len(ids) == 5),
+            Request(3, [1] * room, SamplingParams(max_tokens=9)),
         ]
         told, finished = Mock(), Mock()
         answers = generate(model, requests, on_token=told, on_finish=finished)
@@ -176,10 +181,14 @@ def test_more_requests_than_run_at_once(comm: MPI.Intracomm):
     reference = oracle("llama-gqa")
     random = np.random.RandomState(11)
     requests = [
-        Request(index, random.randint(0, reference.config.vocab, 1 + index).tolist(), 1 + index % 3)
+        Request(
+            index,
+            random.randint(0, reference.config.vocab, 1 + index).tolist(),
+            SamplingParams(max_tokens=1 + index % 3),
+        )
         for index in range(10)
     ]
-    expected = [reference.greedy(request.ids, request.max_tokens) for request in requests]
+    expected = [reference.greedy(request.ids, request.params.max_tokens) for request in requests]
     for mesh in meshes(comm, "llama-gqa"):
         model = Recorder(toy("llama-gqa", mesh))
         assert [answer.ids for answer in generate(model, requests, limits=limits)] == expected

@@ -19,16 +19,15 @@ from toys import degrees
 import mpishard
 from mpishard.api import scheduler_config
 from mpishard.batch.dispatch import Progress, ReplicaClient
-from mpishard.batch.requests import Wishes
 from mpishard.communication.mailbox import Mailbox
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.model import Decoder
 from mpishard.sequences.step import Step
 
 pytestmark = pytest.mark.ranks
 
 VARIANT = "llama-gqa"
-WISHES = Wishes(max_tokens=5, sampling=Sampling(1.1, seed=2), ignore_eos=True)
+PARAMS = SamplingParams(1.1, seed=2, max_tokens=5, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +86,13 @@ def watched(monkeypatch: pytest.MonkeyPatch, comm: MPI.Intracomm, slow: int) -> 
 def test_only_rank_0_needs_to_see_the_files(path, files, comm):
     """And every layout gives the same answers, in the order of the input."""
     right = [
-        mpishard.load(path).generate([[1 + place, 2]], 5, Sampling(), ignore_eos=True)[0].output_ids
+        mpishard.load(path)
+        .generate([[1 + place, 2]], SamplingParams(max_tokens=5, ignore_eos=True))[0]
+        .output_ids
         for place in range(24)
     ]
     for model in loaded(path, comm):
-        report = model.batch(*files, Wishes(max_tokens=5, ignore_eos=True))
+        report = model.batch(*files, SamplingParams(max_tokens=5, ignore_eos=True))
         assert report.complete and comm.allgather(report) == [report] * comm.size
         assert (report.total, report.before, report.answered, report.refused) == (24, 0, 24, 0)
         assert (report.prompt_tokens, report.completion_tokens) == (48, 120)
@@ -109,7 +110,7 @@ def test_a_replica_draws_as_it_becomes_free(path, files, comm, monkeypatch, slow
         if dp.size < 2:
             continue
         with watched(monkeypatch, comm, slow) as given:
-            assert model.batch(*files, WISHES, scheduler_config(max_num_seqs=2)).complete
+            assert model.batch(*files, PARAMS, scheduler_config(max_num_seqs=2)).complete
         shares = comm.allgather(given[0])[:: model.mesh.layout.replica_size]
         assert sum(shares) == 24 and shares[slow] == min(shares) < 24 / dp.size - 1
         result(files[1], comm)
@@ -120,7 +121,7 @@ def test_a_small_job_is_shared_from_the_beginning(path, files, comm, monkeypatch
     """Even if there are places for all of it in each replica."""
     for model in loaded(path, comm):
         with watched(monkeypatch, comm, -1) as given:
-            assert model.batch(*files, WISHES).complete
+            assert model.batch(*files, PARAMS).complete
         shares = comm.allgather(given[0])[:: model.mesh.layout.replica_size]
         assert sum(shares) == 24 and max(shares) - min(shares) <= 6, shares
         result(files[1], comm)
@@ -135,12 +136,12 @@ def test_one_rank_that_is_told_stops_all_and_the_job_goes_on(path, files, comm):
         def told(steps=steps) -> bool:
             return comm.rank == comm.size - 1 and next(steps) > 9
 
-        report = model.batch(*files, WISHES, scheduler_config(max_num_seqs=1), told, seen.append)
+        report = model.batch(*files, PARAMS, scheduler_config(max_num_seqs=1), told, seen.append)
         assert not report.complete and 0 < report.answered < 24
         assert comm.allgather(report.answered) == [report.answered] * comm.size
         assert [progress.total for progress in seen] == [24] * len(seen)
         assert bool(seen) == (comm.rank == 0)
-        again = model.batch(*files, WISHES)
+        again = model.batch(*files, PARAMS)
         assert again.complete and again.before == report.answered
         assert again.answered == 24 - report.answered
         assert len(result(files[1], comm)) == 24
@@ -149,14 +150,14 @@ def test_one_rank_that_is_told_stops_all_and_the_job_goes_on(path, files, comm):
 @pytest.mark.ranks(1, 2)
 def test_nothing_is_done_when_told_before_it_begins(path, files, comm):
     model = mpishard.load(path, comm, tp=comm.size)
-    report = model.batch(*files, WISHES, should_stop=lambda: True)
+    report = model.batch(*files, PARAMS, should_stop=lambda: True)
     assert report.answered == 0 and not report.complete
 
 
 def test_replicas_never_meet(path, files, comm):
     for model in loaded(path, comm):
         model.mesh.ledger.clear()
-        assert model.batch(*files, WISHES).complete
+        assert model.batch(*files, PARAMS).complete
         groups = {group for _, group, _ in model.mesh.ledger}
         assert groups <= {"tp", "cp", "kv", "replica", "world"}
         assert model.mesh.ledger["all_reduce", "world"].calls == 1, "the memory that is free"
@@ -167,7 +168,7 @@ def test_replicas_never_meet(path, files, comm):
 def test_a_wrong_job_is_refused_on_all_ranks(path, files, comm):
     model = mpishard.load(path, comm, tp=comm.size)
     with pytest.raises(mpishard.UserError, match="is a directory: give the name of a file"):
-        model.batch(files[0], files[1].parent, WISHES)
+        model.batch(files[0], files[1].parent, PARAMS)
 
 
 def test_messages_arrive_in_their_order_at_whoever_has_time(comm):

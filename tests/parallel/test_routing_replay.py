@@ -15,6 +15,7 @@ from toys import mesh_of, oracle, toy, whole_logits
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import TOKEN_DISPATCHERS, Layout
 from mpishard.engine.generate import generate
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.errors import UserError
@@ -45,7 +46,9 @@ def requests() -> list[Request]:
     random = np.random.RandomState(6)
     vocab = tiny_config(VARIANT).vocab
     return [
-        Request(index, random.randint(0, vocab, length).tolist(), max_tokens)
+        Request(
+            index, random.randint(0, vocab, length).tolist(), SamplingParams(max_tokens=max_tokens)
+        )
         for index, (length, max_tokens) in enumerate([(9, 4), (5, 6), (11, 2)])
     ]
 
@@ -116,7 +119,7 @@ def test_every_layout_records_what_the_reference_routes(comm: MPI.Intracomm):
             assert decisions.request_ids == NAMES and decisions.layers == (0, 1)
             for request in requests():
                 # The token chosen last is not fed, and so not routed.
-                ids = request.ids + reference.greedy(request.ids, request.max_tokens)[:-1]
+                ids = request.ids + reference.greedy(request.ids, request.params.max_tokens)[:-1]
                 of = decisions.request_T == request.index
                 assert decisions.token_T[of].tolist() == ids
                 assert decisions.position_T[of].tolist() == list(range(len(ids)))

@@ -13,7 +13,8 @@ from toys import meshes
 from mpishard.arithmetic.sampling import gumbel
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block
-from mpishard.engine.sampling import NO_TOKEN, Sampling, SamplingRow, sample
+from mpishard.engine.sampling import NO_TOKEN, SamplingRow, sample
+from mpishard.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.ranks
 
@@ -34,7 +35,7 @@ def shards(comm: MPI.Intracomm, logits_MV: np.ndarray) -> Iterator[tuple[Mesh, n
 
 def plain_sample(logits_V: np.ndarray, row: SamplingRow) -> int:
     """The token of one row of whole logits: each filter is a pass over sorted probabilities."""
-    params = row.sampling
+    params = row.params
     if params.greedy:
         return int(np.argmax(logits_V))
     scores_V = logits_V.astype(np.float64) / params.temperature
@@ -54,23 +55,23 @@ def plain_sample(logits_V: np.ndarray, row: SamplingRow) -> int:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(),
-        Sampling(temperature=0.7),
-        Sampling(temperature=1.3, top_k=1),
-        Sampling(temperature=1.3, top_k=40),
-        Sampling(temperature=1, top_k=1000),
-        Sampling(temperature=0.9, top_p=0.3),
-        Sampling(temperature=1, top_p=0.95),
-        Sampling(temperature=1, top_p=1e-9),
-        Sampling(temperature=0.5, min_p=0.2),
-        Sampling(temperature=1, min_p=1),
-        Sampling(temperature=2, top_k=50, top_p=0.8, min_p=0.05),
-        Sampling(temperature=1, top_p=0.9, min_p=0.01),
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=1.3, top_k=1),
+        SamplingParams(temperature=1.3, top_k=40),
+        SamplingParams(temperature=1, top_k=1000),
+        SamplingParams(temperature=0.9, top_p=0.3),
+        SamplingParams(temperature=1, top_p=0.95),
+        SamplingParams(temperature=1, top_p=1e-9),
+        SamplingParams(temperature=0.5, min_p=0.2),
+        SamplingParams(temperature=1, min_p=1),
+        SamplingParams(temperature=2, top_k=50, top_p=0.8, min_p=0.05),
+        SamplingParams(temperature=1, top_p=0.9, min_p=0.01),
     ],
     ids=str,
 )
 def test_the_choice_is_that_of_the_whole_vocabulary(
-    comm: MPI.Intracomm, sampling: Sampling, flatness: float
+    comm: MPI.Intracomm, sampling: SamplingParams, flatness: float
 ):
     logits_MV = logits(flatness)
     rows = [SamplingRow(sampling, request, 40 + request) for request in range(len(logits_MV))]
@@ -82,12 +83,12 @@ def test_the_choice_is_that_of_the_whole_vocabulary(
 def test_sequences_of_one_step_may_be_sampled_differently(comm: MPI.Intracomm):
     logits_MV = logits(0.1)
     ways = [
-        Sampling(),
-        Sampling(temperature=1),
-        Sampling(temperature=1, top_k=7),
-        Sampling(temperature=1, top_p=0.99),
-        Sampling(temperature=0.1, min_p=0.5),
-        Sampling(),
+        SamplingParams(),
+        SamplingParams(temperature=1),
+        SamplingParams(temperature=1, top_k=7),
+        SamplingParams(temperature=1, top_p=0.99),
+        SamplingParams(temperature=0.1, min_p=0.5),
+        SamplingParams(),
     ]
     rows = [SamplingRow(sampling, 0, position) for position, sampling in enumerate(ways)]
     expected = [plain_sample(logits_V, row) for logits_V, row in zip(logits_MV, rows, strict=True)]
@@ -95,8 +96,8 @@ def test_sequences_of_one_step_may_be_sampled_differently(comm: MPI.Intracomm):
         assert sample(logits_Mv, rows, VOCAB, mesh) == expected
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, top_k=1)])
-def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: Sampling):
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1, top_k=1)])
+def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: SamplingParams):
     logits_MV = np.zeros((3, VOCAB), np.float32)
     logits_MV[1, [100, 200, 300]] = 1
     logits_MV[2, -1] = 1
@@ -108,16 +109,18 @@ def test_equal_logits_go_to_the_lowest_id(comm: MPI.Intracomm, sampling: Samplin
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(),
-        Sampling(temperature=1),
-        Sampling(temperature=1, top_k=1),
-        Sampling(temperature=1, top_k=40),
-        Sampling(temperature=1, top_p=0.9),
-        Sampling(temperature=1, min_p=0.1),
+        SamplingParams(),
+        SamplingParams(temperature=1),
+        SamplingParams(temperature=1, top_k=1),
+        SamplingParams(temperature=1, top_k=40),
+        SamplingParams(temperature=1, top_p=0.9),
+        SamplingParams(temperature=1, min_p=0.1),
     ],
     ids=str,
 )
-def test_there_is_no_token_where_logits_are_not_finite(comm: MPI.Intracomm, sampling: Sampling):
+def test_there_is_no_token_where_logits_are_not_finite(
+    comm: MPI.Intracomm, sampling: SamplingParams
+):
     """One logit of a row or all of them; the other rows get their tokens."""
     logits_MV = logits(1.0)
     for row, (odd, columns) in enumerate(
@@ -134,16 +137,18 @@ def test_there_is_no_token_where_logits_are_not_finite(comm: MPI.Intracomm, samp
 def test_a_vocabulary_smaller_than_the_ranks(comm: MPI.Intracomm, top_k: int):
     """Some ranks hold no token at all."""
     logits_MV = np.array([[0.0, 3.0, 1.0]])
-    sampling = Sampling(temperature=1e-3, top_k=top_k)
+    sampling = SamplingParams(temperature=1e-3, top_k=top_k)
     for mesh, logits_Mv in shards(comm, logits_MV):
         assert sample(logits_Mv, [SamplingRow(sampling, 0, 0)], 3, mesh) == [1]
-        assert sample(logits_Mv, [SamplingRow(Sampling(), 0, 0)], 3, mesh) == [1]
+        assert sample(logits_Mv, [SamplingRow(SamplingParams(), 0, 0)], 3, mesh) == [1]
 
 
 def test_frequencies_of_sampled_tokens_are_the_softmax(comm: MPI.Intracomm):
     """4,000 samples of five tokens: each frequency is within five standard deviations."""
     logits_V = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
-    rows = [SamplingRow(Sampling(temperature=1, seed=9), 1, position) for position in range(4000)]
+    rows = [
+        SamplingRow(SamplingParams(temperature=1, seed=9), 1, position) for position in range(4000)
+    ]
     for mesh, logits_Mv in shards(comm, np.tile(logits_V, (len(rows), 1))):
         counts = np.bincount(sample(logits_Mv, rows, 5, mesh), minlength=5)
         p = np.exp(logits_V)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from mpishard.config.layout import CP_ORDERS, CP_PREFILLS, DECODE_MERGES, Layout
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.reader import read_model_config
 from mpishard.engine.generate import generate
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.model import Decoder
@@ -513,7 +514,9 @@ def test_only_what_a_window_reaches_is_sent(comm: MPI.Intracomm, prefill: str, o
 def test_a_greedy_token_costs_two_all_gathers_beside_the_forward_pass(comm: MPI.Intracomm):
     """Of a candidate of each rank over tp, and of the ids chosen over cp; in steps in which no
     prompt ends as in all others."""
-    requests = [Request(index, ids, 4) for index, ids in enumerate(PROMPTS)]
+    requests = [
+        Request(index, ids, SamplingParams(max_tokens=4)) for index, ids in enumerate(PROMPTS)
+    ]
     for mesh in meshes(comm, "llama-gqa"):
         model = Recorder(toy("llama-gqa", mesh, np.float32))
         mesh.ledger.clear()
@@ -536,7 +539,13 @@ def test_a_greedy_token_in_figures(comm: MPI.Intracomm):
         with mesh_of(comm, "llama-gqa", Layout(tp=tp, dp=comm.size // tp)) as mesh:
             model = toy("llama-gqa", mesh, np.float32)
             mesh.ledger.clear()
-            generate(model, [Request(index, ids, 4) for index, ids in enumerate(PROMPTS)])
+            generate(
+                model,
+                [
+                    Request(index, ids, SamplingParams(max_tokens=4))
+                    for index, ids in enumerate(PROMPTS)
+                ],
+            )
             payload = 4 * len(PROMPTS) * 12
             assert seen(mesh)["all_gather", "tp"] == (4, payload, (tp - 1) * payload)
             assert mesh.ledger["all_gather", "cp"].calls == 4 and not sent(mesh, "cp")
@@ -545,21 +554,21 @@ def test_a_greedy_token_in_figures(comm: MPI.Intracomm):
 @pytest.mark.parametrize(
     "sampling, gathers, broadcasts",
     [
-        (Sampling(temperature=1), 1, 0),
-        (Sampling(temperature=1, top_k=3), 1, 1),
-        (Sampling(temperature=1, top_k=9, min_p=0.1), 1, 1),
-        (Sampling(temperature=1, top_k=5, top_p=0.5), 1, 1),
-        (Sampling(temperature=1, top_p=0.5), 2, 1),
+        (SamplingParams(temperature=1), 1, 0),
+        (SamplingParams(temperature=1, top_k=3), 1, 1),
+        (SamplingParams(temperature=1, top_k=9, min_p=0.1), 1, 1),
+        (SamplingParams(temperature=1, top_k=5, top_p=0.5), 1, 1),
+        (SamplingParams(temperature=1, top_p=0.5), 2, 1),
     ],
 )
 def test_a_sampled_token_costs_what_its_filters_need(
-    comm: MPI.Intracomm, sampling: Sampling, gathers: int, broadcasts: int
+    comm: MPI.Intracomm, sampling: SamplingParams, gathers: int, broadcasts: int
 ):
     for tp in divisors(comm.size):
         with mesh_of(comm, "llama-gqa", Layout(tp=tp, dp=comm.size // tp)) as mesh:
             model = toy("llama-gqa", mesh, np.float32)
             mesh.ledger.clear()
-            generate(model, [Request(0, [1, 2, 3], 2, sampling)])
+            generate(model, [Request(0, [1, 2, 3], replace(sampling, max_tokens=2))])
             assert mesh.ledger["all_gather", "tp"].calls == 2 * gathers
             assert mesh.ledger["broadcast", "tp"].calls == 2 * broadcasts
 
@@ -567,7 +576,7 @@ def test_a_sampled_token_costs_what_its_filters_need(
 def test_replicas_never_meet(comm: MPI.Intracomm):
     for mesh in meshes(comm, "qwen3-mixed"):
         model = toy("qwen3-mixed", mesh)
-        requests = [Request(index, [1 + index], 3) for index in range(9)]
+        requests = [Request(index, [1 + index], SamplingParams(max_tokens=3)) for index in range(9)]
         generate(model, [requests[place] for place in assign_requests(len(requests), mesh)])
         assert {group for _, group in seen(mesh)} <= {"tp", "cp", "kv"}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpishard.arithmetic.sampling import gumbel, logsumexp, num_kept, row_topk
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 
 
@@ -128,5 +128,5 @@ def test_noise_is_the_same_on_every_machine():
 )
 def test_values_out_of_range_are_refused(field: str, value: Any, right: str):
     with pytest.raises(UserError) as refused:
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})
     assert str(refused.value) == f"{field} {value} is out of range: it must be {right}"

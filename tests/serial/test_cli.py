@@ -68,9 +68,9 @@ def test_what_a_command_does_unless_told_otherwise():
         "command": "batch",
         "input": "I",
         "output": "O",
-        "max_batch_tokens": 2048,
-        "max_sequences": None,
-        "kv_memory": None,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": None,
+        "kv_cache_memory_bytes": None,
     }
     assert vars(parse("shard", "M", "OUT", "--tp", "2"))["dtype"] == "float32"
     assert parse("inspect", "M").verify is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,19 +14,18 @@ from mpishard.batch.requests import (
     NEUTRAL,
     PLAIN,
     BatchRequest,
-    Wishes,
     read_request,
 )
-from mpishard.engine.sampling import Sampling
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 
-WISHES = Wishes(max_tokens=7, sampling=Sampling(temperature=0.5, seed=3), stop=("x",))
+PARAMS = SamplingParams(temperature=0.5, seed=3, max_tokens=7, stop=("x",))
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 
 
 def read(fields: Any, number: int = 3) -> BatchRequest:
     content = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return read_request(content, number, WISHES, f"IN line {number}")
+    return read_request(content, number, PARAMS, f"IN line {number}")
 
 
 def plain(**fields: Any) -> BatchRequest:
@@ -39,28 +39,30 @@ def openai(url: str = CHAT, outside: dict[str, Any] | None = None, **body: Any) 
 
 
 def test_a_plain_line():
-    assert plain() == BatchRequest(3, PLAIN, "a", "b", WISHES)
-    assert read({"id": 5, "input_ids": [1, 2]}) == BatchRequest(3, PLAIN, 5, [1, 2], WISHES)
+    assert plain() == BatchRequest(3, PLAIN, "a", "b", PARAMS)
+    assert read({"id": 5, "input_ids": [1, 2]}) == BatchRequest(3, PLAIN, 5, [1, 2], PARAMS)
     assert read(b' {"id": "\xc3\xa9", "prompt": ""}\r\n').name == "é"
 
 
 @pytest.mark.parametrize("form", [plain, openai])
-def test_a_lines_own_wishes_come_before_the_commands(form):
+def test_a_lines_own_parameters_come_before_the_commands(form):
     own = {"temperature": 1, "top_k": 4, "top_p": 0.9, "min_p": 0, "seed": 2**64 - 1}
     line = form(**own, max_tokens=1, stop=["u", "v"], ignore_eos=True)
-    sampling = Sampling(1.0, 4, 0.9, 0.0, 2**64 - 1)
-    assert line.error == "" and line.wishes == Wishes(1, sampling, ("u", "v"), True)
-    assert form(stop="u").wishes.stop == ("u",) and form(stop=[]).wishes.stop == ()
+    sampling = SamplingParams(1.0, 4, 0.9, 0.0, 2**64 - 1)
+    assert line.error == "" and line.params == replace(
+        sampling, max_tokens=1, stop=("u", "v"), ignore_eos=True
+    )
+    assert form(stop="u").params.stop == ("u",) and form(stop=[]).params.stop == ()
     nothing = dict.fromkeys([*own, "max_tokens", "stop", "ignore_eos"])
-    assert form(**nothing).wishes == WISHES, "null is as good as nothing"
+    assert form(**nothing).params == PARAMS, "null is as good as nothing"
 
 
 def test_openais_form():
-    assert openai() == BatchRequest(3, CHAT, "a", MESSAGES, WISHES)
-    assert openai(COMPLETION, model="m") == BatchRequest(3, COMPLETION, "a", "b", WISHES, "m")
+    assert openai() == BatchRequest(3, CHAT, "a", MESSAGES, PARAMS)
+    assert openai(COMPLETION, model="m") == BatchRequest(3, COMPLETION, "a", "b", PARAMS, "m")
     assert openai(COMPLETION, prompt=[1, 2]).prompt == [1, 2]
-    assert openai(max_completion_tokens=4).wishes.max_tokens == 4
-    assert openai(max_completion_tokens=4, max_tokens=4).wishes.max_tokens == 4
+    assert openai(max_completion_tokens=4).params.max_tokens == 4
+    assert openai(max_completion_tokens=4, max_tokens=4).params.max_tokens == 4
     assert openai(**NEUTRAL, user="me", metadata={}).error == ""
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert openai(messages=[{"role": "user", "content": parts}]).prompt == [
@@ -122,10 +124,10 @@ def test_a_damaged_line_says_what_is_wrong(content, sentence):
         ("min_p", 2, "min_p 2.0 is out of range"),
         ("seed", 2**64, "seed 18446744073709551616 is out of range: it must be 0 to 2**64 - 1"),
         ("seed", "7", '"seed" must be a whole number, not "7"'),
-        ("max_tokens", 0, "max_tokens 0 must be at least 1"),
+        ("max_tokens", 0, "max_tokens 0 is out of range"),
         ("max_tokens", 3.0, '"max_tokens" must be a whole number, not 3.0'),
-        ("stop", [""], "stop has an empty text: give the texts that end an answer"),
-        ("stop", "", "stop has an empty text: give the texts that end an answer"),
+        ("stop", [""], "stop ('',) must be a list of texts, none of them empty"),
+        ("stop", "", "stop ('',) must be a list of texts, none of them empty"),
         ("stop", 5, '"stop" must be a string or a list of strings, not 5'),
         ("stop", ["a", 5], '"stop" must be a string or a list of strings, not ["a", 5]'),
         ("ignore_eos", 1, '"ignore_eos" must be true or false, not 1'),
@@ -225,8 +227,8 @@ def test_refusals_have_the_form_of_their_line():
     assert answer["response"]["body"]["error"]["message"] == answer["error"]["message"] == "why"
 
 
-def test_wishes_of_a_whole_job_are_checked():
-    with pytest.raises(UserError, match="max_tokens 0 must be at least 1"):
-        Wishes(max_tokens=0)
-    with pytest.raises(UserError, match="stop has an empty text"):
-        Wishes(stop=("",))
+def test_parameters_of_a_whole_job_are_checked():
+    with pytest.raises(UserError, match="max_tokens 0 is out of range"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(UserError, match="none of them empty"):
+        SamplingParams(stop=("",))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpishard.engine.prefix_cache import MAX_IMBALANCE, MIN_PREFIX_TOKENS, PrefixCache
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.sequence import Request, RequestOutput, Sequence
 from mpishard.sequences.kv_cache import KVCache
 from mpishard.sequences.sharding import FirstChunk, SequenceSharding
@@ -34,7 +35,9 @@ def sequence(ids: list[int], cached: int, first: int | None = None, finished: st
     cache = KVCache(1, 1, len(ids) + 8, 1, np.dtype(np.float32))
     cache.extend(np.arange(cached), cached)
     output = RequestOutput(0, finish_reason=finished)
-    return Sequence(Request(0, ids, 8), output, cache, 0, FirstChunk(first, first))
+    return Sequence(
+        Request(0, ids, SamplingParams(max_tokens=8)), output, cache, 0, FirstChunk(first, first)
+    )
 
 
 def lookup(
@@ -42,7 +45,7 @@ def lookup(
 ) -> tuple[Sequence | None, int, bool]:
     """The donor, the length of the prefix, and whether to wait for a longer one."""
     cache = PrefixCache(model or fake_model(), chunk, lambda request, first_chunk: True)
-    hit, longer_soon = cache.lookup(Request(1, ids, 8), sequences)
+    hit, longer_soon = cache.lookup(Request(1, ids, SamplingParams(max_tokens=8)), sequences)
     return (hit.donor, hit.num_tokens, longer_soon) if hit else (None, 0, longer_soon)
 
 
@@ -93,7 +96,9 @@ def test_the_last_token_of_a_prompt_is_computed():
 def test_a_prefix_that_has_no_room_leaves_the_next_longest():
     long, short = sequence(prompt(90, 9, 1), cached=99), sequence(prompt(50, 9, 2), cached=59)
     cache = PrefixCache(fake_model(), None, lambda request, first: first.inherited < 90)
-    hit, longer_soon = cache.lookup(Request(1, prompt(100, 3, 3), 8), [long, short])
+    hit, longer_soon = cache.lookup(
+        Request(1, prompt(100, 3, 3), SamplingParams(max_tokens=8)), [long, short]
+    )
     assert hit and (hit.donor, hit.num_tokens, longer_soon) == (short, 50, False)
     assert hit.first_chunk == FirstChunk(59, 50)
 

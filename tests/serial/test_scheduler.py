@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import Scheduler, SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.sequences.kv_cache import KVCache
@@ -36,7 +37,10 @@ def scheduler(*lengths: int, max_tokens: int = 9, **config: Any) -> Scheduler:
     """One whose requests have prompts of these `lengths` with no token in common."""
     made = Scheduler(fake_model(), SchedulerConfig(**config))
     prompts = [[100 + index] * length for index, length in enumerate(lengths)]
-    requests = [Request(index, ids, max_tokens) for index, ids in enumerate(prompts)]
+    requests = [
+        Request(index, ids, SamplingParams(max_tokens=max_tokens))
+        for index, ids in enumerate(prompts)
+    ]
     assert made.add(requests) == []
     return made
 
@@ -81,7 +85,12 @@ def test_the_cache_of_a_finished_sequence_is_freed_before_the_next_step_runs():
 
 def test_a_reused_prefix_reserves_what_its_cache_takes():
     made = Scheduler(fake_model(), SchedulerConfig(kv_cache_memory_bytes=10_000))
-    made.add([Request(index, [*range(40), 50 + index], 9) for index in range(2)])
+    made.add(
+        [
+            Request(index, [*range(40), 50 + index], SamplingParams(max_tokens=9))
+            for index in range(2)
+        ]
+    )
     assert step(made) == [(0, 41)]
     assert step(made) == [(0, 1), (1, 1)]
     assert [sequence.cache_bytes for sequence in made.running] == [49 * BYTES, 49 * BYTES + 1000]
@@ -91,7 +100,7 @@ def test_requests_that_are_fetched_ahead():
     """Two more than there are free places, until two wait."""
     made = scheduler(max_num_seqs=3)
     assert made.num_wanted == 5
-    made.add([Request(index, [index], 9) for index in range(5)])
+    made.add([Request(index, [index], SamplingParams(max_tokens=9)) for index in range(5)])
     assert made.num_wanted == 0
     step(made)
     assert (len(made.running), len(made.waiting), made.num_wanted) == (3, 2, 0)
