@@ -424,8 +424,14 @@ def test_every_field_of_a_layout_is_an_option():
 
 
 def test_an_option_that_needs_experts_is_refused_without_them():
-    """By the first of those that are given, in the order of the fields."""
     dense = tiny_config("llama-gqa")
+    assert [one.name for one in layout_options() if one.moe] == [
+        "ep",
+        "moe_token_dispatcher",
+        "expert_capacity_factor",
+        "token_drop_policy",
+        "expert_placement",
+    ]
     for one in LAYOUT_OPTIONS.values():
         given: dict[str, Any] = {one.name: one.choices[-1] if one.choices else 2}
         layout = replace(Layout(), **given)
