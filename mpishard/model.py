@@ -115,12 +115,12 @@ class Decoder:
             if hidden_state_hook:
                 hidden_state_hook(self.layer_numbers[index], x_nD)
             h_nD = layer.attention_norm(x_nD)
-            y_nD = stream.attention(h_nD, layer.attention, index, step, rope, self.attend, mesh)
-            x_nD = x_nD + layer.attention_post_norm(y_nD)
+            x_nD = x_nD + layer.attention_post_norm(
+                stream.attention(h_nD, layer.attention, index, step, rope, self.attend, mesh)
+            )
             h_nD = layer.ffn_norm(x_nD)
-            ffn = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
-            y_nD = ffn(h_nD, layer.ffn, step, mesh)
-            x_nD = x_nD + layer.ffn_post_norm(y_nD)
+            feed_forward = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
+            x_nD = x_nD + layer.ffn_post_norm(feed_forward(h_nD, layer.ffn, step, mesh))
         if hidden_state_hook:
             hidden_state_hook(self.layer_numbers.stop, self.norm(x_nD))
         return self.exit(self, x_nD, step)

@@ -69,7 +69,7 @@ def _ring(picture: Picture, parts: list[np.ndarray], top: float) -> None:
         pairs = f"{_pairs(parts[rank], parts[source])} pairs"
         picture.text(x + 68, y + 34, pairs, "small", "middle")
     foot = top + 30 + RANKS * ROW
-    picture.text(262, foot, "send_receive", "red small", "middle")
+    picture.text(262, foot, "isendrecv", "red small", "middle")
     picture.text(318, foot, "to the next rank, the last to the first,", "small")
     picture.text(318, foot + 18, "while attention to the keys that are here runs", "small")
 

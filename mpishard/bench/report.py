@@ -70,7 +70,7 @@ def _speed_lines(report: dict[str, Any]) -> list[str]:
 def _balance_lines(report: dict[str, Any]) -> list[str]:
     rows = [
         ("seconds of a step, all ranks", "batch", "arithmetic: least", "most", "apart")
-        + ("attention", "Gflop/s", "of products", "send_receive", "of step")
+        + ("attention", "Gflop/s", "of products", "isendrecv", "of step")
     ]
     for row in report["speeds"]:
         if row["phase"] != "prefill":

@@ -411,7 +411,7 @@ def _row(model: Model, run: Run, work: StepCost, bandwidth: float, rate: float) 
 def _balance(model: Model, prompt: Run) -> dict[str, float]:
     """How evenly a prompt's step was divided over all ranks, what attention's arithmetic took, and
     how much of the exchange of keys and values was not hidden behind it."""
-    exchanged = [entry.seconds for what, _, entry in prompt.entries if what == "send_receive"]
+    exchanged = [entry.seconds for what, _, entry in prompt.entries if what == "isendrecv"]
     seconds = [prompt.arithmetic_seconds, prompt.attention_seconds, sum(exchanged)]
     least = all_reduce(np.array(seconds), model.mesh.world, MIN)
     most = all_reduce(np.array(seconds), model.mesh.world, MAX)

@@ -228,7 +228,7 @@ class PendingExchange:
             group = self.call.group
             payload = 0 if self.sent is None else self.sent.nbytes
             wire = 0 if self.to == group.rank else payload
-            group.ledger.add("send_receive", group.name, payload, wire, self.seconds)
+            group.ledger.add("isendrecv", group.name, payload, wire, self.seconds)
         return self.received
 
 
@@ -261,7 +261,7 @@ def isendrecv(
         return _parcel(sent, to), _parcel(received, source)
 
     requests = []
-    with CollectiveCall("send_receive", group, peer_counts=peer_counts, parts=2) as call:
+    with CollectiveCall("isendrecv", group, peer_counts=peer_counts, parts=2) as call:
         if received is not None:
             requests += _receive(received, source, group, limit)
         if sent is not None:

@@ -69,7 +69,7 @@ def test_bench_takes_mixtures(mixture):
     how = "--tp 2 --ep 2 --prompt-tokens 8 --max-tokens 2 --batch 2 --repeat 1".split()
     finished = mpishard(2, "bench", mixture, *how, "--expert-load")
     assert "all_to_all" in finished.stdout
-    assert re.search(r"^ +1  generation +\d+ +0 +[1-6]\.\d\d ", finished.stderr, re.MULTILINE)
+    assert re.search(r"^ +1  decode +\d+ +0 +[1-6]\.\d\d ", finished.stderr, re.MULTILINE)
 
 
 def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
@@ -79,7 +79,7 @@ def test_the_load_of_experts_is_told_and_written(mixture, tmp_path):
     how = ["--tp", 2, "--ep", 2, "--dp", 2]
     finished = mpishard(4, "logits", mixture, *to, *how, "--expert-load", file)
     assert "expert load, 2 of 6 experts a token, 4 ranks; most over mean:" in finished.stderr
-    assert f"    0  prompt      {2 * 5:>9}  {0:>9}  " in finished.stderr
+    assert f"    0  prefill     {2 * 5:>9}  {0:>9}  " in finished.stderr
     report = json.loads(file.read_text())
     assert (report["experts"], report["top_k"], report["ranks"]) == (6, 2, 4)
     assert report["layout"] == "--tp 2 --dp 2 --ep 2"

@@ -16,8 +16,8 @@ from mpi_runner import Launch
 from tiny_models import tiny_config, tiny_weights
 
 from commands.shell import VARIANT, answered, completions, mpishard, refusal
-from mpishard import commands
 from mpishard.cli import run_command
+from mpishard.commands import generate
 from mpishard.model import Decoder
 from mpishard.reference import Reference
 from mpishard.sequences.step import Step
@@ -196,7 +196,7 @@ def test_the_text_of_one_prompt_is_streamed(model, expected, place, n):
     assert finished.stdout == expected(*GREEDY)[place]["text"] + "\n"
     layout, summary = finished.stderr.splitlines()
     assert f"--tp {n or 1} --dp 1" in layout and "threads per rank: 1" in layout
-    for part in ("prompt: ", "generation: ", " tokens/s", "communication: ", "peak memory: "):
+    for part in ("prefill: ", "decode: ", " tokens/s", "communication: ", "peak memory: "):
         assert part in summary
 
 
@@ -214,7 +214,7 @@ def test_streamed_text_is_printed_once_by_all_that_make_it(model, expected, n, w
     layout, summary = finished.stderr.splitlines()
     assert f"{model}: {words}, float32, threads per rank: 1" in layout
     prompt = expected(*GREEDY)[1]["prompt_tokens"]
-    assert f"prompt: {prompt} tokens" in summary, "counted once, however many compute them"
+    assert f"prefill: {prompt} tokens" in summary, "counted once, however many compute them"
 
 
 def test_the_summary_counts_the_tokens_of_all_replicas(model, expected):
@@ -223,8 +223,8 @@ def test_the_summary_counts_the_tokens_of_all_replicas(model, expected):
     generated = sum(answer["completion_tokens"] - 1 for answer in answers)  # the first is prompt's
     for n in (None, 3):
         summary = mpishard(n, "generate", model, *MANY, *GREEDY).stderr.splitlines()[-1]
-        assert f"prompt: {prompt} tokens" in summary
-        assert f"generation: {generated} tokens" in summary
+        assert f"prefill: {prompt} tokens" in summary
+        assert f"decode: {generated} tokens" in summary
 
 
 def test_stop_strings_end_the_text_before_them(model, expected):
@@ -285,11 +285,11 @@ def test_standard_input_that_does_not_come_is_not_awaited_in_silence(monkeypatch
         os.write(start, b"late")
         os.close(start)
 
-    monkeypatch.setattr(commands, "STDIN_PATIENCE", 0.1)
+    monkeypatch.setattr(generate, "STDIN_PATIENCE", 0.1)
     with open(end) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         threading.Timer(1, send).start()
-        assert commands._read_prompts(["a", "-"], MPI.COMM_SELF) == ["a", "late"]
+        assert generate._read_prompts(["a", "-"], MPI.COMM_SELF) == ["a", "late"]
     assert capfd.readouterr().err.startswith("--prompt -: waiting for standard input")
 
 

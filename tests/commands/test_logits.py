@@ -112,7 +112,7 @@ def test_the_output_is_replaced_when_it_is_complete(model, lines, tmp_path):
     assert finished.returncode == 0 and finished.stdout == ""
     assert np.load(out)["a"].shape == (6, 67)
     tokens = sum(len(np.load(out)[name]) for name in NAMES)
-    assert f"prompt: {tokens} tokens" in finished.stderr.splitlines()[-1]
+    assert f"prefill: {tokens} tokens" in finished.stderr.splitlines()[-1]
 
 
 def test_positions_can_be_added(model, tmp_path):

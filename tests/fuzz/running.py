@@ -202,7 +202,7 @@ class Room:
     def _check_words(self, ending: Ending) -> None:
         # What commands say of themselves: of a file or directory, how it went, experts' load.
         usual = re.compile(
-            rf"{re.escape(str(self.path.parent))}/.*: |prompt: \d+ tokens"
+            rf"{re.escape(str(self.path.parent))}/.*: |prefill: \d+ tokens"
             r"|expert load, |layer  phase | +\d+  (prompt|generation) "
         )
         errors, others = [], []

@@ -196,7 +196,7 @@ def test_send_receive_in_the_ledger(group):
     pending.wait()
     isendrecv(x if rank == 0 else None, group, p - 1, (3, 5) if rank == p - 1 else None, 0,
                  np.float32).wait()  # fmt: skip
-    entry = group.ledger["send_receive", "test"]
+    entry = group.ledger["isendrecv", "test"]
     payload = x.nbytes + (x.nbytes if rank == 0 else 0)
     calls = 1 + (rank in (0, p - 1))  # whoever neither sends nor receives enters nothing
     assert (entry.calls, entry.payload_bytes) == (calls, payload)
@@ -213,4 +213,4 @@ def test_the_arithmetic_between_is_not_counted(group):
     seconds = pending.seconds
     sleep(0.2)
     pending.wait()
-    assert 0 < group.ledger["send_receive", "test"].seconds - seconds < 0.1
+    assert 0 < group.ledger["isendrecv", "test"].seconds - seconds < 0.1

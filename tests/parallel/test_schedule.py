@@ -1,5 +1,5 @@
 """What is communicated: the ledger of every layout held to closed forms, exactly; and the figures
-of the README's table.
+of the table in docs/costs.md.
 
 A forward pass is a list of calls (operation, group, payload, wire): `forward_calls` says which from
 the layout, the model and the step alone, and the ledger must hold their sum and nothing else.
@@ -38,7 +38,7 @@ from mpishard.sequences.step import ScheduledChunk, Segment, Step, pack
 
 pytestmark = pytest.mark.ranks
 
-README = Path(__file__).parents[2] / "README.md"
+COSTS = Path(__file__).parents[2] / "docs" / "costs.md"
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5])
 # Query and key/value heads 8:4, 8:1, 12:3 with a window in each layer, 6:3 with one in some.
 FAMILIES = ("llama-gqa", "llama-mqa", "mistral-window", "qwen3-mixed")
@@ -104,7 +104,7 @@ def all_to_all(group: str, payload: int, kept: int) -> CollectiveCall:
 
 
 def isendrecv(group: str, payload: int) -> CollectiveCall:
-    return CollectiveCall("send_receive", group, payload, payload)
+    return CollectiveCall("isendrecv", group, payload, payload)
 
 
 def forward_calls(
@@ -475,7 +475,7 @@ def test_context_parallelism_sends_what_is_published(comm: MPI.Intracomm, prefil
                 if all(length % (2 * cp) == 0 for length in lengths):
                     assert sent(mesh, "cp") == wire
                     ring, gathers = (cp - 1, 0) if prefill == "ring" else (0, int(cp > 1))
-                    assert mesh.ledger["send_receive", "cp"].calls == layers * ring
+                    assert mesh.ledger["isendrecv", "cp"].calls == layers * ring
                     assert mesh.ledger["all_gather", "cp"].calls == layers * gathers
 
 
@@ -505,7 +505,7 @@ def test_only_what_a_window_reaches_is_sent(comm: MPI.Intracomm, prefill: str, o
             mine = 0 if is_last else reach * hops
             assert sent(mesh, "cp") == layers * mine * position
         if order == "contiguous" and prefill == "ring":
-            assert mesh.ledger["send_receive", "cp"].calls == (layers if cp > 1 else 0)
+            assert mesh.ledger["isendrecv", "cp"].calls == (layers if cp > 1 else 0)
 
 
 # The choice of tokens, and replicas
@@ -581,7 +581,7 @@ def test_replicas_never_meet(comm: MPI.Intracomm):
         assert {group for _, group in seen(mesh)} <= {"tp", "cp", "kv"}
 
 
-# The README's table: Llama 3 8B in float32 on 16 ranks, a prompt of 32,768 tokens and then a token
+# docs/costs.md: Llama 3 8B in float32 on 16 ranks, a prompt of 32,768 tokens and then a token
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -695,7 +695,7 @@ def test_the_figures_of_the_readme(flags: str):
 
 
 @pytest.mark.ranks(1)
-def test_the_readme_shows_these_figures():
-    lines = README.read_text().splitlines()
+def test_costs_page_shows_these_figures():
+    lines = COSTS.read_text().splitlines()
     for flags, row in FIGURES.items():
         assert f"| `{flags}` | {' | '.join(row)} |" in lines

@@ -515,7 +515,7 @@ def test_layouts_divide_the_residual_stream_and_the_cache(
         e
         for row in report["speeds"]
         for e in row["collectives"]
-        if e["operation"] == "send_receive"
+        if e["operation"] == "isendrecv"
     ]
     assert bool(exchanged) == (options == ["--cp", 2])
     for row in report["speeds"]:

@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
 )
 SURFACE = (
-    *("api", "batch", "bench", "cli", "commands", "expert_report", "runtime", "tokenizer"),
+    *("api", "batch", "bench", "cli", "commands", "options", "runtime", "tokenizer"),
     "__main__",
 )
 

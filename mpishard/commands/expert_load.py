@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from mpishard.api import Model
-from mpishard.arithmetic.eplb import rank_loads, rebalance_experts
-from mpishard.config.expert_placement import ExpertPlacement, num_physical_per_rank
-from mpishard.config.layout import block
 from mpishard.errors import UserError, brief
 from mpishard.parallel.expert_load import ExpertLoad, imbalance
 from mpishard.storage.model_dir import read_json
@@ -109,31 +106,3 @@ def _check_rows(layer: Any, rows_E: Any, experts: Any) -> None:
         raise ValueError(f"layer and rows must be whole numbers from 0 to {MOST_ROWS}")
     if not rows_E or len(rows_E) != experts:
         raise ValueError(f"there are rows of {len(rows_E)} experts, not of {experts!r}")
-
-
-def rebalance(loads: dict[int, list[int]], ep: int, redundant_experts: int) -> ExpertPlacement:
-    """The experts of `ep` ranks in each layer, with so many further copies, by the experts' loads.
-    UserError where the slots cannot be the same on all ranks."""
-    experts = len(next(iter(loads.values())))
-    slots = num_physical_per_rank(experts, redundant_experts, ep)
-    layers = {layer: rebalance_experts(loads_E, ep, slots) for layer, loads_E in loads.items()}
-    return ExpertPlacement(experts, layers)
-
-
-def placement_summary(loads: dict[int, list[int]], placement: ExpertPlacement) -> str:
-    """How uneven the counted rows are over ranks in blocks of experts, and as they are placed."""
-    experts, ep = placement.experts, placement.ep
-    blocks = [range(experts)[block(experts, ep, rank)] for rank in range(ep)]
-    before = [_imbalance(rank_loads(loads_E, blocks)) for loads_E in loads.values()]
-    after = [
-        _imbalance(rank_loads(loads_E, placement.layers[layer])) for layer, loads_E in loads.items()
-    ]
-    slots = sum(map(len, next(iter(placement.layers.values())))) // ep
-    return (
-        f"{slots} experts on each of {ep} ranks; most rows of a rank over the mean, mean of the "
-        f"layers: {sum(before) / len(before):.2f} in blocks, {sum(after) / len(after):.2f} so"
-    )
-
-
-def _imbalance(loads: list[float]) -> float:
-    return imbalance(loads) or 1.0

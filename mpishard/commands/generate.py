@@ -1,0 +1,135 @@
+"""``mpishard generate``: completes prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import select
+import sys
+from dataclasses import asdict
+from time import perf_counter
+
+from mpi4py import MPI
+
+from mpishard import options
+from mpishard.api import Completion, Model
+from mpishard.commands.common import (
+    load_model,
+    progress_bar,
+    routing_files,
+    sampling_params,
+    say,
+    say_summary,
+    tracked_expert_load,
+)
+from mpishard.engine.generate import Timing
+from mpishard.engine.sampling_params import SamplingParams
+from mpishard.errors import UserError
+from mpishard.parallel.data import assign_requests
+
+SUMMARY = "Complete one or more prompts."
+
+STDIN_PATIENCE = 5.0  # seconds
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    options.add_model(command)
+    command.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT",
+        help="may be given several times; - takes all of standard input as it is",
+    )  # fmt: skip
+    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object a line instead of text"
+    )
+    options.add_chunked_prefill(command)
+    options.add_sampling(command)
+    options.add_expert_load(command)
+    options.add_routing(command)
+    options.add_layout(command)
+    options.add_watchdog(command)
+
+
+def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard generate``: streams the text of one prompt; prints several in their order."""
+    params = sampling_params(args)
+    model = load_model(args, world)
+    with tracked_expert_load(args, model, world):
+        prompts = _read_prompts(args.prompt, world)
+        names = [str(place) for place in range(len(prompts))]  # the ids of --json
+        with routing_files(args, model, names, world):
+            timing, seconds = _generate(args, world, model, params, prompts)
+        say_summary(model, timing, seconds)
+
+
+def _generate(
+    args: argparse.Namespace,
+    world: MPI.Intracomm,
+    model: Model,
+    params: SamplingParams,
+    prompts: list[str],
+) -> tuple[Timing, float]:
+    """Print the completions of `prompts`; the time of prefill and decode, and seconds in all."""
+    streams = len(prompts) == 1 and not args.json
+    timing, started = Timing(), perf_counter()
+    mine = len(assign_requests(len(prompts), model.mesh))
+    with progress_bar(world, 0 if streams else mine, "prompts", "prompt") as advance:
+        completions = model.generate(
+            prompts,
+            params,
+            chat=args.chat,
+            on_text=_write_text if streams else None,
+            on_finish=lambda place: advance(1),
+            timing=timing,
+            chunked_prefill_size=args.chunked_prefill_size,
+        )
+    seconds = perf_counter() - started
+    if streams:
+        print(flush=True)
+    else:
+        _print_completions(completions, args.json)
+    return timing, seconds
+
+
+def _read_prompts(given: list[str], world: MPI.Intracomm) -> list[str]:
+    """The prompts, ``-`` replaced by standard input, which the launcher gives to rank 0 only."""
+    if "-" not in given:
+        return given
+    if given.count("-") > 1:
+        raise UserError("--prompt - is given twice, but standard input can be read only once")
+    content: bytes = world.bcast(_read_stdin() if world.rank == 0 else None)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt -: standard input is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+    return [text if prompt == "-" else prompt for prompt in given]
+
+
+def _read_stdin() -> bytes:
+    """All of standard input. Says that it waits where nothing comes, because the mpirun of some
+    Open MPI 5 keeps it to itself (github.com/openpmix/prrte/issues/2373)."""
+    if sys.stdin is None:  # it was closed before the program began
+        return b""
+    if not select.select([sys.stdin], [], [], STDIN_PATIENCE)[0]:
+        say(
+            "--prompt -: waiting for standard input, up to its end; if there is one, this mpirun "
+            "does not pass it on: give the text itself after --prompt"
+        )
+    return sys.stdin.buffer.read()
+
+
+def _print_completions(completions: list[Completion], as_json: bool) -> None:
+    for place, completion in enumerate(completions):
+        if as_json:
+            print(json.dumps({"id": place, **asdict(completion)}, ensure_ascii=False))
+        else:
+            print(f"=== {completion.prompt}\n{completion.text}\n")
+    sys.stdout.flush()
+
+
+def _write_text(_: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()

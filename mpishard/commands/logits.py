@@ -1,0 +1,173 @@
+"""``mpishard logits``: scores given tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpishard import options
+from mpishard.api import LogitsOutput, Model, raise_on_all
+from mpishard.batch.job import check_output
+from mpishard.batch.requests import check_fields, name_of, prompt_of, read_object
+from mpishard.commands.common import (
+    load_model,
+    progress_bar,
+    routing_files,
+    say_summary,
+    tracked_expert_load,
+)
+from mpishard.engine.generate import Timing
+from mpishard.errors import UserError, brief
+
+SUMMARY = "Score given tokens."
+
+FIELDS = ("id", "input_ids", "prompt")  # of a line of sequences to score
+
+LONGEST_NAME = 60_000  # bytes, with some that are added: the zip format has two for the length
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    options.add_model(command)
+    command.add_argument(
+        "--input", required=True, metavar="IN.jsonl",
+        help='lines of {"id": "a", "input_ids": [1, 2]} or {"id": "a", "prompt": "text"}',
+    )  # fmt: skip
+    command.add_argument(
+        "--output", required=True, metavar="OUT.npz",
+        help="one float32 array (tokens, vocab) for each id",
+    )  # fmt: skip
+    command.add_argument(
+        "--hidden-states", action="store_true",
+        help="also ID.hidden.L, (tokens, hidden): the residual stream entering layer L and, for "
+        "the last L, after the final norm",
+    )  # fmt: skip
+    options.add_chunked_prefill(command)
+    options.add_expert_load(command)
+    options.add_routing(command)
+    options.add_layout(command)
+    options.add_watchdog(command)
+
+
+def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """``mpishard logits``: every array is written as soon as it is there; the file appears under
+    its name when it is complete."""
+    lines = _read_sequences(Path(args.input), args.hidden_states)
+    with raise_on_all(world, args.watch.calls):
+        if world.rank == 0:
+            check_output("--output", Path(args.output), Path(args.input))
+    model = load_model(args, world)
+    with tracked_expert_load(args, model, world):
+        sequences = [_encode_line(model, line, where) for where, line in lines]
+        names = [line["id"] for _, line in lines]
+        with routing_files(args, model, names, world):
+            started = perf_counter()
+            scores = model.logits(sequences, args.hidden_states, args.chunked_prefill_size)
+            with progress_bar(world, len(sequences), "scoring", "sequence") as advance:
+                if world.rank == 0:
+                    _write_scores(Path(args.output), names, scores, advance)
+                else:
+                    for _ in scores:
+                        pass
+            seconds = perf_counter() - started
+        tokens = sum(map(len, sequences)) if world.rank == 0 else 0  # once for all replicas
+        say_summary(model, Timing(prefill_tokens=tokens, prefill_seconds=seconds), seconds)
+
+
+def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL file of sequences to score, each with the words for where it stands;
+    UserError for a line that is not one, or whose arrays would have the names of another's."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--input {path} cannot be read: {problem}") from None
+    lines, ids = [], set()
+    for number, text in enumerate(content.split("\n"), 1):
+        if text.strip():
+            where = f"{path} line {number}"
+            line = _parse_line(text, where)
+            if line["id"] in ids:
+                raise UserError(f"{where} has the id {brief(repr(line['id']))} of an earlier line")
+            ids.add(line["id"])
+            lines.append((where, line))
+    if not lines:
+        raise UserError(f"--input {path} has no line to score")
+    for where, line in lines:
+        before, hidden, _ = line["id"].rpartition(".hidden.")
+        if hidden_states and hidden and before in ids:
+            raise UserError(
+                f"{where}: the id {brief(repr(line['id']))} is also the name of a hidden state of "
+                f"{brief(repr(before))}"
+            )
+    return lines
+
+
+def _parse_line(text: str, where: str) -> dict[str, Any]:
+    """One line's fields, its id as a string."""
+    line = read_object(text, where)
+    name = str(name_of(line, "id", where))
+    _check_array_name(name, where)
+    check_fields(line, FIELDS, where)
+    prompt_of(line, where)
+    return line | {"id": name}
+
+
+def _check_array_name(name: str, where: str) -> None:
+    """Refuse a name that a .npz archive cannot have (UserError)."""
+    problem = ""
+    try:
+        if len(name.encode()) > LONGEST_NAME:
+            problem = f"it has more than {LONGEST_NAME} bytes"
+    except UnicodeEncodeError:
+        problem = "it is not Unicode"
+    if "\0" in name:
+        problem = "it has a NUL"
+    if problem:
+        raise UserError(f'{where}: the "id" {brief(repr(name))} cannot name an array: {problem}')
+
+
+def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
+    given = line["input_ids"] if line.get("prompt") is None else line["prompt"]
+    try:
+        ids = model.encode(given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    model.check(ids, where)
+    return ids
+
+
+def _write_scores(
+    target: Path, names: list[str], scores: Iterator[LogitsOutput | None], advance: Any
+) -> None:
+    """Write the .npz archive `target`, which bears another name until it is complete."""
+    temporary = target.with_name(target.name + ".incomplete")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, score in zip(names, scores, strict=True):
+                assert score is not None  # on this rank they all arrive
+                _write_array(archive, name, score.logits)
+                for layer, x_SD in enumerate(score.hidden):
+                    _write_array(archive, f"{name}.hidden.{layer}", x_SD)
+                advance(1)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Add one float32 array to an .npz archive, as numpy.savez does, without the others."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, array.astype(np.float32, copy=False), allow_pickle=False)

@@ -1,0 +1,204 @@
+"""What commands have in common on the command line: the parser, types of values, groups of options.
+
+Nothing here needs NumPy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from typing import Any, NoReturn
+
+from mpishard.config.layout import layout_options
+from mpishard.engine.sampling_params import SamplingParams
+from mpishard.errors import UserError
+from mpishard.runtime import launch
+
+TP_FLAGS = ("--tp", "--tensor-parallel-size")
+CP_FLAGS = ("--cp", "--context-parallel-size")
+EP_FLAGS = ("--ep", "--expert-parallel-size")
+
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", 1)}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a UserError's one message, and that takes no flag twice
+    unless it is meant to be repeated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.register("action", None, Once)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+class Once(argparse.Action):
+    """Stores the value of a flag, and refuses a second one: none is ever silently ignored."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.given: argparse.Namespace | None = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.given is namespace:
+            raise argparse.ArgumentError(self, "given twice")
+        self.given = namespace
+        setattr(namespace, self.dest, values)
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1, from the command line."""
+    number = integer(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def integer(text: str) -> int:
+    """A whole number from the command line."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def size(text: str) -> int:
+    """A number of bytes, at least 1, from the command line."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?((?:[KMGT]i?)?)B?", text, re.ASCII)
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in bytes, such as 500MB or 2GiB")
+    return size
+
+
+def number(text: str) -> float:
+    """A number from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The model, which most commands are given first."""
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face or a shard directory")
+
+
+def add_layout(command: argparse.ArgumentParser) -> None:
+    """The layout of ranks, and how numbers are computed."""
+    layout = command.add_argument_group("layout")
+    for option in layout_options():
+        layout.add_argument(*option.flags, **option.argument({int: count, float: number}))
+    layout.add_argument(
+        "--max-model-len", type=count, default=None, metavar="N",
+        help="positions to allow instead of those of config.json",
+    )  # fmt: skip
+    layout.add_argument(
+        "--compute-dtype", choices=("float32", "float64"), default="float32",
+        help="float64 tells rounding from mistakes (default: float32)",
+    )  # fmt: skip
+
+
+def add_watchdog(command: argparse.ArgumentParser) -> None:
+    """What is done when a collective hangs."""
+    watch = command.add_argument_group("when something hangs")
+    watch.add_argument(
+        "--timeout", type=number, default=launch.TIMEOUT, metavar="SECONDS",
+        help="end the job, and say where every rank is, when a collective takes longer; ranks that "
+        "wait for one that computes, reads or writes are in a collective, so be generous "
+        f"(default: {launch.TIMEOUT:g}; 0: never)",
+    )  # fmt: skip
+    watch.add_argument(
+        "--check-collectives", action="store_true",
+        help="compare, before each collective, what the ranks are about to do: slow, and a rank "
+        "that does something else is named",
+    )  # fmt: skip
+
+
+def add_chunked_prefill(command: argparse.ArgumentParser) -> None:
+    """The size of the chunks in which prompts are processed."""
+    command.add_argument(
+        "--chunked-prefill-size", type=count, default=None, metavar="N",
+        help="take prompts in by at most N tokens a step (default: whole)",
+    )  # fmt: skip
+
+
+def add_expert_load(command: argparse.ArgumentParser) -> None:
+    """Whether the load of experts is counted."""
+    command.add_argument(
+        "--expert-load", nargs="?", const="", default=None, metavar="FILE.json",
+        help="count the rows of every expert and rank of a mixture; print how uneven they are at "
+        "the end, and write them to FILE.json if it is given",
+    )  # fmt: skip
+
+
+def add_routing(command: argparse.ArgumentParser) -> None:
+    """Router replay."""
+    command.add_argument(
+        "--record-routing", default=None, metavar="FILE.npz",
+        help="write the experts and weights that the routers of a mixture choose for each token",
+    )  # fmt: skip
+    command.add_argument(
+        "--replay-routing", default=None, metavar="FILE.npz",
+        help="take the experts and weights that --record-routing wrote, and do not ask the routers",
+    )  # fmt: skip
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """The fields of `SamplingParams`."""
+    sampling = command.add_argument_group(
+        "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
+    )
+    sampling.add_argument(
+        "--max-tokens", "--max-new-tokens", type=count, metavar="N",
+        default=SamplingParams.max_tokens,
+        help="tokens to generate at most (default: 128)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--temperature",
+        type=number,
+        default=SamplingParams.temperature,
+        metavar="X",
+        help="0 is greedy (default: 0)",
+    )
+    sampling.add_argument(
+        "--top-k",
+        type=integer,
+        default=SamplingParams.top_k,
+        metavar="N",
+        help="keep the N likeliest tokens (0: all)",
+    )
+    sampling.add_argument(
+        "--top-p", type=number, default=SamplingParams.top_p, metavar="X",
+        help="keep the fewest tokens whose probabilities reach X (default: 1, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--min-p", type=number, default=SamplingParams.min_p, metavar="X",
+        help="keep tokens at least X times as probable as the likeliest (default: 0, all)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--seed",
+        type=integer,
+        default=SamplingParams.seed,
+        metavar="N",
+        help="of the random numbers (default: 0)",
+    )
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
+    )
