@@ -65,9 +65,8 @@ def test_ranks_hold_the_experts_that_are_placed_on_them():
         WeightSharding(4, 2, 4, placement(content())),
     ):
         for index in range(sharding.ranks):
-            held = {w.expert for w in specs_of_shard(CONFIG, sharding, index) if w.layer == 1} - {
-                None
-            }
+            specs = specs_of_shard(CONFIG, sharding, index)
+            held = {one.expert for one in specs if one.layer == 1} - {None}
             assert held == set(HELD[sharding.ep_rank(index)])
         everything = {weight.name for weight in weight_specs(CONFIG)}
         assert everything == {
