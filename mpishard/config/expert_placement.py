@@ -1,8 +1,7 @@
-"""Which ranks have which experts, where these are not simply dealt in blocks: experts that many
-tokens choose may have copies on several ranks (redundant experts: DeepSeek-V3, arXiv 2412.19437,
-section 3.4).
+"""The experts of each rank, if these are not simply blocks. An expert that many tokens choose may
+have copies on several ranks (redundant experts: DeepSeek-V3, arXiv 2412.19437, section 3.4).
 
-As a JSON file, for 3 experts in layer 1 on the ranks of ``--ep 2``, expert 0 on both:
+An example of the JSON file, for 3 experts in layer 1 under ``--ep 2``, with expert 0 on both ranks:
 
     {"format": "mpishard expert placement 1", "experts": 3, "ep": 2,
      "layers": {"1": [[0, 1], [0, 2]]}}
@@ -22,8 +21,8 @@ FORMAT = "mpishard expert placement 1"
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts of each rank of the ``ep`` group, by layer; on every rank some, all somewhere,
-    none twice on a rank."""
+    """The experts of each expert-parallel rank, by layer. Every rank has some, every expert is on
+    some rank, and no rank has one twice."""
 
     experts: int
     layers: dict[int, list[list[int]]]
@@ -34,19 +33,19 @@ class ExpertPlacement:
         return len(next(iter(self.layers.values())))
 
     def replicas(self, layer: int, expert: int) -> int:
-        """The number of ranks that have an expert."""
+        """The number of ranks that hold an expert of a layer."""
         return sum(expert in experts_by_rank for experts_by_rank in self.layers[layer])
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the file says."""
+        """The content of the file."""
         layers = {str(layer): experts_by_rank for layer, experts_by_rank in self.layers.items()}
         return {"format": FORMAT, "experts": self.experts, "ep": self.ep, "layers": layers}
 
     @classmethod
     def of(cls, content: dict[str, Any], moe: MoEConfig, ep: int, where: str) -> ExpertPlacement:
-        """What a file says; UserError, that begins with `where`, if it is none, or not one for the
-        mixture and `ep` ranks."""
+        """The placement in the `content` of a file. Raises a UserError that begins with `where` if
+        it is not a placement of the experts of `moe` on `ep` ranks."""
         if content.get("format") != FORMAT:
             raise UserError(
                 f'{where} has the "format" {brief(repr(content.get("format")))}, not {FORMAT!r}: '
@@ -98,8 +97,9 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 def num_physical_per_rank(experts: int, replicas: int, ep: int) -> int:
-    """The slots of each of `ep` ranks for so many experts and further `replicas`; UserError where
-    they cannot be the same on all, or a rank would need an expert twice."""
+    """The number of physical experts of each of `ep` ranks, for `experts` and as many redundant
+    `replicas`. Raises UserError if it cannot be the same on all ranks, or if a rank would need two
+    copies of an expert."""
     if not 1 <= ep <= experts:
         raise UserError(
             f"--ep {ep} must be 1 to the {experts} experts: a rank without an expert would have "

@@ -1,10 +1,11 @@
-"""How the weights are cut into sets, of which each rank holds one: arithmetic alone, no MPI.
+"""How the weights are sharded: arithmetic alone, no MPI.
 
-Dense weights are cut by tensor parallelism, experts by expert parallelism, each over all ranks of a
-replica or over part of them. Ranks that would hold the same of both share a set, and a file:
+Tensor parallelism shards the dense weights, expert parallelism the experts; each of them over all
+ranks of a replica or over some. Ranks that would hold the same part of both share a shard, which is
+a file:
 
 =====  =====================  ============================  =======================
-ranks  ``tp=4, ep=2``         ``tp=2, ep=4``                ``tp=1, ep=1``, 2 ranks
+shard  ``tp=4, ep=2``         ``tp=2, ep=4``                ``tp=1, ep=1``, 2 ranks
 =====  =====================  ============================  =======================
 0      tp 0, experts 0, left  tp 0, the first quarter       all experts, left
 1      tp 1, experts 0, right tp 1, the second quarter      all experts, right
@@ -12,7 +13,7 @@ ranks  ``tp=4, ep=2``         ``tp=2, ep=4``                ``tp=1, ep=1``, 2 ra
 3      tp 3, experts 1, right tp 1, the last quarter
 =====  =====================  ============================  =======================
 
-where left and right are halves of the width of each expert, here of two.
+where "left" and "right" are halves of the width of each expert. The table is for two experts.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from mpishard.config.expert_placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class WeightSharding:
-    """The weights in `ranks` sets that differ, the fewest that `tp` and `ep` divide unless given;
-    more where context-parallel ranks, too, divide the width of experts.
+    """The weights in `ranks` different shards. The default is the least number that both `tp` and
+    `ep` divide; there are more if context-parallel ranks, too, shard the width of experts.
 
-    Set `index` has the dense weights of tensor-parallel rank ``index % tp``. As to the experts, the
-    sets form `ep` groups of neighbours: a group has a block of the experts, and its members divide
-    the width of each. With a `placement` a group has the experts that this says, in place of a
-    block; shards are always cut in blocks.
+    Shard `index` has the dense weights of tensor-parallel rank ``index % tp``. For the experts, the
+    shards form `ep` groups of consecutive shards. A group has a block of the experts, and its
+    shards have parts of the width of each. Under a `placement` a group has the experts that this
+    lists instead; files always hold blocks.
     """
 
     tp: int = 1
@@ -41,27 +42,27 @@ class WeightSharding:
 
     def __post_init__(self) -> None:
         if not self.ranks:
-            object.__setattr__(self, "ranks", lcm(self.tp, self.ep))  # it is frozen to others
+            object.__setattr__(self, "ranks", lcm(self.tp, self.ep))  # frozen only for others
 
     @property
     def etp(self) -> int:
-        """How many sets divide the width of an expert."""
+        """Expert tensor parallelism: the number of shards that share the width of an expert."""
         return max(1, self.ranks // self.ep)
 
     def tp_rank(self, index: int) -> int:
-        """Which part of the dense weights set `index` has."""
+        """The part of the dense weights that is in shard `index`."""
         return index % self.tp
 
     def ep_rank(self, index: int) -> int:
-        """Which block of the experts set `index` has."""
+        """The block of experts that is in shard `index`."""
         return index // self.etp
 
     def etp_rank(self, index: int) -> int:
-        """Which part of each of these experts set `index` has."""
+        """The part of the width of these experts that is in shard `index`."""
         return index % self.etp
 
     def replicas(self, layer: int, expert: int) -> int:
-        """How many groups have an expert of a layer."""
+        """The number of groups that hold an expert of a layer."""
         return 1 if self.placement is None else self.placement.replicas(layer, expert)
 
     def __str__(self) -> str:

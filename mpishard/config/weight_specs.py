@@ -1,33 +1,32 @@
-"""The one table that cuts the weights.
+"""The one table of the weights: their names, shapes, and how they are sharded.
 
-Each row names a tensor of the checkpoint, its whole shape and how it is divided over the ranks. The
-converter, the loader, the verifier and the tests all read it; no layer of the model ever slices a
-weight.
+Each row names a tensor of the checkpoint, its whole shape and how ranks share it. The converter,
+the loader, the verifier and the tests read this table. No layer of the model slices a weight.
 
 ============================  ==============  ====================================================
-weights                       whole shape     cut
+weights                       whole shape     a rank has
 ============================  ==============  ====================================================
 embedding, lm_head            (V, D)          rows: a block of the vocabulary
-q_proj, its bias              (H*K, D)        rows: this rank's query heads
-k_proj, v_proj, their biases  (G*K, D)        rows: this rank's key/value heads
-o_proj                        (D, H*K)        columns: this rank's query heads
-sinks                         (H,)            this rank's query heads
-q_norm, k_norm over all       (H*K,), (G*K,)  this rank's query or key/value heads
+q_proj, its bias              (H*K, D)        rows: its query heads
+k_proj, v_proj, their biases  (G*K, D)        rows: its key/value heads
+o_proj                        (D, H*K)        columns: its query heads
+sinks                         (H,)            its query heads
+q_norm, k_norm over all       (H*K,), (G*K,)  its query or key/value heads
 heads together
 gate_proj, up_proj, biases,   (F, D)          rows: a block of the feed-forward width
 also of a shared expert
 down_proj, the same           (D, F)          columns: a block of the feed-forward width
-experts                       as gate_proj …  only on the ranks that have this expert, and there
-                                              by a block of its width
-norms, routers, biases of     (D,) or (K,) …  whole on every rank; biases of experts' down_proj
-o_proj and down_proj                          on those that have the expert
+experts                       as gate_proj …  nothing of experts of other ranks, and a block of the
+                                              width of its own
+norms, routers, biases of     (D,) or (K,) …  everything; for biases of an expert's down_proj, if it
+o_proj and down_proj                          has the expert
 ============================  ==============  ====================================================
 
-Multi-head latent attention has projections to latents, whole on every rank with their norms, and
-from latents to heads, cut by rows into this rank's query heads.
+Multi-head latent attention has projections to latents, which every rank has with their norms, and
+projections from latents to heads, of which a rank has the rows of its query heads.
 
-Cutting the outputs (rows) is column parallelism in Megatron-LM's words, which thinks of ``x @ A``,
-and cutting the inputs (columns) is row parallelism (Shoeybi et al. 2019, arXiv 1909.08053).
+Sharding the outputs (rows here) is column parallelism in Megatron-LM, whose products are ``x @ A``;
+sharding the inputs (columns here) is its row parallelism (Shoeybi et al. 2019, arXiv 1909.08053).
 """
 
 from __future__ import annotations
@@ -43,23 +42,22 @@ from mpishard.errors import UserError
 
 
 def local_experts(experts: int, sharding: WeightSharding, index: int) -> slice:
-    """The experts, of so many, that set `index` of the weights has where they are dealt in
-    blocks."""
+    """The block of experts in shard `index`, out of this number of `experts`."""
     return block(experts, sharding.ep, sharding.ep_rank(index))
 
 
 def experts_by_ep_rank(
     experts: int, sharding: WeightSharding, layer: int
 ) -> Sequence[Sequence[int]]:
-    """The experts of a layer, of so many, that each of the `ep` groups of sets has."""
+    """The experts of a layer that each expert-parallel rank has, out of this number."""
     if sharding.placement is not None:
         return sharding.placement.layers[layer]
     return [range(experts)[block(experts, sharding.ep, rank)] for rank in range(sharding.ep)]
 
 
 def check_weight_sharding(config: ModelConfig, sharding: WeightSharding) -> None:
-    """Refuse a cut for which some rank would be left without a query head or an expert, or which
-    does not add up (UserError)."""
+    """Refuse a sharding that leaves a rank without a query head or an expert, or whose numbers do
+    not fit each other (UserError)."""
     for flag, value in (("--tp", sharding.tp), ("--ep", sharding.ep)):
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
@@ -83,12 +81,11 @@ def check_weight_sharding(config: ModelConfig, sharding: WeightSharding) -> None
 class WeightSpec:
     """One tensor of the checkpoint.
 
-    `name` is its Hugging Face name. `layer`, `field` and `expert` say where the model keeps it:
-    `field` of decoder layer `layer`, or of the model itself where `layer` is None; of expert
-    `expert`, or where that is None of what every token passes, which in a layer with experts is the
-    shared one. `axis` is the axis along which it is cut and `split_by` what the cut follows; both
-    None for a weight that is not cut. A `keep_fp32` weight is stored in float32 whatever the others
-    are."""
+    `name` is its Hugging Face name. `field` is its name in decoder layer `layer`, or in the model
+    if `layer` is None. `expert` is the number of its expert; None means a weight that every token
+    meets, which is the shared expert's in a layer with experts. It is sharded along `axis` by the
+    unit `split_by`; both are None for a weight that every rank has whole. A `keep_fp32` weight is
+    stored in float32, whatever the dtype of the others."""
 
     name: str
     layer: int | None
@@ -100,7 +97,7 @@ class WeightSpec:
     keep_fp32: bool = False
 
     def is_held(self, config: ModelConfig, sharding: WeightSharding, index: int) -> bool:
-        """Whether set `index` of the weights has a part of it; only experts are not in all."""
+        """Whether shard `index` has a part of it. Only experts are not in every shard."""
         if self.expert is None or config.moe is None:
             return True
         if sharding.placement is not None and self.layer is not None:
@@ -111,7 +108,7 @@ class WeightSpec:
     def slices(
         self, config: ModelConfig, sharding: WeightSharding, index: int
     ) -> tuple[slice, ...]:
-        """The part that set `index` of the weights has, one slice per axis, if it has any."""
+        """The part in shard `index`, one slice for each axis. It must be held there."""
         whole = tuple(slice(0, length) for length in self.shape)
         if self.axis is None:
             return whole
@@ -121,7 +118,7 @@ class WeightSpec:
     def shard_shape(
         self, config: ModelConfig, sharding: WeightSharding, index: int
     ) -> tuple[int, ...]:
-        """The shape of the part that set `index` of the weights has, if it has any."""
+        """The shape of the part in shard `index`. It must be held there."""
         return tuple(part.stop - part.start for part in self.slices(config, sharding, index))
 
 
@@ -145,12 +142,12 @@ def _scaled(heads: slice, width: int) -> slice:
 
 
 def specs_of_shard(config: ModelConfig, sharding: WeightSharding, index: int) -> list[WeightSpec]:
-    """The weights of which set `index` has a part, in the order of `weight_specs`."""
+    """The weights that shard `index` has a part of, in the order of `weight_specs`."""
     return [weight for weight in weight_specs(config) if weight.is_held(config, sharding, index)]
 
 
 def weight_specs(config: ModelConfig) -> list[WeightSpec]:
-    """Every weight of the model, in the order in which the forward pass meets them."""
+    """Every weight of the model, in the order of the forward pass."""
     D, V = config.hidden, config.vocab
     table = [WeightSpec("model.embed_tokens.weight", None, "embedding", (V, D), 0, "vocabulary")]
     for layer in range(config.layers):
@@ -166,10 +163,10 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
 
 
 def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
-    """The weights of a layer, under their names in it."""
+    """The weights of a layer, with their names within it."""
     D = config.hidden
     yield _weight("input_layernorm.weight", "attention_norm", (D,))
-    yield from _latent_attention(config, config.mla) if config.mla else _attention(config)
+    yield from _mla(config, config.mla) if config.mla else _attention(config)
     if config.post_norms:
         yield _weight("post_attention_layernorm.weight", "attention_post_norm", (D,))
         yield _weight("pre_feedforward_layernorm.weight", "ffn_norm", (D,))
@@ -177,7 +174,7 @@ def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     else:
         yield _weight("post_attention_layernorm.weight", "ffn_norm", (D,))
     if config.moe and config.moe.layers[layer]:
-        yield from _mixture(config, config.moe)
+        yield from _moe(config, config.moe)
     else:
         yield from _feed_forward("mlp", D, config.ffn, config.mlp_bias)
 
@@ -216,7 +213,7 @@ def _attention(config: ModelConfig) -> Iterator[WeightSpec]:
     yield from _output(config, q)
 
 
-def _latent_attention(config: ModelConfig, mla: MLAConfig) -> Iterator[WeightSpec]:
+def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[WeightSpec]:
     D, q = config.hidden, config.heads * config.head_dim
     if mla.q_lora_rank is None:
         yield _weight("self_attn.q_proj.weight", "q", (q, D), 0, "query heads")
@@ -224,9 +221,7 @@ def _latent_attention(config: ModelConfig, mla: MLAConfig) -> Iterator[WeightSpe
         yield from _latent("q_a_proj", "q_a", mla.q_lora_rank, D, mla.bias)
         yield _weight("self_attn.q_a_layernorm.weight", "q_a_norm", (mla.q_lora_rank,))
         yield _weight("self_attn.q_b_proj.weight", "q_b", (q, mla.q_lora_rank), 0, "query heads")
-    latent = (
-        mla.kv_lora_rank + mla.qk_rope_head_dim
-    )  # the rotated key comes out of the same product
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim  # one product makes the rotated key, too
     yield from _latent("kv_a_proj_with_mqa", "kv_a", latent, D, mla.bias)
     yield _weight("self_attn.kv_a_layernorm.weight", "kv_a_norm", (mla.kv_lora_rank,))
     kv = config.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
@@ -247,7 +242,7 @@ def _output(config: ModelConfig, columns: int) -> Iterator[WeightSpec]:
 
 
 def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[WeightSpec]:
-    """A gated feed-forward network: a dense layer's, or an expert that every token goes to."""
+    """A gated feed-forward network: of a dense layer, or a shared expert."""
     for part in ("gate", "up"):
         yield _weight(f"{name}.{part}_proj.weight", part, (F, D), 0, "ffn")
         if bias:
@@ -257,13 +252,13 @@ def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[Weig
         yield _weight(f"{name}.down_proj.bias", "down_bias", (D,))
 
 
-def _mixture(config: ModelConfig, moe: MoEConfig) -> Iterator[WeightSpec]:
+def _moe(config: ModelConfig, moe: MoEConfig) -> Iterator[WeightSpec]:
     D, E, names = config.hidden, moe.num_experts, moe.names
     yield _weight(per_expert_names(moe).router, "router", (E, D))
     if moe.router_bias:
         yield _weight(names.stacked.router_bias, "router_bias", (E,))
     if moe.e_score_correction_bias:
-        # Experts are chosen by sums with it, in which a rounded digit can change the choice.
+        # It is added to the scores for the choice of experts, which rounding could change.
         yield replace(
             _weight(names.e_score_correction_bias, "e_score_correction_bias", (E,)), keep_fp32=True
         )
@@ -291,8 +286,8 @@ def _expert(moe: MoEConfig, D: int, expert: int) -> Iterator[WeightSpec]:
 
 
 def per_expert_names(moe: MoEConfig) -> PerExpertNames:
-    """The names of a mixture's tensors one by one, as the table has them, also for a family that
-    only stores its experts together."""
+    """The names of the tensors of each expert in this table, also for a family that stores all
+    experts in one tensor."""
     return moe.names.separate or PerExpertNames(router=moe.names.stacked.router)
 
 
@@ -301,8 +296,8 @@ def _bias(name: str) -> str:
 
 
 def missing_weights(config: ModelConfig, sharding: WeightSharding) -> list[str]:
-    """The names of weights of which some element lies on no rank: empty for a correct table."""
-    # Whether a weight is covered does not depend on its layer, of which there may be many.
+    """The names of weights with an element on no rank: empty for a correct table."""
+    # Whether a weight is covered does not depend on its layer, and there may be many layers.
     known: dict[WeightSpec, bool] = {}
     gaps = []
     for weight in weight_specs(config):
@@ -315,8 +310,8 @@ def missing_weights(config: ModelConfig, sharding: WeightSharding) -> list[str]:
 
 
 def _is_covered(weight: WeightSpec, config: ModelConfig, sharding: WeightSharding) -> bool:
-    """Whether all of a weight lies on some rank. Its slices are boxes that differ along one axis,
-    so that covering the weight means covering that axis."""
+    """Whether every element of a weight is on some rank. The parts differ along one axis only, so
+    it is enough that they cover this axis."""
     boxes = [
         weight.slices(config, sharding, index)
         for index in range(sharding.ranks)

@@ -1,8 +1,8 @@
-"""Arrays that lie in files and are read by slices.
+"""Arrays in files, read by slices.
 
-Everything that is read here is memory-mapped, so that a slice of columns costs what it weighs and
-the processes of a machine share one copy of what they read. A map lives as long as the array that
-looks through it; its pages are the system's to drop.
+All reads go through memory maps. A slice of columns then reads little more than its own bytes, and
+the processes of a machine share one copy. A map lives as long as an array that views it; the system
+may drop its pages at any time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DTYPES = {
 
 BLOCK_BYTES = 32 << 20
 
-Progress = Callable[[int], object]  # told the bytes done since it was last called
+Progress = Callable[[int], object]  # called with the bytes done since the last call
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where an array lies in a file, contiguous and in C order."""
+    """The place of an array in a file, contiguous and in C order."""
 
     path: Path
     offset: int
@@ -38,32 +38,33 @@ class StoredArray:
 
     @property
     def nbytes(self) -> int:
-        """The bytes it takes in the file."""
+        """The size of the array in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """The array, read-only; nothing is read until it is touched."""
+        """The array, memory-mapped and read-only."""
         return self.view(map_file(self.path))
 
     def view(self, file: np.ndarray) -> np.ndarray:
-        """The array as it lies in the bytes of its file."""
+        """The array as a view of `file`, the bytes of its file."""
         data = file[self.offset : self.offset + self.nbytes]
         return data.view(self.dtype).reshape(self.shape)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The array in blocks of rows, each mapped afresh, so that memory holds one at a time."""
+        """The array in blocks of rows. Each block is mapped anew, so memory holds one at a time."""
         for rows in row_blocks(self.shape, self.dtype.itemsize):
             yield self.map()[rows]
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file, read-only. A map keeps the file open: take one for many arrays."""
-    # A plain array in front of the map: numpy.memmap would pass its type on to every result.
+    """The bytes of a file, memory-mapped and read-only. A map keeps the file open, so map the file
+    once for many arrays."""
+    # A plain array, because every result of a numpy.memmap would be one, too.
     return np.asarray(np.memmap(path, np.uint8, "r"))
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """Consecutive slices of the first axis, none of more than `BLOCK_BYTES` unless one row is."""
+    """Consecutive slices of the first axis, of at most `BLOCK_BYTES` each, but at least one row."""
     row_bytes = prod(shape[1:]) * itemsize
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
     for start in range(0, shape[0], rows):
@@ -71,10 +72,10 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
 
 
 def as_bytes(block: np.ndarray) -> memoryview:
-    """The bytes of a contiguous block, without a copy, whatever its dtype."""
+    """The bytes of a contiguous block of any dtype, without a copy."""
     return block.reshape(-1).view(np.uint8).data
 
 
 def checksum(block: np.ndarray, before: int = 0) -> int:
-    """The CRC-32 of a contiguous block's bytes, continuing that of the blocks `before` it."""
+    """The CRC-32 of a contiguous block; `before` is the CRC-32 of the blocks before it."""
     return zlib.crc32(as_bytes(block), before)

@@ -1,8 +1,8 @@
 """A Hugging Face directory: ``config.json`` and safetensors files, read by slices.
 
-The safetensors library checks the files; the slices come from memory maps at the offsets that the
-files' headers give, because that reads columns several times faster and can convert on the way.
-Weights bear the partition table's names, also where the experts of a layer are stored together.
+The safetensors library checks the files. Slices come from memory maps at the offsets in the headers
+of the files, which reads columns several times faster and can convert on the way. Weights have the
+names of `mpishard.config.weight_specs`, also if one tensor holds all experts of a layer.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SCALES = {"U8": SCALE, "F8_E8M0": SCALE}
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-Header = tuple[Path, int, dict[str, Any]]  # file, where its data begin, the tensor's own entry
+Header = tuple[Path, int, dict[str, Any]]  # file, offset of its data, entry of the tensor
 
 
 class Checkpoint:
-    """The weights of a Hugging Face directory, none of which is read before it is asked for."""
+    """The weights of a Hugging Face directory. A weight is read when it is asked for."""
 
     def __init__(
         self,
@@ -54,17 +54,17 @@ class Checkpoint:
     ):
         self.path = path
         self.config = config
-        self.locations = locations  # of the weights
-        self.arrays = arrays  # in which they are, under the names of the files
+        self.locations = locations  # by the name of the weight
+        self.arrays = arrays  # by the name of the tensor in the files
         self._shapes = {weight.name: weight.shape for weight in weight_specs(config)}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """The checkpoint in a directory, after checking that every weight of the model is there in
-        its shape and that there is none beside them.
+        """The checkpoint in a directory. It is checked that every weight of the model is there with
+        its shape, and no other tensor.
 
         Raises UserError for damaged, truncated or missing files, for missing, misshapen or unknown
-        tensors, and for dtypes other than float32, float16 and bfloat16 and, of experts, MXFP4.
+        tensors, and for dtypes other than float32, float16 and bfloat16, and MXFP4 for experts.
         """
         path = Path(path)
         config = read_config(path)
@@ -81,27 +81,25 @@ class Checkpoint:
         return self._shapes[name]
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype in which a weight is stored, for a quantized one that in which it comes out."""
-        place = self.locations[name]
-        return DTYPES["float32"] if place.quantized else self.arrays[place.name].dtype
+        """The stored dtype of a weight; float32 for a quantized one, which `read` dequantizes."""
+        location = self.locations[name]
+        return DTYPES["float32"] if location.quantized else self.arrays[location.name].dtype
 
     def read(
         self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
     ) -> np.ndarray:
-        """A copy of the part of a weight that `slices` cut out, in the stored dtype or, converted
-        on the way, in `dtype`."""
+        """A copy of ``weight[slices]``, in `dtype` or, without it, in the stored dtype."""
         return np.array(self.view(name, slices), dtype, order="C")
 
     def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """The part of a weight that `slices` cut out, as it lies in the file; nothing is read
-        until it is touched, unless it is quantized."""
-        place = self.locations[name]
-        stored = [self.arrays[tensor].map() for tensor in place.tensors]
-        if place.quantized:
-            blocks, scales = (array[place.index] for array in stored)
+        """``weight[slices]`` as a view of the file or, of a quantized weight, dequantized."""
+        location = self.locations[name]
+        stored = [self.arrays[tensor].map() for tensor in location.tensors]
+        if location.quantized:
+            blocks, scales = (array[location.index] for array in stored)
             return dequantize(blocks, scales, *slices)
-        whole = stored[0].swapaxes(-2, -1) if place.transposed else stored[0]
-        return whole[place.index][slices]
+        whole = stored[0].swapaxes(-2, -1) if location.transposed else stored[0]
+        return whole[location.index][slices]
 
 
 def _read_headers(directory: Path) -> dict[str, Header]:
@@ -151,12 +149,12 @@ def _read_header(path: Path) -> dict[str, Header]:
 def _find_arrays(
     directory: Path, locations: dict[str, TensorLocation], headers: dict[str, Header]
 ) -> dict[str, StoredArray]:
-    """What is stored of all places, by the names of the tensors."""
+    """The stored arrays of all `locations`, by the names of the tensors."""
     arrays: dict[str, StoredArray] = {}
-    for place in locations.values():
-        dtypes = (PAIRS_OF_FP4, SCALES) if place.quantized else (FLOATS,)
-        for (name, shape), known in zip(place.tensors.items(), dtypes, strict=True):
-            if name in arrays:  # where another expert's weight is as well
+    for location in locations.values():
+        dtypes = (PAIRS_OF_FP4, SCALES) if location.quantized else (FLOATS,)
+        for (name, shape), known in zip(location.tensors.items(), dtypes, strict=True):
+            if name in arrays:  # it also holds the weight of another expert
                 continue
             if name not in headers:
                 raise UserError(
@@ -201,7 +199,7 @@ def _harmless(config: ModelConfig, name: str) -> bool:
     # Old checkpoints store the rotary frequencies, which follow from the configuration.
     if name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD):
         return True
-    # What predicts several tokens at once is stored as layers after the last, and not used.
+    # The layers that predict several tokens are stored after the last decoder layer, and not used.
     more = config.raw.get("num_nextn_predict_layers")
     layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     return (
@@ -216,8 +214,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _check_tied(embedding: StoredArray, head: StoredArray) -> None:
-    """Refuse a head that is stored although tied and is not the embedding. A row in sixty-four
-    tells, for a head that was trained apart differs everywhere."""
+    """Refuse a stored head that config.json ties to the embedding, but that differs from it. Every
+    64th row is compared: a head that was trained separately differs everywhere."""
     if head.shape != embedding.shape or (embedding.map()[::64] != head.map()[::64]).any():
         raise UserError(
             f"{head.path}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "

@@ -1,10 +1,10 @@
-"""From a checkpoint, or from shards for another layout, to shards.
+"""Converts a checkpoint, or shards for another layout, to shards.
 
-Everything is written into ``OUT.incomplete``, which becomes ``OUT`` when it is complete; its
-manifest bears another name until then, so that nothing looks valid before. Weights pass through
+Everything is written into ``OUT.incomplete``, which is renamed to ``OUT`` at the end. The manifest
+has another name until then, so that an unfinished directory never looks valid. Weights pass through
 memory in blocks of rows. Several processes can share the work, with a barrier after each step:
 
-prepare (one process) -> write (all, each some of the files) -> finish (one process)
+prepare (one process) -> write (all processes, each some of the files) -> finish (one process)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirector
 from mpishard.storage.source import Source
 
 SHARD_DTYPES = ("float32", "bfloat16")
-SOURCE_ITEMSIZE = 4  # of what is read, the widest: blocks of rows are sized by it
+SOURCE_ITEMSIZE = 4  # of the widest dtype that is read, which bounds the rows of a block
 
 
 def convert(
@@ -42,7 +42,8 @@ def convert(
     ep: int = 1,
     ranks: int = 0,
 ) -> None:
-    """Writes `source` as shards into the new directory `out`, in this process."""
+    """Writes `source` as shards into the new directory `out`, in this process. Parameters and
+    errors are those of `Conversion`."""
     conversion = Conversion(source, out, tp, dtype, ep, ranks)
     conversion.prepare()
     conversion.write(progress=progress)
@@ -50,8 +51,9 @@ def convert(
 
 
 class Conversion:
-    """One conversion: `source` cut as ``WeightSharding(tp, ep, ranks)`` says, stored in `dtype`,
-    into the directory `out`."""
+    """One conversion of `source` to the shards of ``WeightSharding(tp, ep, ranks)``, in `dtype`, in
+    the new directory `out`. Raises UserError for a sharding that does not fit the model, and for a
+    dtype that is not one of `SHARD_DTYPES`."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Conversion:
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of weights that all files together will hold."""
+        """The bytes of weights in all files together."""
         return self.worker_bytes(0, 1)
 
     def worker_bytes(self, worker: int, workers: int) -> int:
@@ -87,10 +89,9 @@ class Conversion:
         )
 
     def prepare(self) -> None:
-        """Makes the directory to write into, in place of what an interrupted conversion left.
+        """Makes the directory to write into, and removes what an interrupted conversion left.
 
-        Raises UserError, before any work, where `out` exists, cannot be made or does not fit on
-        the disk.
+        Raises UserError if `out` exists, cannot be made or does not fit on the disk.
         """
         if self.out.exists():
             raise UserError(f"{self.out} exists already: remove it or choose another directory")
@@ -122,8 +123,8 @@ class Conversion:
     def write(
         self, worker: int = 0, workers: int = 1, progress: Progress = lambda done: None
     ) -> None:
-        """Writes the files of ranks `worker`, `worker` + `workers`, …, calling `progress` with the
-        bytes of each block. Raises UserError where the disk or the source fails."""
+        """Writes the files of ranks `worker`, `worker` + `workers`, …, and calls `progress` with
+        the bytes of each block. Raises UserError if the disk or the source fails."""
         manifest = Manifest.read(self.incomplete / UNFINISHED_MANIFEST)
         paths = {
             rank: self.incomplete / rank_file_name(rank, self.sharding.ranks)
@@ -135,11 +136,11 @@ class Conversion:
                 for rank, path in paths.items()
             }
             checksums: dict[int, dict[str, int]] = {rank: {} for rank in paths}
-            # Weight by weight, not file by file: so the source is read from disk only once.
+            # Weight by weight, not file by file, so that the source is read from disk only once.
             for weight in weight_specs(self.source.config):
                 for rank in paths:
                     place = places[rank].get(weight.name)
-                    if place is not None:  # otherwise an expert that other ranks have
+                    if place is not None:  # None for an expert of other ranks
                         checksums[rank][weight.name] = self._copy(weight, rank, place, progress)
             for rank, path in paths.items():
                 rank_file.seal(path, checksums[rank])
@@ -148,21 +149,22 @@ class Conversion:
             raise UserError(f"cannot write {self.incomplete}: {reason}") from None
 
     def _copy(self, weight: WeightSpec, rank: int, place: StoredArray, progress: Progress) -> int:
-        """Copies a rank's part of a weight to its place, and answers with its checksum."""
+        """Copies a rank's part of a weight to its place in the file; the checksum of the part."""
         rows, *others = weight.slices(self.source.config, self.sharding, rank)
         crc32 = 0
         with open(place.path, "r+b") as file:
             file.seek(place.offset)
             for part in row_blocks(place.shape, SOURCE_ITEMSIZE):
-                sharding = slice(rows.start + part.start, rows.start + part.stop)
-                block = self.source.read(weight.name, (sharding, *others), place.dtype)
+                source_rows = slice(rows.start + part.start, rows.start + part.stop)
+                block = self.source.read(weight.name, (source_rows, *others), place.dtype)
                 file.write(as_bytes(block))
                 crc32 = checksum(block, crc32)
                 progress(block.nbytes)
         return crc32
 
     def finish(self) -> None:
-        """Checks that all files are there and whole, and gives the directory its name."""
+        """Checks that all files are there and complete, and gives the directory its name. Raises
+        UserError as `ShardDirectory.check_files` does."""
         manifest = self.incomplete / UNFINISHED_MANIFEST
         shards = ShardDirectory(self.incomplete, Manifest.read(manifest))
         shards.check_files()

@@ -1,4 +1,4 @@
-"""What a model holds, in words, and the proof that it is whole."""
+"""Describes a model, and verifies that its weights are complete and undamaged."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mpishard.storage.source import Source
 
 
 def describe(source: Source) -> list[str]:
-    """Lines that say what a model is and what each of its files holds. Raises UserError where a
-    file of shards does not hold the slices that together cover every weight."""
+    """Lines that describe a model and the content of each file. Raises UserError if a file of
+    shards does not hold the slices of its rank."""
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
@@ -54,7 +54,7 @@ def _latent(mla: MLAConfig) -> str:
 
 
 def _is_dense(config: ModelConfig) -> bool:
-    """Whether any layer is without experts."""
+    """Whether some layer has no experts."""
     return config.moe is None or not all(config.moe.layers)
 
 
@@ -98,7 +98,7 @@ def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:
 
 
 def _held(config: ModelConfig, sharding: WeightSharding, index: int) -> dict[str, slice]:
-    """What set `index` of the weights has of all that is divided."""
+    """The part of each sharded dimension that is in shard `index`."""
     moe, tp, rank = config.moe, sharding.tp, sharding.tp_rank(index)
     held = {"query heads": query_heads_of(config, tp, rank)}
     if config.mla is None:
@@ -123,12 +123,12 @@ def _file_rows(checkpoint: Checkpoint) -> Iterable[tuple[str, ...]]:
         yield file.name, f"{file.stat().st_size:,}", str(files.count(file))
 
 
-def _range(sharding: slice) -> str:
-    """The indices in words: ``0-3``, ``4`` or ``none``."""
-    length = sharding.stop - sharding.start
+def _range(indices: slice) -> str:
+    """The indices as text: ``0-3``, ``4`` or ``none``."""
+    length = indices.stop - indices.start
     if length <= 1:
-        return str(sharding.start) if length else "none"
-    return f"{sharding.start}-{sharding.stop - 1}"
+        return str(indices.start) if length else "none"
+    return f"{indices.start}-{indices.stop - 1}"
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -141,7 +141,7 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def stored_bytes(source: Source) -> int:
-    """The bytes of weights that `verify` reads."""
+    """The number of bytes that `verify` reads."""
     if isinstance(source, Checkpoint):
         return sum(array.nbytes for array in source.arrays.values())
     return sum(
@@ -152,11 +152,11 @@ def stored_bytes(source: Source) -> int:
 
 
 def verify(source: Source, progress: Progress = lambda done: None) -> None:
-    """Reads every weight, calling `progress` with the bytes of each block.
+    """Reads every weight, and calls `progress` with the bytes of each block.
 
-    Raises UserError that names file and tensor where a value is not finite and, of shards, where
-    the data do not have their checksum, where a file does not hold the slices that together cover
-    every weight, and where two ranks hold the same slice with different values.
+    Raises UserError with file and tensor if a value is not finite. For shards it is also raised if
+    data do not have their checksum, if a file does not hold the slices of its rank, and if two
+    ranks hold different values of the same slice.
     """
     if isinstance(source, Checkpoint):
         for name, array in source.arrays.items():

@@ -1,18 +1,18 @@
-"""The journal of a job: what it has finished so far, on disk from the moment it is finished.
+"""The journal of a job: its results so far, each on disk as soon as it is finished.
 
-A job that is killed goes on where its journal ends. The first line says what the job is; each
-further one is a finished piece of work::
+A job that was killed continues where its journal ends. The first line describes the job; each
+further line is a finished piece of work::
 
     {"journal": "mpishard 2", "input": "sha256 …", …}
     3f2b11d0 17 {"id": "a", …}
 
-a CRC-32 of the first line and the rest of this one, a place in the input, and what was made of it.
-So a line of another job's journal is as good as a damaged one. Lines are appended whole and never
-changed. What a kill leaves of the last one is cut off; where a host crashed there may be
-more, which the checksums tell.
+It has a CRC-32 of the first line and of the rest of this line, an index into the input, and the
+result. A line from the journal of another job therefore counts as damaged. Lines are appended whole
+and never changed. A torn last line, left by a kill, is truncated; a crash of the host may damage
+more lines, which the checksums reveal.
 
-Appended lines survive the end of the process; of the host, once they are synced, which `append`
-sees to now and then, at a cost of at most 2 % of the time.
+Appended lines survive the end of the process. They survive a crash of the host once they are
+synced, which `append` does from time to time, for at most 2 % of the time.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from mpishard.storage.parsing import parse_json
 
 FORMAT = "mpishard 2"
 
-# Seconds between two syncs, at least, and as a multiple of what one takes.
+# The least time between two syncs: in seconds, and as a multiple of the time of a sync.
 SYNC_SECONDS = 1.0
 SYNC_PATIENCE = 50
 
 
 class Journal:
-    """The journal at `path`, of the job that `facts` describe, open for more.
+    """The journal at `path` of the job that `facts` describe, open for appending.
 
-    Raises UserError if it cannot be written, is another job's or is in use, or if the file is no
-    journal.
+    Raises UserError if it cannot be written, belongs to another job or is in use, or if the file is
+    not a journal.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path = path
         self._header = json.dumps({"journal": FORMAT, **facts}).encode() + b"\n"
-        self.damaged = 0  # lines whose checksum is wrong
-        self._places: dict[int, tuple[int, int]] = {}  # offset and length of what was made
+        self.damaged = 0  # lines with a wrong checksum
+        self._places: dict[int, tuple[int, int]] = {}  # offset and length of the result
         self._synced, self._sync_seconds = perf_counter(), 0.0
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -68,14 +68,14 @@ class Journal:
         return len(self._places)
 
     def __getitem__(self, place: int) -> bytes:
-        """What was made of `place`; the first, should there be several."""
+        """The result for `place` in the input; the first one, if there are several."""
         offset, length = self._places[place]
         return os.pread(self._file, length, offset)
 
     def append(self, made: Iterable[tuple[int, bytes]]) -> None:
-        """Add what was made of some places, each a line without its end. What is there already is
-        not added again. Raises UserError if the disk does not take it; the journal then ends as
-        before."""
+        """Append results, as pairs of a place in the input and a line without its end. A place that
+        is in the journal is skipped. Raises UserError if the disk fails; the file is then
+        unchanged."""
         lines, end = [], self._end
         for place, content in made:
             if place in self._places:
@@ -91,13 +91,13 @@ class Journal:
             self._sync_now_and_then()
 
     def close(self) -> None:
-        """Sync, and leave the journal to who comes next."""
-        with suppress(OSError):  # a full disk may be found only now; what was written is there
+        """Sync and close the file."""
+        with suppress(OSError):  # a full disk may show only now; written lines are there
             os.fsync(self._file)
         os.close(self._file)
 
     def remove(self) -> None:
-        """Take it away, because the job is done. To be closed nevertheless."""
+        """Delete the file, because the job is done. The journal must still be closed."""
         self.path.unlink()
 
     def _lock(self) -> None:
@@ -112,15 +112,15 @@ class Journal:
             pass  # a file system without locks
 
     def _checksum(self, rest: bytes) -> bytes:
-        """The beginning of a line that goes on with `rest`."""
+        """The checksum that begins a line with this `rest`."""
         return b"%08x" % crc32(rest, crc32(self._header))
 
     def _read(self) -> int:
-        """Take in what is there; the offset at which to go on."""
+        """Read the lines in the file; the offset at which to append."""
         own = self._header
         with os.fdopen(os.dup(self._file), "rb") as file:
             first = file.readline()
-            if own.startswith(first) and first != own:  # empty, or torn when it was begun
+            if own.startswith(first) and first != own:  # empty, or torn in the first line
                 os.ftruncate(self._file, 0)
                 self._write(own)
                 sync_directory(self.path.parent)
@@ -145,7 +145,7 @@ class Journal:
         self._places.setdefault(int(place), (offset, len(content)))
 
     def _check(self, first: bytes) -> None:
-        """Refuse another job's journal, and what is none."""
+        """Refuse the journal of another job, and a file that is not a journal."""
         header = json.loads(self._header)
         try:
             there = parse_json(first)
@@ -186,8 +186,8 @@ class Journal:
 
 
 def write_whole(target: Path, lines: Iterable[bytes]) -> None:
-    """Write the file `target`, which bears another name until it is complete. Raises UserError if
-    the disk does not take it."""
+    """Write the file `target`, under another name until it is complete. Raises UserError if the
+    disk fails."""
     temporary = target.with_name(target.name + ".incomplete")
     try:
         with open(temporary, "wb") as file:
@@ -208,7 +208,7 @@ def write_whole(target: Path, lines: Iterable[bytes]) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory last, where the file system can."""
+    """Sync the names in a directory to disk, if the file system can."""
     handle = os.open(directory, os.O_RDONLY)
     with suppress(OSError):
         os.fsync(handle)

@@ -30,8 +30,8 @@ COMPANIONS = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError that names the file and, for malformed JSON, the
-    line and column."""
+    """The JSON object in a file. Raises UserError with the file and, for malformed JSON, the line
+    and column."""
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
@@ -50,8 +50,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The model configuration of a directory, with the token ids of its generation settings if it
-    has any. Raises UserError as `read_json` and `read_model_config` do."""
+    """The model configuration of a directory, with the token ids of ``generation_config.json`` if
+    there is one. Raises UserError as `read_json` and `read_model_config` do."""
     path = directory / CONFIG
     generation_path = directory / GENERATION_CONFIG
     generation = read_json(generation_path) if generation_path.exists() else None
@@ -59,7 +59,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies what there is of configuration, generation settings, tokenizer and chat template."""
+    """Copies those of the `COMPANIONS` that `source` has."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -1,7 +1,7 @@
 """MXFP4, the four-bit format of the Open Compute Project's Microscaling Formats specification 1.0.
 
-Thirty-two neighbours of a row share a scale, a power of two. Two of their four-bit numbers lie in
-a byte, the first of them in its lower half. What comes out is exact in bfloat16 and wider types.
+32 consecutive elements of a row form a block, which has one scale, a power of two. A byte holds two
+elements, the first in its lower half. bfloat16 and wider types represent the values exactly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-BLOCK_SIZE = 32  # numbers that share a scale
+BLOCK_SIZE = 32  # elements that share a scale
 
 SCALE = np.dtype(ml_dtypes.float8_e8m0fnu)  # 2 ** (byte - 127), and 255 is not a number
 
@@ -19,10 +19,11 @@ _PAIRS = np.stack([np.tile(_NUMBERS, 16), np.repeat(_NUMBERS, 16)], axis=1)  # o
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
-    """A part of a matrix in float32, from its bytes, (rows, groups, 16), and the scales of its
-    groups, (rows, groups), as `SCALE`. Nothing beyond the groups of the part is read."""
+    """``matrix[rows, columns]`` in float32. `blocks` are the bytes of the matrix, (rows, blocks,
+    16), and `scales` the scales of its blocks, (rows, blocks), of dtype `SCALE`. Only the blocks of
+    this part are read."""
     first, last = columns.start // BLOCK_SIZE, -(-columns.stop // BLOCK_SIZE)
-    pairs = _PAIRS[blocks[rows, first:last]]  # (rows, groups, 16, 2)
+    pairs = _PAIRS[blocks[rows, first:last]]  # (rows, blocks, 16, 2)
     groups = pairs.reshape(*pairs.shape[:2], BLOCK_SIZE)
     groups *= scales[rows, first:last, np.newaxis].astype(np.float32)
     wide = groups.reshape(len(groups), BLOCK_SIZE * (last - first))

@@ -1,18 +1,18 @@
-"""JSON from outside: whatever is wrong with it is a ValueError."""
+"""JSON from outside: every defect is a ValueError."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# Levels of lists and objects within each other. Python reads nearly a thousand, but then fails
-# where such a value is compared, written or shown: nothing that is read here needs a tenth of it.
+# Levels of nested lists and objects. Python reads nearly a thousand, but then fails to compare,
+# write or print such a value. No file that is read here needs a tenth of that.
 DEEPEST = 64
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text. Raises ValueError (UnicodeDecodeError, json.JSONDecodeError) where
-    it is none, and where it is nested more than `DEEPEST` levels deep."""
+    """The value of a JSON text. Raises ValueError (also UnicodeDecodeError or json.JSONDecodeError)
+    if it is not JSON, or nested more than `DEEPEST` levels deep."""
     try:
         value = json.loads(content)
         too_deep = _is_deeper(value, DEEPEST)

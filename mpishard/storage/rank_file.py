@@ -1,15 +1,15 @@
-"""One HDF5 file of a shard directory: one set of weights, for the ranks that hold it.
+"""One HDF5 file of a shard directory: one shard of the weights.
 
 The file describes itself. Its root carries the attributes ``format_version``, ``conversion``,
 ``dtype``, the mapping (``tp``, ``ep``, ``ranks``), ``rank`` and ``config`` (config.json). Every
-weight is one contiguous, page-aligned dataset under the tensor's global name, with the attributes
+weight is a contiguous, page-aligned dataset with the name of the global tensor and the attributes
 
 ===========  =======================================================================
-names        the global tensor's name, or names where several share the data
+names        the name of the global tensor; several names if tensors share the data
 shape        the global tensor's shape
-start, stop  the part of it that lies here, per axis
-dtype        the type of the numbers: HDF5 has no bfloat16, so its bits lie in uint16
-crc32        the checksum of the dataset's bytes
+start, stop  the part of it in this file, for each axis
+dtype        the type of the numbers: HDF5 has no bfloat16, so its bits are stored as uint16
+crc32        the checksum of the bytes of the dataset
 ===========  =======================================================================
 """
 
@@ -37,18 +37,18 @@ FORMAT_VERSION = 1
 UNSEALED = 0  # the format version of a file that is being written
 
 _FILE_OPTIONS: dict[str, Any] = {
-    "libver": "v110",  # from here on HDF5 checks its own metadata
-    "alignment_threshold": 1,  # so that even a norm's few numbers begin a page
+    "libver": "v110",  # the first version with checksums of HDF5's metadata
+    "alignment_threshold": 1,  # so that every dataset begins a page
     "alignment_interval": 4096,
-    "meta_block_size": 1 << 16,  # descriptions together, apart from the numbers
-    "locking": False,  # some network file systems have no locks to give
+    "meta_block_size": 1 << 16,  # keeps metadata together, apart from the data
+    "locking": False,  # some network file systems have no locks
 }
-# Nothing is ever freed; searching for free space would take ages where experts are many.
+# Nothing is ever freed, and the search for free space would be very slow for many experts.
 _NEW_FILE_OPTIONS = _FILE_OPTIONS | {"fs_strategy": "aggregate"}
 
 
 def rank_file_name(rank: int, ranks: int) -> str:
-    """The name of one rank's file.
+    """The name of the file of a rank.
 
     >>> rank_file_name(0, 4)
     'rank-00000-of-00004.h5'
@@ -58,7 +58,7 @@ def rank_file_name(rank: int, ranks: int) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What all files of one conversion have in common: the content of ``mpishard.json``."""
+    """The facts that all files of a conversion share: the content of ``mpishard.json``."""
 
     conversion: str
     source: str
@@ -67,13 +67,13 @@ class Manifest:
 
     @property
     def mapping(self) -> dict[str, int]:
-        """How the weights are divided: one file for each of the `ranks`."""
+        """The sharding as numbers; there is one file for each of the `ranks`."""
         return {"tp": self.sharding.tp, "ep": self.sharding.ep, "ranks": self.sharding.ranks}
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """The manifest in a file. Raises UserError for another format version, for a missing field
-        and for a mapping or dtype that this version cannot read."""
+        """The manifest in a file. Raises UserError for another format version, a missing field, and
+        a mapping or dtype that this version cannot read."""
         raw = read_json(path)
         _check_version(path, raw.get("format_version"))
         try:
@@ -113,7 +113,7 @@ def _read_mapping(path: Path, mapping: Any) -> WeightSharding:
 
 
 def dtype_of(weight: WeightSpec, dtype: str) -> np.dtype:
-    """The dtype in which shards in `dtype` hold a weight."""
+    """The dtype of a weight in shards of `dtype`."""
     return DTYPES["float32" if weight.keep_fp32 else dtype]
 
 
@@ -127,24 +127,24 @@ def _check_version(path: Path, version: Any) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank file holds of one weight: the slice, its place and its checksum."""
+    """The part of a weight in a rank file: the slice, its place in the file and its checksum."""
 
     name: str
-    names: list[str]  # as stored: of the global tensors that share the data
+    names: list[str]  # of the global tensors that share the data, as stored
     whole_shape: tuple[int, ...]
     held: tuple[slice, ...]
     array: StoredArray
     crc32: int
 
     def check(self) -> None:
-        """Reads the data and compares their checksum with the stored one (UserError)."""
+        """Reads the data. Raises UserError if their checksum differs from the stored one."""
         computed = 0
         for block in self.array.blocks():
             computed = checksum(block, computed)
         self.compare(computed)
 
     def compare(self, computed: int) -> None:
-        """Refuses data of another checksum than the stored one (UserError)."""
+        """Raises UserError if `computed` differs from the stored checksum."""
         if computed != self.crc32:
             raise UserError(
                 f"{self.array.path} is damaged: {self.name} has checksum {computed:08x}, "
@@ -155,10 +155,10 @@ class Part:
 def create(
     path: Path, manifest: Manifest, rank: int, config: ModelConfig
 ) -> dict[str, StoredArray]:
-    """Makes a rank's file with a place for each of its weights, and says where these places are.
+    """Makes the file of a rank with space for each of its weights; the place of each weight.
 
-    The file does not count as one until `seal` has noted the checksums in it. The numbers are
-    written by others, straight into the file: HDF5 does not survive a full disk.
+    The file is not valid until `seal` has written the checksums. The caller writes the data
+    directly into the file, without HDF5, which does not survive a full disk.
     """
     allocated = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     allocated.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -188,15 +188,15 @@ def _create_dataset(
     dataset = file.create_dataset(weight.name, shape, _stored_dtype(dtype), dcpl=allocated)
     dataset.attrs["names"] = [weight.name]
     dataset.attrs["shape"] = weight.shape
-    dataset.attrs["start"] = [sharding.start for sharding in held]
-    dataset.attrs["stop"] = [sharding.stop for sharding in held]
+    dataset.attrs["start"] = [part.start for part in held]
+    dataset.attrs["stop"] = [part.stop for part in held]
     dataset.attrs["dtype"] = dtype.name
     dataset.attrs["crc32"] = np.uint32(0)
     return StoredArray(Path(file.filename), dataset.id.get_offset() or 0, dtype, shape)
 
 
 def seal(path: Path, checksums: dict[str, int]) -> None:
-    """Notes the checksums of all weights, which makes the file valid, and waits for the disk."""
+    """Writes the checksums of all weights, which makes the file valid, and syncs it to disk."""
     with h5py.File(path, "r+", **_FILE_OPTIONS) as file:
         for name, crc32 in checksums.items():
             file[name].attrs.modify("crc32", np.uint32(crc32))
@@ -209,7 +209,7 @@ def _stored_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def flush(*paths: Path) -> None:
-    """Waits until the disk has what was written to files or directories."""
+    """Syncs files or directories to disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -217,8 +217,8 @@ def flush(*paths: Path) -> None:
 
 
 def check_header(path: Path, manifest: Manifest, rank: int, config: dict[str, Any]) -> None:
-    """Refuse a file that is not the one of `rank` in the conversion that `manifest` describes, or
-    is of another model (UserError with both values)."""
+    """Refuse a file that is not of `rank` in the conversion of `manifest`, or that is of another
+    model (UserError with both values)."""
     with _opened(path) as file:
         attributes = _attributes(file)
     if attributes.get("format_version") == UNSEALED:
@@ -259,13 +259,13 @@ def _stranger(attribute: str) -> str:
 
 
 def read_parts(path: Path) -> dict[str, Part]:
-    """What a rank file holds, by the weights' names; of the weights themselves nothing is read."""
+    """The parts in a rank file, by the names of their weights. No weight is read."""
     with _opened(path) as file:
         return {name: _read_part(path, name, file) for name in file}
 
 
 def _attributes(holder: h5py.File | h5py.Dataset) -> dict[str, Any]:
-    """The attributes of a file or a dataset as Python's own values and lists of them."""
+    """The attributes of a file or a dataset, as Python values and lists."""
     return {
         name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
         for name, value in holder.attrs.items()
@@ -281,7 +281,7 @@ def _read_part(path: Path, name: str, file: h5py.File) -> Part:
     _check_attributes(attributes, where)
     dtype = DTYPES[attributes["dtype"]]
     held = tuple(map(slice, attributes["start"], attributes["stop"]))
-    offset = dataset.id.get_offset()  # none of an empty dataset, and of one that is not contiguous
+    offset = dataset.id.get_offset()  # None if the dataset is empty or not contiguous
     if dataset.dtype != _stored_dtype(dtype) or (offset is None and dataset.size > 0):
         raise UserError(
             f"{where} is not stored contiguously as {dtype.name}, so it cannot be mapped"
@@ -294,8 +294,7 @@ def _read_part(path: Path, name: str, file: h5py.File) -> Part:
 
 
 def _check_attributes(attributes: dict[str, Any], where: str) -> None:
-    """Refuse a dataset whose attributes are not of the types that they are written in (UserError,
-    that begins with `where`)."""
+    """Refuse a dataset with attributes of the wrong type. The UserError begins with `where`."""
     right = {
         **dict.fromkeys(("shape", "start", "stop"), (int, "a list of whole numbers")),
         "names": (str, "a list of names"),
@@ -314,7 +313,7 @@ def _check_attributes(attributes: dict[str, Any], where: str) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
-    """A rank file open for reading; whatever HDF5 cannot make sense of becomes a UserError."""
+    """A rank file, open for reading. Errors of HDF5 become a UserError."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file

@@ -5,16 +5,16 @@ array         shape            type
 ============  ===============  ==============  =====================================================
 ``about``     ()               string          a JSON object: ``format``, ``model_type``,
                                                ``experts`` and ``top_k`` of the model, ``layers``
-                                               (the L that have experts), ``requests`` (their ids)
-``request``   (T,)             int64           the place of a token's request in ``requests``
-``position``  (T,)             int64           the token's position in it
+                                               (the L with experts), ``requests`` (their ids)
+``request``   (T,)             int64           the index of the token's request in ``requests``
+``position``  (T,)             int64           the position of the token in its request
 ``token``     (T,)             int64           the token's id
 ``experts``   (T, L, A)        int64           the experts of the token, ascending
-``weights``   (T, L, A)        float           what their outputs are multiplied with
+``weights``   (T, L, A)        float           the factors of their outputs
 ============  ===============  ==============  =====================================================
 
-Tokens come by request and position, each once. A token that was chosen last is never fed, and so
-has no experts.
+Tokens are sorted by request and position, without duplicates. The last token of a request is chosen
+but never processed, and so has no experts.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ FORMAT = "mpishard routing 1"
 ARRAYS = ("request", "position", "token", "experts", "weights")
 
 
-def write_routing(path: Path, decisions: RoutingTrace, config: ModelConfig) -> None:
-    """Writes the file, which bears another name until it is complete. OSError if it cannot."""
-    about = json.dumps(_about(config) | {"requests": decisions.request_ids})
+def write_routing(path: Path, trace: RoutingTrace, config: ModelConfig) -> None:
+    """Writes the file, under another name until it is complete. Raises OSError if that fails."""
+    about = json.dumps(_about(config) | {"requests": trace.request_ids})
     temporary = path.with_name(path.name + ".incomplete")
     try:
         with temporary.open("wb") as file:
             np.savez(
                 file,
                 about=np.array(about),
-                request=decisions.request_T,
-                position=decisions.position_T,
-                token=decisions.token_T,
-                experts=decisions.experts_TLA,
-                weights=decisions.weights_TLA,
+                request=trace.request_T,
+                position=trace.position_T,
+                token=trace.token_T,
+                experts=trace.experts_TLA,
+                weights=trace.weights_TLA,
             )
         os.replace(temporary, path)
     finally:
@@ -58,8 +58,8 @@ def write_routing(path: Path, decisions: RoutingTrace, config: ModelConfig) -> N
 
 
 def read_routing(path: Path, config: ModelConfig, where: str) -> RoutingTrace:
-    """What the file says; UserError, that begins with `where`, if it is none, damaged, or of
-    another model. Whoever wrote it, its tokens and their experts are put in order."""
+    """The routing in a file, with tokens and their experts sorted. Raises a UserError that begins
+    with `where` if the file is damaged, of another format or of another model."""
     about, arrays = _read(path, where)
     for field, right in _about(config).items():
         if about.get(field) != right:
@@ -72,7 +72,7 @@ def read_routing(path: Path, config: ModelConfig, where: str) -> RoutingTrace:
         raise UserError(f'{where} must have a list of texts as "requests", not {found}')
     _check_arrays(arrays, config, len(request_ids), where)
     ascending = np.argsort(arrays["experts"], axis=2, kind="stable")
-    decisions = RoutingTrace(
+    trace = RoutingTrace(
         request_T=arrays["request"].astype(np.int64),
         position_T=arrays["position"].astype(np.int64),
         token_T=arrays["token"].astype(np.int64),
@@ -82,18 +82,18 @@ def read_routing(path: Path, config: ModelConfig, where: str) -> RoutingTrace:
         request_ids=tuple(request_ids),
         where=where,
     )
-    decisions = decisions.sorted_as(decisions.request_T, decisions.request_ids)
-    if (np.diff(decisions.experts_TLA, axis=2) == 0).any():
+    trace = trace.sorted_as(trace.request_T, trace.request_ids)
+    if (np.diff(trace.experts_TLA, axis=2) == 0).any():
         raise UserError(f"{where} sends a token to the same expert twice")
-    if decisions.has_duplicates():
+    if trace.has_duplicates():
         raise UserError(f"{where} has a token twice")
-    return decisions
+    return trace
 
 
 def _check_arrays(
     arrays: dict[str, np.ndarray], config: ModelConfig, requests: int, where: str
 ) -> None:
-    """Refuse arrays of another shape or type, and numbers that mean nothing (UserError)."""
+    """Refuse arrays of a wrong shape or type, and numbers out of range (UserError)."""
     moe, T = config.moe, len(np.atleast_1d(arrays["request"]))
     assert moe is not None
     each = (T, sum(moe.layers), moe.top_k)
@@ -134,6 +134,6 @@ def _read(path: Path, where: str) -> tuple[dict[str, Any], dict[str, np.ndarray]
             return dict(about), {name: archive[name] for name in ARRAYS}
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # of a damaged archive NumPy and zipfile make anything
+    except Exception as error:  # a damaged archive makes NumPy and zipfile raise anything
         problem = brief(f"{type(error).__name__}: {error}")
         raise UserError(f"{where} is not a recorded routing: {problem}") from None

@@ -1,7 +1,8 @@
-"""What routers decided, token by token, to be done again elsewhere.
+"""The decisions of routers, token by token, to be replayed elsewhere.
 
-Replaying the routing of a rollout keeps training and inference of a mixture together, whose routers
-would otherwise choose other experts for rounding's sake (rollout routing replay: arXiv 2510.11370).
+Reinforcement learning of an MoE model needs the same experts in training as in inference, but
+rounding makes the routers differ; so training replays the routing of a rollout (rollout routing
+replay: arXiv 2510.11370).
 """
 
 from __future__ import annotations
@@ -14,31 +15,32 @@ import numpy as np
 
 from mpishard.errors import UserError
 
-# Above every position, so that a request and a position make one number.
+# Larger than every position, so that request and position combine to one number.
 POSITIONS = 2**31
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """The experts and weights of T tokens, by ascending request and position, each of these once.
+    """The experts and weights of T tokens, sorted by request and position, without duplicates.
 
-    `where` names them in errors; `request_ids` are those of the requests, by their numbers.
+    `request_ids` are the ids of the requests; a request is numbered by its index in it. `where`
+    names the trace in errors.
     """
 
-    request_T: np.ndarray  # the number of each token's request
+    request_T: np.ndarray  # the number of the request of each token
     position_T: np.ndarray
     token_T: np.ndarray  # its id
-    layers: tuple[int, ...]  # those with experts, L of them
+    layers: tuple[int, ...]  # the L layers with experts
     experts_TLA: np.ndarray  # ascending
-    weights_TLA: np.ndarray  # what the experts' outputs are multiplied with
+    weights_TLA: np.ndarray  # the factors of the outputs of the experts
     request_ids: tuple[str, ...]
     where: str = "the recorded routing"
 
     def find(
         self, request_n: np.ndarray, position_n: np.ndarray, token_n: np.ndarray
     ) -> np.ndarray:
-        """The places of tokens in the arrays: (n,). UserError for one that is not there, or was
-        another."""
+        """The index of each of n tokens in the arrays: (n,). Raises UserError for a token that is
+        not there, or that has another id there."""
         keys_T, key_n = self._keys, request_n * POSITIONS + position_n
         place_n = np.searchsorted(keys_T, key_n)
         there_n = place_n < len(keys_T)
@@ -53,8 +55,8 @@ class RoutingTrace:
         return place_n
 
     def of(self, request_ids: Sequence[str]) -> RoutingTrace:
-        """Those of the requests of these names, which are numbered as they come here. UserError
-        for a name that is not among those of the requests."""
+        """The trace of the requests with these ids, numbered in this order. Raises UserError for an
+        unknown id."""
         for name in request_ids:
             if name not in self.request_ids:
                 known = ", ".join(map(repr, self.request_ids[:5])) + (
@@ -66,7 +68,7 @@ class RoutingTrace:
         return self.sorted_as(number_R[self.request_T], tuple(request_ids))
 
     def sorted_as(self, request_T: np.ndarray, request_ids: tuple[str, ...]) -> RoutingTrace:
-        """The same with other numbers of the requests, those below 0 left out."""
+        """The same trace with other numbers of the requests. Requests below 0 are left out."""
         order = np.lexsort([self.position_T, request_T])
         order = order[np.count_nonzero(request_T < 0) :]
         return replace(
@@ -80,12 +82,12 @@ class RoutingTrace:
         )
 
     def has_duplicates(self) -> bool:
-        """Whether some token is there twice, in arrays that are sorted."""
+        """Whether a token occurs twice."""
         return bool((np.diff(self._keys) == 0).any())
 
     @cached_property
     def _keys(self) -> np.ndarray:
-        """One ascending number for each token's request and position."""
+        """Request and position of each token as one number, ascending."""
         return self.request_T * POSITIONS + self.position_T
 
     def _refuse(

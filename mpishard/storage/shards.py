@@ -1,7 +1,7 @@
-"""A shard directory: a model cut into sets of weights, one HDF5 file each.
+"""A shard directory: a sharded model, one HDF5 file for each shard.
 
-``config.json``, tokenizer files, ``mpishard.json`` (the manifest) and ``rank-00000-of-00004.h5`` …
-Opening reads a few attributes of every file and no weight, whatever the model's size.
+It holds ``config.json``, tokenizer files, the manifest ``mpishard.json``, and the rank files
+``rank-00000-of-00004.h5`` … Opening it reads a few attributes of every file, and no weight.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNFINISHED_MANIFEST = "mpishard.json.incomplete"  # until all rank files are wri
 
 
 class ShardDirectory:
-    """The weights of a shard directory, none of which is read before it is asked for."""
+    """The weights of a shard directory. A weight is read when it is asked for."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
@@ -47,17 +47,18 @@ class ShardDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> ShardDirectory:
-        """The shards in a directory, after checking that all files are there, belong together and
-        cover every weight. Raises UserError that gives both values where two disagree."""
+        """The shards in a directory. Raises UserError unless all files are there, belong together
+        and cover every weight; it gives both values if two differ."""
         path = Path(path)
         shards = cls(path, Manifest.read(path / MANIFEST))
         shards.check_files()
         return shards
 
     def check_files(self) -> None:
-        """Refuse missing, surplus, truncated or foreign rank files (UserError)."""
+        """Refuse rank files that are missing, surplus, truncated or of another conversion
+        (UserError)."""
         present = {file.name for file in self.path.glob("rank-*.h5")}
-        # The manifest may say any number: of more than there are, one is missing among the first.
+        # The manifest may have any number. If it is too large, one of the first files is missing.
         ranks = range(min(self.sharding.ranks, len(present) + 1))
         expected = [rank_file_name(rank, self.sharding.ranks) for rank in ranks]
         missing = [name for name in expected if name not in present]
@@ -80,8 +81,8 @@ class ShardDirectory:
         return self.path / rank_file_name(rank, self.sharding.ranks)
 
     def parts(self, rank: int) -> dict[str, Part]:
-        """What a rank's file holds of each weight, each checked to be the very slice that the
-        partition table gives to that rank (UserError)."""
+        """The parts of weights in the file of a rank, by name. Raises UserError unless each part is
+        the slice that `WeightSpec.slices` gives to this rank."""
         if rank not in self._parts:
             parts = read_parts(self.file(rank))
             held = {
@@ -121,17 +122,17 @@ class ShardDirectory:
         return self.weights[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype in which a weight is stored, the same for all but wide ones."""
+        """The stored dtype of a weight: the dtype of the shards, or float32."""
         return dtype_of(self.weights[name], self.manifest.dtype)
 
     def read(
         self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
     ) -> np.ndarray:
-        """The part of the whole weight that `slices` cut out, put together from the ranks' files
-        in the stored dtype or, converted on the way, in `dtype`. Raises UserError where data do not
-        have their checksum; each rank's part of a weight is checked once."""
+        """``weight[slices]`` of the whole weight, assembled from the files of the ranks, in `dtype`
+        or, without it, in the stored dtype. Raises UserError for data without the right checksum;
+        the part of a rank is checked once."""
         weight = self.weights[name]
-        axis = weight.axis or 0  # of an uncut weight, the first rank that has it holds all
+        axis = weight.axis or 0  # a weight without axis is whole on the first rank that has it
         start, stop, _ = slices[axis].indices(weight.shape[axis])
         pieces = []
         for rank in range(self.sharding.ranks):
@@ -142,7 +143,7 @@ class ShardDirectory:
             if held.start <= start < upto:
                 rows = slice(start - held.start, upto - held.start)
                 pieces.append(self._checked(rank, name)[_with(slices, axis, rows)])
-                start = upto  # what several ranks hold is read from the first
+                start = upto  # rows of several ranks are read from the first
         dtype = self.dtype(name) if dtype is None else dtype
         if not pieces:
             return np.empty(weight.shape, dtype)[slices]
@@ -156,9 +157,9 @@ class ShardDirectory:
         return part.array.map()
 
 
-def _with(slices: tuple[slice, ...], axis: int, sharding: slice) -> tuple[slice, ...]:
-    return slices[:axis] + (sharding,) + slices[axis + 1 :]
+def _with(slices: tuple[slice, ...], axis: int, part: slice) -> tuple[slice, ...]:
+    return slices[:axis] + (part,) + slices[axis + 1 :]
 
 
 def _bounds(slices: tuple[slice, ...]) -> str:
-    return "[" + ", ".join(f"{sharding.start}:{sharding.stop}" for sharding in slices) + "]"
+    return "[" + ", ".join(f"{part.start}:{part.stop}" for part in slices) + "]"

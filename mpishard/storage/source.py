@@ -1,4 +1,4 @@
-"""Where weights come from: a Hugging Face directory or a shard directory."""
+"""The source of weights: a Hugging Face directory or a shard directory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Source = Checkpoint | ShardDirectory
 
 
 def open_source(path: str | Path) -> Source:
-    """The checkpoint or the shards in a directory, told apart by ``mpishard.json``.
+    """The checkpoint or the shards in a directory; ``mpishard.json`` tells which it is.
 
-    Raises UserError where there is neither, and as `Checkpoint.open` and `ShardDirectory.open` do.
+    Raises UserError if there is neither, and as `Checkpoint.open` and `ShardDirectory.open` do.
     """
     path = Path(path)
     if not path.is_dir():
@@ -38,8 +38,8 @@ def open_source(path: str | Path) -> Source:
 
 
 def fingerprint(path: Path) -> str:
-    """What tells one model directory from another, wherever it lies: a digest of its small files,
-    and of the names and sizes of those with weights."""
+    """A digest that identifies a model directory, independent of its path: of the content of the
+    small files, and of the names and sizes of files of weights."""
     digest = hashlib.sha256()
     for name in (*COMPANIONS, MANIFEST):
         if (path / name).is_file():

@@ -1,8 +1,9 @@
-"""Where checkpoints keep the weights that the partition table names.
+"""The locations of weights in a checkpoint.
 
-Mostly under those names. But the experts of a layer may also lie together in one tensor, in which
-gate and up are halves or take turns, and this may be quantized; `TensorLocation` says where in it
-one weight lies, so that everything else sees experts one by one."""
+Most weights are tensors of the names that `mpishard.config.weight_specs` has. But one tensor may
+also hold all experts of a layer. In it gate and up are halves or alternate, and it may be
+quantized. A `TensorLocation` says where in it a weight is, so that all other code sees one weight
+for each expert."""
 
 from __future__ import annotations
 
@@ -19,20 +20,22 @@ Index: TypeAlias = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """A weight's place: ``tensor[index]``, or ``tensor.swapaxes(-2, -1)[index]`` if `transposed`.
+    """The location of a weight in the tensor `name`: ``tensor[index]``, or
+    ``tensor.swapaxes(-2, -1)[index]`` if `transposed`.
 
-    A `quantized` tensor is stored as two, of blocks and of their scales: `mpishard.storage.mxfp4`.
+    A `quantized` tensor is stored as two tensors, blocks and their scales: see
+    `mpishard.storage.mxfp4`.
     """
 
     name: str
-    shape: tuple[int, ...]  # of the tensor, as it is stored or, if quantized, as it comes out
+    shape: tuple[int, ...]  # of the tensor as stored or, if quantized, as dequantized
     index: Index = ()
     transposed: bool = False
     quantized: bool = False
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of what is stored."""
+        """The names and shapes of the stored tensors."""
         if not self.quantized:
             return {self.name: self.shape}
         groups = (*self.shape[:-1], self.shape[-1] // BLOCK_SIZE)
@@ -40,12 +43,12 @@ class TensorLocation:
 
 
 def locate_weights(config: ModelConfig, stored: Container[str]) -> dict[str, TensorLocation]:
-    """Where each weight of a model lies in a checkpoint of the tensors `stored`. A weight that is
-    nowhere has the place where its family stores it."""
+    """The location of each weight of a model, by its name, in a checkpoint with the tensors
+    `stored`. A missing weight has the location at which its family stores it."""
     locations = {}
     for weight in weight_specs(config):
         possible = _possible_locations(config, weight)
-        there = (place for place in possible if any(name in stored for name in place.tensors))
+        there = (one for one in possible if any(name in stored for name in one.tensors))
         locations[weight.name] = next(there, possible[0])
     return locations
 
@@ -66,9 +69,9 @@ def _possible_locations(config: ModelConfig, weight: WeightSpec) -> list[TensorL
 def _stacked_locations(
     moe: MoEConfig, weight: WeightSpec, expert: int, prefix: str
 ) -> list[TensorLocation]:
-    """Where an expert's weight lies among those of all experts of its layer."""
+    """The possible locations of a weight of an expert in tensors of all experts of its layer."""
     stacked, F = moe.names.stacked, moe.moe_intermediate_size
-    if stacked.transposed:  # then the outputs of gate and up take turns
+    if stacked.transposed:  # then the outputs of gate and up alternate
         halves = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
     else:
         halves = {"gate": slice(0, F), "up": slice(F, 2 * F)}

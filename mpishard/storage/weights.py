@@ -1,4 +1,4 @@
-"""The weights of one rank, already cut, from shards or straight from a checkpoint."""
+"""Loads the shard of the weights that a rank needs, from shards or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mpishard.storage.arrays import map_file
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source
 
-# Bytes to multiples of which the weights of an allocation are placed: a line of the cache.
+# Weights begin at multiples of this number of bytes, a line of the processor's cache.
 ALIGNMENT = 64
 
 
 def check_fits(source: Source, sharding: WeightSharding) -> None:
-    """Refuse a cut that a source cannot be loaded in (UserError): shards are for one, a checkpoint
-    can be cut in any way that `check_weight_sharding` lets pass."""
+    """Refuse a sharding in which a source cannot be loaded (UserError). Shards have one sharding; a
+    checkpoint can be sharded in every way that passes `check_weight_sharding`."""
     check_weight_sharding(source.config, sharding)
     if isinstance(source, ShardDirectory) and source.sharding != sharding:
         raise UserError(
@@ -33,14 +33,14 @@ def check_fits(source: Source, sharding: WeightSharding) -> None:
 def load_weights(
     source: Source, sharding: WeightSharding, index: int, dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
-    """The parts that set `index` of the weights, cut as `sharding` says, has of them, by their
-    Hugging Face names, in `dtype`, wide ones in float32 at least.
+    """Shard `index` of the weights under `sharding`, by Hugging Face names, in `dtype`; weights
+    that are kept in float32 are never narrower.
 
-    Shards stored in `dtype` are memory-mapped and read-only: nothing is copied or read before it is
-    used, and the processes of a machine share the pages. Other shards are checked and converted,
-    and so are experts that a placement takes from other ranks' files; of a checkpoint the rank's
-    slices are read and converted. Raises UserError as `check_fits` does, and for damaged shards
-    where they are converted.
+    Shards stored in `dtype` are memory-mapped and read-only: nothing is copied, and the processes
+    of a machine share the pages. Shards in another dtype are checked and converted, and so are
+    experts that a placement takes from the files of other ranks. From a checkpoint, the slices of
+    the shard are read and converted. Raises UserError as `check_fits` does, and for damaged shards
+    that are converted.
     """
     check_fits(source, sharding)
     held = specs_of_shard(source.config, sharding, index)
@@ -86,9 +86,9 @@ def _dtype_of(weight: WeightSpec, dtype: DTypeLike) -> np.dtype:
 def _allocate(
     source: Source, sharding: WeightSharding, index: int, held: list[WeightSpec], dtype: DTypeLike
 ) -> dict[str, np.ndarray]:
-    """Arrays for these weights, one after the other in a single allocation: NumPy asks the system
-    to back a large one with huge pages, from which products read some 4 % faster than from pages
-    of 4 KiB."""
+    """Arrays for these weights, one after the other in a single allocation. NumPy asks the system
+    to back a large allocation with huge pages; matrix products read these some 4 % faster than
+    pages of 4 KiB."""
     shapes = {weight.name: weight.shard_shape(source.config, sharding, index) for weight in held}
     dtypes = {weight.name: _dtype_of(weight, dtype) for weight in held}
     places, stop = {}, 0

@@ -1,6 +1,6 @@
 """What the right answer is, as the oracle, the safetensors and the tokenizers library see it.
 
-What a configuration means is for `mpishard.config.model_config` to say; that the ranks compute what
+What a configuration means is for `mpishard.config.reader` to say; that the ranks compute what
 it means is checked against `mpishard.reference`, which reads no file itself.
 """
 

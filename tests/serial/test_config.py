@@ -27,7 +27,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
 }
-MIXTURES = {
+MOE_FAMILIES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -38,7 +38,7 @@ MIXTURES = {
 }
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
-# The least that a mixture must say beside what every model must.
+# The least that an MoE model must say beside what every model must.
 LEAST: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 16, "num_experts_per_tok": 3},
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},
@@ -57,7 +57,7 @@ ABSENT = object()
 def document(family: str = "llama", /, **changes: Any) -> dict[str, Any]:
     """The least that a configuration must say, with `changes`."""
     least = {
-        "architectures": [(FAMILIES | MIXTURES)[family]],
+        "architectures": [(FAMILIES | MOE_FAMILIES)[family]],
         "model_type": family,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -160,7 +160,7 @@ def test_what_gemma2_may_not_change(changes, problem):
     assert problem in refusal("gemma2", **changes)
 
 
-def mixture(family: str, /, **changes: Any) -> MoEConfig:
+def moe_of(family: str, /, **changes: Any) -> MoEConfig:
     moe = read(family, **changes).moe
     assert moe is not None
     return moe
@@ -175,7 +175,7 @@ def latent(family: str, /, **changes: Any) -> MLAConfig:
 EVERYWHERE = (True, True, True)
 
 
-def test_dense_families_have_no_mixture():
+def test_dense_families_have_no_moe():
     for family in FAMILIES:
         config = read(family)
         assert (config.moe, config.mla) == (None, None)
@@ -387,25 +387,25 @@ def test_begin_of_sequence_id():
     assert read("llama", {"bos_token_id": 7}, bos_token_id=5).bos_id == 7
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_number_of_experts_in_every_spelling(family):
     given = {"num_experts", "num_local_experts", "n_routed_experts"}
     for name in given:
         spelled = dict.fromkeys(given, ABSENT) | {name: 8}
         changes = {"n_group": 2, "topk_group": 1} if family == "deepseek_v3" else {}
-        assert mixture(family, **spelled, **changes).num_experts == 8
-    assert mixture(family, num_experts=16, num_local_experts=16).num_experts == 16
+        assert moe_of(family, **spelled, **changes).num_experts == 8
+    assert moe_of(family, num_experts=16, num_local_experts=16).num_experts == 16
 
 
 def test_the_published_name_of_top_k_of_gpt_oss():
-    assert mixture("gpt_oss", experts_per_token=3).top_k == 3
-    assert mixture("gpt_oss", experts_per_token=3, num_experts_per_tok=ABSENT).top_k == 3
+    assert moe_of("gpt_oss", experts_per_token=3).top_k == 3
+    assert moe_of("gpt_oss", experts_per_token=3, num_experts_per_tok=ABSENT).top_k == 3
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_normalized_weights(family):
-    assert mixture(family, norm_topk_prob=True).norm_topk_prob
-    assert not mixture(family, norm_topk_prob=False).norm_topk_prob
+    assert moe_of(family, norm_topk_prob=True).norm_topk_prob
+    assert not moe_of(family, norm_topk_prob=False).norm_topk_prob
 
 
 def test_deepseek_v2_does_not_normalize_whatever_its_file_says():
@@ -415,7 +415,7 @@ def test_deepseek_v2_does_not_normalize_whatever_its_file_says():
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
 def test_dense_layers_by_step_and_by_name(family):
     def layers(**changes):
-        return mixture(family, num_hidden_layers=4, **changes).layers
+        return moe_of(family, num_hidden_layers=4, **changes).layers
 
     assert layers(decoder_sparse_step=2) == (False, True, False, True)
     assert layers(decoder_sparse_step=3) == (False, False, True, False)
@@ -426,28 +426,28 @@ def test_dense_layers_by_step_and_by_name(family):
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 def test_the_first_layers_of_deepseek_are_dense(family):
-    layers = mixture(family, first_k_dense_replace=1, moe_layer_freq=1).layers
+    layers = moe_of(family, first_k_dense_replace=1, moe_layer_freq=1).layers
     assert layers == (False, True, True)
-    assert mixture(family, first_k_dense_replace=0).layers == (True, True, True)
+    assert moe_of(family, first_k_dense_replace=0).layers == (True, True, True)
 
 
 def test_shared_experts_of_deepseek():
-    assert mixture("deepseek_v3", n_shared_experts=3).shared_expert_intermediate_size == 72
-    assert mixture("deepseek_v3", n_shared_experts=None).shared_expert_intermediate_size == 0
+    assert moe_of("deepseek_v3", n_shared_experts=3).shared_expert_intermediate_size == 72
+    assert moe_of("deepseek_v3", n_shared_experts=None).shared_expert_intermediate_size == 0
 
 
 def test_groups_of_deepseek_v2():
     groups = {"n_group": 4, "topk_group": 2}
-    greedy = mixture("deepseek_v2", topk_method="greedy", **groups)
+    greedy = moe_of("deepseek_v2", topk_method="greedy", **groups)
     assert (greedy.n_group, greedy.topk_group) == (1, 1)
-    assert mixture("deepseek_v2", n_group=None, topk_group=None) == greedy
-    limited = mixture("deepseek_v2", topk_method="group_limited_greedy", **groups)
+    assert moe_of("deepseek_v2", n_group=None, topk_group=None) == greedy
+    limited = moe_of("deepseek_v2", topk_method="group_limited_greedy", **groups)
     assert (limited.n_group, limited.topk_group, limited.group_score) == (4, 2, "max")
-    assert mixture("deepseek_v2", routed_scaling_factor=16.0).routed_scaling_factor == 16.0
+    assert moe_of("deepseek_v2", routed_scaling_factor=16.0).routed_scaling_factor == 16.0
 
 
 def test_groups_of_deepseek_v3():
-    moe = mixture("deepseek_v3", n_group=4, topk_group=2, topk_method="noaux_tc")
+    moe = moe_of("deepseek_v3", n_group=4, topk_group=2, topk_method="noaux_tc")
     assert (moe.n_group, moe.topk_group, moe.group_score) == (4, 2, "top-2 sum")
 
 
@@ -461,7 +461,7 @@ def test_latent_attention():
     assert (config.mlp_bias, config.o_bias) == (True, False)
 
 
-def test_biases_of_mixtures():
+def test_biases_of_moe_models():
     config = read("qwen2_moe", qkv_bias=False)
     assert (config.qkv_bias, config.o_bias) == (False, False)
     for family in ("qwen3_moe", "olmoe", "gpt_oss"):
@@ -471,7 +471,7 @@ def test_biases_of_mixtures():
         assert (config.qkv_bias, config.o_bias) == (False, False)
 
 
-def test_windows_of_mixtures():
+def test_windows_of_moe_models():
     assert read("mixtral", sliding_window=7).windows == (7, 7, 7)
     assert read("qwen3_moe", sliding_window=7).windows == (None, None, None)
     used = {"use_sliding_window": True, "sliding_window": 7}
@@ -486,7 +486,7 @@ def test_windows_of_mixtures():
 
 
 def test_the_activation_of_gpt_oss():
-    moe = mixture("gpt_oss", swiglu_alpha=1.5, swiglu_limit=3)
+    moe = moe_of("gpt_oss", swiglu_alpha=1.5, swiglu_limit=3)
     assert (moe.alpha, moe.limit) == (1.5, 3.0)
 
 
@@ -538,7 +538,7 @@ ROPES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+@pytest.mark.parametrize("family", FAMILIES | MOE_FAMILIES)
 @pytest.mark.parametrize("kind, fields, rope, positions", ROPES, ids=[row[0] for row in ROPES])
 def test_ropes_in_every_spelling(kind, fields, rope, positions, family):
     base = {"max_position_embeddings": 64, "head_dim": 8, "hidden_size": 256}
@@ -719,7 +719,7 @@ def test_mistral_as_transformers_5_writes_it():
     assert config.rope.theta == 1e9
 
 
-# The real mixtures' files: bookkeeping that says nothing is left out.
+# The files of published MoE models, without bookkeeping that says nothing.
 
 
 def test_mixtral_8x7b():
@@ -1174,7 +1174,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     # Mixtures of experts.
     *[
         (family, {name: ABSENT}, f"{name} is missing: it must be a positive whole number")
-        for family in MIXTURES
+        for family in MOE_FAMILIES
         for name in LEAST[family]
         if name not in ("num_local_experts", "n_routed_experts")
     ],

@@ -60,16 +60,17 @@ def test_what_is_no_placement(changed, sentence):
 
 
 def test_ranks_hold_the_experts_that_are_placed_on_them():
-    for cut in (
+    for sharding in (
         WeightSharding(1, 2, placement=placement(content())),
         WeightSharding(4, 2, 4, placement(content())),
     ):
-        for index in range(cut.ranks):
-            held = {w.expert for w in specs_of_shard(CONFIG, cut, index) if w.layer == 1} - {None}
-            assert held == set(HELD[cut.ep_rank(index)])
+        for index in range(sharding.ranks):
+            specs = specs_of_shard(CONFIG, sharding, index)
+            held = {one.expert for one in specs if one.layer == 1} - {None}
+            assert held == set(HELD[sharding.ep_rank(index)])
         everything = {weight.name for weight in weight_specs(CONFIG)}
         assert everything == {
-            w.name for i in range(cut.ranks) for w in specs_of_shard(CONFIG, cut, i)
+            w.name for i in range(sharding.ranks) for w in specs_of_shard(CONFIG, sharding, i)
         }
     assert WeightSharding(1, 2, placement=placement(content())) == WeightSharding(1, 2), (
         "which files it takes"

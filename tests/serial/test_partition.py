@@ -1,11 +1,11 @@
-"""The partition table and the layouts: whatever the sizes, the shards joined are the whole."""
+"""The table of weights and the layouts: whatever the sizes, the shards joined are the whole."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
@@ -15,15 +15,23 @@ from tiny_models import MOE_VARIANTS, VARIANTS, tiny_config, tiny_weights
 
 from mpishard.config import weight_specs as weight_specs_module
 from mpishard.config.layout import (
+    AXES,
     LAYOUT_OPTIONS,
     Layout,
     block,
     block_sizes,
     kv_heads_of,
     kv_replica_ranks,
+    layout_options,
     query_heads_of,
 )
-from mpishard.config.layout_checks import check_flash_decoding, check_tensor_parallel, make_layout
+from mpishard.config.layout_checks import (
+    NEEDS,
+    check_experts,
+    check_flash_decoding,
+    check_tensor_parallel,
+    make_layout,
+)
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import (
@@ -51,11 +59,9 @@ def every_layout(
             yield config_of(heads, kv_heads), tp
 
 
-def join(shards: list[np.ndarray], cuts: list[slice], axis: int) -> np.ndarray:
+def join(shards: list[np.ndarray], parts: list[slice], axis: int) -> np.ndarray:
     """The shards end to end, of those that hold the same slice only the first."""
-    first = {
-        (sharding.start, sharding.stop): shard for sharding, shard in zip(cuts, shards, strict=True)
-    }
+    first = {(part.start, part.stop): shard for part, shard in zip(parts, shards, strict=True)}
     return np.concatenate(list(first.values()), axis)
 
 
@@ -229,7 +235,7 @@ def test_neighbours_divide_the_width_of_the_same_experts():
 
 
 @pytest.mark.parametrize("variant", MOE_VARIANTS)
-def test_every_element_of_a_mixture_lies_where_it_should(variant):
+def test_every_element_of_an_moe_model_lies_where_it_should(variant):
     config = tiny_config(variant)
     for sharding in CUTS:
         held = [specs_of_shard(config, sharding, index) for index in range(sharding.ranks)]
@@ -253,7 +259,7 @@ def test_every_element_of_a_mixture_lies_where_it_should(variant):
         assert missing_weights(config, sharding) == []
 
 
-def test_experts_are_dealt_in_blocks_however_many():
+def test_experts_are_sharded_in_blocks_however_many():
     config = tiny_config("mixtral-window")  # 5 experts of width 21
 
     def held(sharding: WeightSharding) -> list[tuple[list[int], int]]:
@@ -277,7 +283,7 @@ def test_experts_are_dealt_in_blocks_however_many():
 
 
 @pytest.mark.parametrize("variant", MOE_VARIANTS)
-def test_the_table_has_what_checkpoints_of_mixtures_hold(variant):
+def test_the_table_has_what_checkpoints_of_moe_models_hold(variant):
     config = tiny_config(variant)
     table = {weight.name: weight.shape for weight in weight_specs(config)}
     stored = {name: array.shape for name, array in tiny_weights(variant).items()}
@@ -349,7 +355,7 @@ def test_the_proof_of_coverage_notices_a_gap_in_an_experts_width(monkeypatch):
         ("llama-gqa", WeightSharding(2, 1, 4), "--tp 2 --cp 2 divides experts"),
     ],
 )
-def test_a_cut_that_does_not_fit_is_refused(variant, sharding, fact):
+def test_a_sharding_that_does_not_fit_is_refused(variant, sharding, fact):
     with pytest.raises(UserError, match=fact):
         check_weight_sharding(tiny_config(variant), sharding)
 
@@ -401,7 +407,42 @@ def test_a_layout_is_written_as_the_flags_that_ask_for_it():
     assert everything.degrees == "--tp 4 --cp 2 --dp 3"
 
 
-def test_switches_that_are_not_given_have_their_defaults():
+def test_every_field_of_a_layout_is_an_option():
+    """And has one definition: flags of its own, a default among its choices, and a need that the
+    checks know. The axes of the grid are fields, too."""
+    options = layout_options()
+    assert sorted(one.name for one in options) == sorted(one.name for one in fields(Layout))
+    flags = [flag for one in options for flag in one.flags]
+    assert len(set(flags)) == len(flags)
+    for one in options:
+        assert one.default == getattr(Layout(), one.name) and one.kind in (bool, int, float, str)
+        assert not one.choices or one.default == one.choices[0]
+        assert not one.needs or one.needs in NEEDS
+    assert {one.needs for one in options} == {"", *NEEDS}
+    assert [one.name for one in options if one.name not in LAYOUT_OPTIONS] == list(reversed(AXES))
+    assert Layout(2, 3, 4).shape == (3, 4, 2)
+
+
+def test_an_option_that_needs_experts_is_refused_without_them():
+    dense = tiny_config("llama-gqa")
+    assert [one.name for one in layout_options() if one.moe] == [
+        "ep",
+        "moe_token_dispatcher",
+        "expert_capacity_factor",
+        "token_drop_policy",
+        "expert_placement",
+    ]
+    for one in LAYOUT_OPTIONS.values():
+        given: dict[str, Any] = {one.name: one.choices[-1] if one.choices else 2}
+        layout = replace(Layout(), **given)
+        if not one.moe:
+            check_experts(dense, layout, [one.name])
+            continue
+        with pytest.raises(UserError, match=rf"^{one.flag} .* a model without experts"):
+            check_experts(dense, layout, [one.name])
+
+
+def test_options_that_are_not_given_have_their_defaults():
     nothing: dict[str, Any] = dict.fromkeys(LAYOUT_OPTIONS)
     assert make_layout(1, **nothing) == Layout()
     given = make_layout(
@@ -412,7 +453,7 @@ def test_switches_that_are_not_given_have_their_defaults():
     )
 
 
-def test_switches_work_also_where_there_is_nothing_to_divide():
+def test_options_work_also_where_there_is_nothing_to_divide():
     """With one rank to a group, that is: sequence parallelism with tp 1, flash decoding where no
     head is shared."""
     assert make_layout(1, sequence_parallel=True).sequence_parallel
@@ -514,7 +555,7 @@ def test_degrees_below_one_are_refused(degrees, flag):
         ),
     ],
 )
-def test_switches_that_are_wrong_or_without_effect_are_refused(cp, layout_options, sentence):
+def test_options_that_are_wrong_or_without_effect_are_refused(cp, layout_options, sentence):
     with pytest.raises(UserError) as refusal:
         make_layout(cp, cp=cp, **layout_options)
     assert sentence in str(refusal.value)
