@@ -289,7 +289,7 @@ def _load_balance(model: Model, prompt: Run) -> dict[str, float]:
         "least_arithmetic_seconds": float(least[0]),
         "most_arithmetic_seconds": float(most[0]),
         "attention_seconds": float(most[1]),
-        "send_receive_seconds": float(most[2]),
+        "isendrecv_seconds": float(most[2]),
     }
 
 

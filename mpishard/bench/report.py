@@ -87,8 +87,8 @@ def _balance_lines(report: dict[str, Any]) -> list[str]:
                 f"{row['attention_seconds']:.3f}",
                 f"{rate / 1e9:.1f}",
                 _percent(rate / row["product_flops_per_second"]),
-                f"{row['send_receive_seconds']:.3f}",
-                _percent(row["send_receive_seconds"] / row["seconds_per_step"]),
+                f"{row['isendrecv_seconds']:.3f}",
+                _percent(row["isendrecv_seconds"] / row["seconds_per_step"]),
             )
         )
     return _aligned(rows)

@@ -137,7 +137,7 @@ def test_seconds_of_arithmetic_are_a_part_of_the_step(report):
             communication = row["share_in_communication"] * row["seconds_per_step"]
             parts = row["most_arithmetic_seconds"] + communication
             assert parts == pytest.approx(row["seconds_per_step"])
-            assert row["send_receive_seconds"] == 0
+            assert row["isendrecv_seconds"] == 0
 
 
 def test_warming_up_and_limits_stay_short(model, monkeypatch):
@@ -417,7 +417,7 @@ def test_the_table_shows_memory_and_balance(report):
         "attention_seconds": 0.5,
         "attention_flops": int(4e9),
         "product_flops_per_second": 16e9,
-        "send_receive_seconds": 0.25,
+        "isendrecv_seconds": 0.25,
         "seconds_per_step": 5.0,
     }
     speeds = [report["speeds"][0] | example]
@@ -522,7 +522,7 @@ def test_layouts_divide_the_residual_stream_and_the_cache(
     for row in report["speeds"]:
         if row["phase"] == "prefill":
             assert row["most_arithmetic_seconds"] >= row["least_arithmetic_seconds"] > 0
-            assert bool(row["send_receive_seconds"]) == (options == ["--cp", 2])
+            assert bool(row["isendrecv_seconds"]) == (options == ["--cp", 2])
 
 
 def test_layouts_are_compared_in_turn(tmp_path):
