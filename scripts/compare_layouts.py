@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mpishard.engine.sampling_params import SamplingParams  # noqa: E402
 from mpishard.runtime import launch  # noqa: E402
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def load(world: MPI.Intracomm, args: argparse.Namespace) -> dict[str, mpishard.M
 def walker(model: mpishard.Model) -> Callable[[], float]:
     """What measures the bytes a second that this rank's matrix-vector products read, for a model of
     all ranks."""
-    from mpishard.bench.rounds import matrix_vector_products
+    from mpishard.bench.measurement import memory_probe
 
-    work, read = matrix_vector_products(model)
+    work, read = memory_probe(model)
 
     def walk() -> float:
         started = perf_counter()
@@ -128,7 +129,7 @@ def measure(model: mpishard.Model, walk: Callable[[], float], args: argparse.Nam
     comm.Barrier()
     bandwidth = comm.allreduce(walk())
     comm.Barrier()
-    params = mpishard.SamplingParams(max_tokens=args.max_tokens + 1, ignore_eos=True)
+    params = SamplingParams(max_tokens=args.max_tokens + 1, ignore_eos=True)
     model.generate(prompts.tolist(), params, timing=timing)
     prompt, generation = (
         max(comm.allgather(seconds)) for seconds in (timing.prefill_seconds, timing.decode_seconds)

@@ -1,4 +1,4 @@
-"""A report of `mpishard.bench.rounds.measure`, to read."""
+"""A report of `mpishard.bench.measurement.measure`, to read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 def table(report: dict[str, Any]) -> str:
     """A report of `measure` to read."""
     parts = [_speed_lines, _balance_lines, _memory_lines, _collective_lines]
-    if any("mixture_seconds" in row for row in report["speeds"]):
-        parts.insert(2, _mixture_lines)
+    if any("moe_seconds" in row for row in report["speeds"]):
+        parts.insert(2, _moe_lines)
     lines = [_heading(report), *_machine_lines(report)]
     for part in parts:
         lines += ["", *part(report)]
@@ -87,29 +87,29 @@ def _balance_lines(report: dict[str, Any]) -> list[str]:
                 f"{row['attention_seconds']:.3f}",
                 f"{rate / 1e9:.1f}",
                 _percent(rate / row["product_flops_per_second"]),
-                f"{row['send_receive_seconds']:.3f}",
-                _percent(row["send_receive_seconds"] / row["seconds_per_step"]),
+                f"{row['isendrecv_seconds']:.3f}",
+                _percent(row["isendrecv_seconds"] / row["seconds_per_step"]),
             )
         )
     return _aligned(rows)
 
 
-def _mixture_lines(report: dict[str, Any]) -> list[str]:
+def _moe_lines(report: dict[str, Any]) -> list[str]:
     rows = [
-        ("mixtures of a step, all ranks", "batch", "arithmetic, s", "products at least", "times")
+        ("MoE layers of a step, all ranks", "batch", "arithmetic, s", "products at least", "times")
         + ("rows: fewest", "most", "sent, there and back", "if even")
     ]
     for row in report["speeds"]:
         if row["phase"] != "prefill":
             continue
-        least = row["mixture_limit_seconds"]
+        least = row["moe_limit_seconds"]
         rows.append(
             (
                 _title(row, report),
                 f"{row['batch']}",
-                f"{row['mixture_seconds']:.3f}",
+                f"{row['moe_seconds']:.3f}",
                 f"{least:.3f}",
-                f"{row['mixture_seconds'] / least:.2f}",
+                f"{row['moe_seconds'] / least:.2f}",
                 f"{row['fewest_expert_rows']}",
                 f"{row['most_expert_rows']}",
                 f"{row['expert_rows_sent']}",

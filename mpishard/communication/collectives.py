@@ -8,7 +8,7 @@ all_to_all      rows for each rank -> rows from each rank
 gather          block -> all ranks' blocks, joined, on rank 0
 broadcast       x -> rank 0's x
 barrier         nothing -> nothing, once all ranks have come
-send_receive    x for one rank -> (arithmetic) -> what another rank sent
+isendrecv       x for one rank -> (arithmetic) -> what another rank sent
 
 Each returns a new array and leaves its argument alone. Data travels through MPI's buffer calls
 (``Allreduce``, not ``allreduce``), so that the bytes in the ledger are the bytes of the arrays.
@@ -253,7 +253,7 @@ def isendrecv(
     if shape is not None:
         if dtype is None:
             if x is None:
-                raise ValueError("send_receive needs the dtype of what it receives, or x to say it")
+                raise ValueError("isendrecv needs the dtype of what it receives, or x to say it")
             dtype = x.dtype
         received = np.empty(shape, dtype)
 

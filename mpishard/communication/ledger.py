@@ -15,10 +15,10 @@ reduce_scatter     the whole array, n          n - (this rank's block)
 all_to_all         this rank's rows, n         n - (its rows for itself)
 gather             this rank's block, b        b, 0 on the root
 broadcast          the array, n                (p-1)/p n
-send_receive       the array sent, n           n, 0 to itself
+isendrecv          the array sent, n           n, 0 to itself
 =================  ==========================  ===================================
 
-The seconds are those spent in MPI: of send_receive the beginning, the progress and the end, not the
+The seconds are those spent in MPI: of isendrecv the beginning, the progress and the end, not the
 arithmetic between them. What a check of the collectives sends (`mpishard.communication.check`) is
 not counted; the seconds that ranks wait for each other in it are.
 """

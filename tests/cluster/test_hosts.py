@@ -118,7 +118,8 @@ def sent():
 world = MPI.COMM_WORLD
 model = mpishard.load(sys.argv[1], world, **json.loads(sys.argv[2]))
 prompts = [list(range(3, 400)), list(range(400, 10, -1))]
-model.generate(prompts, mpishard.SamplingParams(max_tokens=1))  # connections are made at the first message
+# Connections are made at the first message.
+model.generate(prompts, mpishard.SamplingParams(max_tokens=1))
 model.mesh.ledger.clear()
 before = sent()
 model.generate(prompts, mpishard.SamplingParams(max_tokens=1))

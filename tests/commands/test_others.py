@@ -35,13 +35,13 @@ def test_bench_prints_a_table(model, n, tp):
     "n, words, collectives",
     [
         (2, "--tp 2 --dp 1 --sequence-parallel", {"all_gather", "reduce_scatter"}),
-        (2, "--tp 1 --cp 2 --dp 1", {"send_receive", "reduce_scatter"}),
+        (2, "--tp 1 --cp 2 --dp 1", {"isendrecv", "reduce_scatter"}),
         (2, "--tp 1 --cp 2 --dp 1 --cp-prefill all-gather", {"all_gather", "reduce_scatter"}),
         (8, "--tp 8 --dp 1 --flash-decoding --decode-merge all-to-all", {"all_to_all"}),
         (
             8,
             "--tp 2 --cp 2 --dp 2 --sequence-parallel --cp-kv-cache-interleave-size 4",
-            {"send_receive"},
+            {"isendrecv"},
         ),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_rank_that_does_something_else_is_asked_where_it_is(model):
     assert number == done + 1
     assert re.search(rf"in no collective; done: .*{done} of tp, \d of world; for \d+\.\d s$", away)
     assert stack("rank 1", said)[-1].endswith("in misbehave")
-    assert re.match(r"mpishard/commands/generate\.py:\d+ in _generate", stack("rank 0", said)[1])
+    assert re.match(r"mpishard/commands/generate\.py:\d+ in run", stack("rank 0", said)[1])
     called = re.search(r"mpishard/parallel/tensor\.py:\d+", waits)
     for rank in ("rank 0", "rank 1"):
         assert called and any(line.startswith(called[0]) for line in stack(rank, said))

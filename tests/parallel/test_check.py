@@ -226,7 +226,7 @@ def test_an_exchange_round_a_ring_that_does_not_fit(group, odd, x, shape, sent, 
     coming = shape if rank == 1 else X.shape
     message = mismatch(lambda: isendrecv(mine, group, to, coming, source, np.float32))
     assert re.fullmatch(
-        rf"send_receive, on all ranks at \S*test_check.py:\d+: rank 10 sends {sent} to rank 11, "
+        rf"isendrecv, on all ranks at \S*test_check.py:\d+: rank 10 sends {sent} to rank 11, "
         f"which expects {expected}",
         message,
     )

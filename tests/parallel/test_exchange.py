@@ -1,4 +1,4 @@
-"""all_to_all against NumPy on all ranks' rows, and send_receive round a ring: uneven and empty
+"""all_to_all against NumPy on all ranks' rows, and isendrecv round a ring: uneven and empty
 blocks, types, arrays that go in pieces; and what the ledger says of them."""
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_all_to_all_in_the_ledger(group):
     assert entry.seconds > 0 and len(list(group.ledger)) == 1
 
 
-def test_send_receive_round_the_ring(group):
+def test_isendrecv_round_the_ring(group):
     """Every rank's array, of its own length, passes through all ranks; on one rank, to itself."""
     p = group.size
     for dtype, limit in product(DTYPES, LIMITS):
@@ -125,7 +125,7 @@ def test_send_receive_round_the_ring(group):
             x = received
 
 
-def test_send_receive_of_large_arrays_hides_behind_other_work(group):
+def test_isendrecv_of_large_arrays_hides_behind_other_work(group):
     """Exchanges of many megabytes in both directions at once, collectives between their two calls,
     and a view whose base changes: all of it arrives as it was when it was sent."""
     p = group.size
@@ -140,7 +140,7 @@ def test_send_receive_of_large_arrays_hides_behind_other_work(group):
     np.testing.assert_array_equal(down.wait(), data(after, (500, 1001), np.int64)[:250])
 
 
-def test_send_receive_progresses_to_the_end(group):
+def test_isendrecv_progresses_to_the_end(group):
     p = group.size
     x = data(group.rank, (300_000,), np.float32)
     pending = isendrecv(x, group, (group.rank + 1) % p, x.shape, (group.rank - 1) % p)
@@ -150,7 +150,7 @@ def test_send_receive_progresses_to_the_end(group):
     np.testing.assert_array_equal(pending.wait(), data((group.rank - 1) % p, x.shape, np.float32))
 
 
-def test_send_receive_one_way(group):
+def test_isendrecv_one_way(group):
     """Down a line: the first rank receives nothing, the last sends nothing."""
     rank, last = group.rank, group.size - 1
     for shape, limit in product(((), (5,), (2, 3), (0, 4)), LIMITS):
@@ -172,7 +172,7 @@ def test_send_receive_one_way(group):
             np.testing.assert_array_equal(received, data(rank - 1, shape, np.float32))
 
 
-def test_send_receive_needs_a_dtype_from_somewhere(group):
+def test_isendrecv_needs_a_dtype_from_somewhere(group):
     with pytest.raises(ValueError, match="dtype"):
         isendrecv(None, group, 0, (3,), 0)
     assert isendrecv(None, group, 0, None, 0).wait() is None
@@ -188,7 +188,7 @@ def test_the_type_received_may_be_another_than_the_type_sent(group):
     np.testing.assert_array_equal(received, np.full(3, before))
 
 
-def test_send_receive_in_the_ledger(group):
+def test_isendrecv_in_the_ledger(group):
     p, rank = group.size, group.rank
     x = np.zeros((3, 5), np.float32)
     pending = isendrecv(x, group, (rank + 1) % p, (3, 5), (rank - 1) % p, limit=4)

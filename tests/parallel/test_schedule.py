@@ -622,10 +622,10 @@ CALLS = {
         "2 all_gather, 2 reduce_scatter",
         "4 all_gather, 3 reduce_scatter",
     ),
-    "--cp 16": ("15 send_receive", "2 all_gather, 1 reduce_scatter"),
+    "--cp 16": ("15 isendrecv", "2 all_gather, 1 reduce_scatter"),
     "--cp 16 --cp-prefill all-gather": ("1 all_gather", "2 all_gather, 1 reduce_scatter"),
     "--tp 4 --cp 4 --sequence-parallel": (
-        "2 all_gather, 2 reduce_scatter, 3 send_receive",
+        "2 all_gather, 3 isendrecv, 2 reduce_scatter",
         "4 all_gather, 3 reduce_scatter",
     ),
     "--dp 16": ("", ""),

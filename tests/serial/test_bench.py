@@ -18,7 +18,7 @@ from tiny_models import tiny_config, tiny_weights, write_checkpoint
 
 import mpishard
 from mpishard.arithmetic import linear
-from mpishard.bench import counts, measure, rounds, table
+from mpishard.bench import measure, measurement, memory, probes, roofline, table
 from mpishard.cli import make_parser
 from mpishard.config.layout import Layout
 from mpishard.config.weight_sharding import WeightSharding
@@ -34,8 +34,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch):
-    monkeypatch.setattr(rounds, "NODE_WORKING_SET", 2**20)
-    monkeypatch.setattr(rounds, "RANK_WORKING_SET", 2**20)
+    monkeypatch.setattr(probes, "NODE_WORKING_SET", 2**20)
+    monkeypatch.setattr(probes, "RANK_WORKING_SET", 2**20)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_speeds_and_limits_agree_with_each_other(report):
 
 
 def test_the_slower_of_reading_and_multiplying_is_the_limit():
-    work = counts.StepCost(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
+    work = roofline.StepCost(product_flops=600, attention_flops=300, weight_bytes=50, cache_bytes=7)
     fast, slow = 1e9, 1.0
     assert work.seconds(bandwidth=slow, rate=fast) == 50
     assert work.seconds(bandwidth=fast, rate=slow) == 600
@@ -137,13 +137,13 @@ def test_seconds_of_arithmetic_are_a_part_of_the_step(report):
             communication = row["share_in_communication"] * row["seconds_per_step"]
             parts = row["most_arithmetic_seconds"] + communication
             assert parts == pytest.approx(row["seconds_per_step"])
-            assert row["send_receive_seconds"] == 0
+            assert row["isendrecv_seconds"] == 0
 
 
 def test_warming_up_and_limits_stay_short(model, monkeypatch):
     """Whatever is not measured must not grow with a prompt that takes minutes."""
     fed, limited = [], []
-    run, products = rounds._run, rounds._products
+    run, products = measurement._run, measurement.gemm_probe
 
     def watched_run(model, batch, tokens, *rest):
         fed.append((batch, tokens))
@@ -154,15 +154,15 @@ def test_warming_up_and_limits_stay_short(model, monkeypatch):
         limited.append(flops)
         return multiply, flops
 
-    monkeypatch.setattr(rounds, "WARM_UP_TOKENS", 16)
-    monkeypatch.setattr(rounds, "_run", watched_run)
-    monkeypatch.setattr(rounds, "_products", watched_products)
+    monkeypatch.setattr(measurement, "WARM_UP_TOKENS", 16)
+    monkeypatch.setattr(measurement, "_run", watched_run)
+    monkeypatch.setattr(measurement, "gemm_probe", watched_products)
     measure(model, [40, 60], 1, [1, 4], repeat=1)
     assert fed == [(1, 16), (4, 4), (1, 40), (4, 40), (1, 60), (4, 60)]
     layer = sum(
         w.size for name, w in tiny_weights(UNTIED).items() if "layers.0." in name and w.ndim == 2
     )
-    assert limited == [2 * rounds.PRODUCT_ROWS * layer]
+    assert limited == [2 * probes.PRODUCT_ROWS * layer]
 
 
 def test_weights_and_caches_are_those_of_the_model(report):
@@ -211,7 +211,7 @@ def test_activations_are_those_of_a_step_through_all_layers(variant, tmp_path):
     decoder.forward(step)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert rounds._memory(model, 2, 30, 1)["activations_bytes"] == pytest.approx(peak, rel=0.05)
+    assert memory.memory_of(model, 2, 30, 1)["activations_bytes"] == pytest.approx(peak, rel=0.05)
 
 
 def test_a_mixture_computes_a_row_for_each_expert_of_each_token(tmp_path):
@@ -222,15 +222,15 @@ def test_a_mixture_computes_a_row_for_each_expert_of_each_token(tmp_path):
     rows = 2 * PROMPT * moe.top_k * sum(moe.layers)
     assert prompt["fewest_expert_rows"] == prompt["most_expert_rows"] == rows
     assert prompt["expert_rows_sent"] == prompt["expert_rows_sent_if_even"] == 0
-    flops = prompt["mixture_limit_seconds"] * prompt["product_flops_per_second"]
+    flops = prompt["moe_limit_seconds"] * prompt["product_flops_per_second"]
     assert flops == pytest.approx(rows * 2 * 3 * hidden * moe.moe_intermediate_size)
-    assert prompt["mixture_seconds"] > 0 and "mixture_seconds" not in generation
-    assert "mixtures of a step" in table(report)
+    assert prompt["moe_seconds"] > 0 and "moe_seconds" not in generation
+    assert "MoE layers of a step" in table(report)
 
 
 def test_a_watched_model_answers_as_it_would_unwatched(model):
     decoder = model.decoder
-    watched = rounds.TimedDecoder(decoder)
+    watched = probes.TimedDecoder(decoder)
     steps = [pack([(np.arange(PROMPT), decoder.allocate_cache(PROMPT))]) for _ in range(2)]
     expected = decoder.forward(steps[0])
     np.testing.assert_array_equal(watched.forward(steps[1]), expected)
@@ -238,7 +238,7 @@ def test_a_watched_model_answers_as_it_would_unwatched(model):
 
 
 def test_a_tied_embedding_is_read_whole():
-    assert counts.read_bytes(tiny_config(TIED), WeightSharding(1), 0, FLOAT32) == sum(
+    assert roofline.read_bytes(tiny_config(TIED), WeightSharding(1), 0, FLOAT32) == sum(
         array.nbytes for array in tiny_weights(TIED).values()
     )
 
@@ -258,7 +258,7 @@ def test_flops_are_those_of_the_products_that_are_made(variant, tmp_path, monkey
     monkeypatch.setattr(linear, "use_small_gemm", lambda rows: False)
     ids_S = np.arange(PROMPT)
     decoder.forward(pack([(ids_S, decoder.allocate_cache(PROMPT)) for _ in range(2)]))
-    assert counts.product_flops(decoder.config, WeightSharding(1), 0, 2 * PROMPT, 2) == sum(flops)
+    assert roofline.product_flops(decoder.config, WeightSharding(1), 0, 2 * PROMPT, 2) == sum(flops)
 
 
 def test_reports_count_the_flops_of_their_own_steps(report):
@@ -266,7 +266,7 @@ def test_reports_count_the_flops_of_their_own_steps(report):
     per_key = 4 * config.heads * config.head_dim * config.layers
     for row in report["speeds"]:
         prompt, length = row["phase"] == "prefill", row["prompt_tokens"]
-        flops = counts.product_flops(config, WeightSharding(1), 0, tokens_of(row), row["batch"])
+        flops = roofline.product_flops(config, WeightSharding(1), 0, tokens_of(row), row["batch"])
         assert row["product_flops"] == flops
         # A query at position p sees p + 1 keys; the middle one after the prompt sees two more.
         keys = sum(range(1, length + 1)) if prompt else length + (TOKENS + 1) // 2
@@ -282,14 +282,14 @@ def test_visible_keys_are_neither_later_nor_before_the_window(queries, keys):
     config = tiny_config(WINDOWED)
     assert None in config.windows and 5 in config.windows
     positions = [np.array(at, np.int64) for at in (queries, keys)]
-    assert counts.visible_keys(config, *positions) == seen(config, queries, keys)
+    assert roofline.visible_keys(config, *positions) == seen(config, queries, keys)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 6])
 def test_the_product_flops_of_all_ranks_are_those_of_one_where_no_head_is_held_twice(tp):
     config = replace(tiny_config(WINDOWED), kv_heads=6)
-    parts = [counts.product_flops(config, WeightSharding(tp), rank, 5, 2) for rank in range(tp)]
-    assert sum(parts) == counts.product_flops(config, WeightSharding(1), 0, 5, 2)
+    parts = [roofline.product_flops(config, WeightSharding(tp), rank, 5, 2) for rank in range(tp)]
+    assert sum(parts) == roofline.product_flops(config, WeightSharding(1), 0, 5, 2)
 
 
 LAYOUTS = [
@@ -307,7 +307,7 @@ LAYOUTS = [
 def test_ranks_share_the_attention_of_a_prompt(layout, variant):
     """A query head of a token is one rank's, with all the keys that it sees."""
     config, tokens = tiny_config(variant), 13
-    works = [counts.prefill_cost(rank, 3, tokens) for rank in ranks_of(layout, variant)]
+    works = [roofline.prefill_cost(rank, 3, tokens) for rank in ranks_of(layout, variant)]
     whole = seen(config, range(tokens), range(tokens))
     flops = 3 * 4 * config.heads * config.head_dim * whole
     assert sum(work.attention_flops for work in works) == flops
@@ -321,7 +321,7 @@ def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
     undivided one by each that holds it."""
     config, start, stop = tiny_config(variant), 11, 12
     ranks = ranks_of(layout, variant)
-    works = [counts.decode_cost(rank, 3, start, stop) for rank in ranks]
+    works = [roofline.decode_cost(rank, 3, start, stop) for rank in ranks]
     whole = 3 * seen(config, [start], range(stop))
     flops = 4 * config.heads * config.head_dim * whole
     assert sum(work.attention_flops for work in works) == flops
@@ -333,7 +333,9 @@ def test_ranks_share_the_attention_of_a_generated_token(layout, variant):
 
 def test_zigzag_divides_the_work_of_a_prompt_evenly_and_contiguous_blocks_do_not():
     def flops(layout: Layout) -> list[int]:
-        return [counts.prefill_cost(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)]
+        return [
+            roofline.prefill_cost(rank, 1, 64).attention_flops for rank in ranks_of(layout, TIED)
+        ]
 
     even, zigzag = flops(Layout(cp=2))
     assert even == zigzag
@@ -342,17 +344,17 @@ def test_zigzag_divides_the_work_of_a_prompt_evenly_and_contiguous_blocks_do_not
 
 
 def test_the_tokens_of_a_prompt_are_divided_over_context_parallel_ranks():
-    first, second = [counts.prefill_cost(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
+    first, second = [roofline.prefill_cost(rank, 2, 9) for rank in ranks_of(Layout(cp=2), UNTIED)]
     # Zigzag: blocks of 3, 2, 2, 2; the first rank has the first and the last, which is answered.
     config = tiny_config(UNTIED)
-    assert first.product_flops == counts.product_flops(config, WeightSharding(1), 0, 2 * 5, 2)
-    assert second.product_flops == counts.product_flops(config, WeightSharding(1), 0, 2 * 4, 0)
+    assert first.product_flops == roofline.product_flops(config, WeightSharding(1), 0, 2 * 5, 2)
+    assert second.product_flops == roofline.product_flops(config, WeightSharding(1), 0, 2 * 4, 0)
 
 
 def test_the_mean_generation_step_stands_for_all():
     rank = ranks_of(Layout(), UNTIED)[0]
-    steps = [counts.decode_cost(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
-    assert counts.decode_cost(rank, 2, 7, 10).attention_flops == sum(steps) / 3
+    steps = [roofline.decode_cost(rank, 2, p, p + 1).attention_flops for p in (7, 8, 9)]
+    assert roofline.decode_cost(rank, 2, 7, 10).attention_flops == sum(steps) / 3
 
 
 def test_collectives_are_those_of_one_step(report):
@@ -415,7 +417,7 @@ def test_the_table_shows_memory_and_balance(report):
         "attention_seconds": 0.5,
         "attention_flops": int(4e9),
         "product_flops_per_second": 16e9,
-        "send_receive_seconds": 0.25,
+        "isendrecv_seconds": 0.25,
         "seconds_per_step": 5.0,
     }
     speeds = [report["speeds"][0] | example]
@@ -481,8 +483,10 @@ def test_ranks_report_as_one(tmp_path):
     assert prompt["tokens_per_second"] * prompt["seconds_per_step"] == pytest.approx(4 * PROMPT)
     assert generation["tokens_per_second"] * generation["seconds_per_step"] == pytest.approx(4)
     config = tiny_config(UNTIED)
-    assert report["weight_bytes"] == counts.weight_bytes(config, WeightSharding(2), 0, FLOAT32)
-    assert counts.weight_bytes(config, WeightSharding(1), 0, FLOAT32) // 2 < report["weight_bytes"]
+    assert report["weight_bytes"] == roofline.weight_bytes(config, WeightSharding(2), 0, FLOAT32)
+    assert (
+        roofline.weight_bytes(config, WeightSharding(1), 0, FLOAT32) // 2 < report["weight_bytes"]
+    )
     payload = (2 * config.layers + 1) * 2 * config.hidden * FLOAT32
     reduced = generation["collectives"][0]
     assert (reduced["operation"], reduced["group"]) == ("all_reduce", "tp")
@@ -518,7 +522,7 @@ def test_layouts_divide_the_residual_stream_and_the_cache(
     for row in report["speeds"]:
         if row["phase"] == "prefill":
             assert row["most_arithmetic_seconds"] >= row["least_arithmetic_seconds"] > 0
-            assert bool(row["send_receive_seconds"]) == (options == ["--cp", 2])
+            assert bool(row["isendrecv_seconds"]) == (options == ["--cp", 2])
 
 
 def test_layouts_are_compared_in_turn(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import write_checkpoint
 
 import mpishard
-from mpishard.bench import rounds
+from mpishard.bench import measure, probes
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plot_contexts.py"
 FIGURES = ("peak_bytes", "activations_bytes", "kv_cache_bytes")
@@ -100,10 +100,10 @@ def test_the_heading_says_what_the_lines_have_in_common():
 
 
 def test_a_report_of_bench_has_every_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(rounds, "NODE_WORKING_SET", 2**20)
-    monkeypatch.setattr(rounds, "RANK_WORKING_SET", 2**20)
+    monkeypatch.setattr(probes, "NODE_WORKING_SET", 2**20)
+    monkeypatch.setattr(probes, "RANK_WORKING_SET", 2**20)
     model = mpishard.load(write_checkpoint("llama-mha", tmp_path))
-    measured = rounds.measure(model, [4, 9], 2, [1], repeat=1)
+    measured = measure(model, [4, 9], 2, [1], repeat=1)
     for panel in plot_contexts.PANELS:
         (line,) = plot_contexts.lines([measured], panel, 1).values()
         assert list(line) == [4, 9] and min(line.values()) > 0

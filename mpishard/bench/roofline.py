@@ -88,8 +88,8 @@ def read_bytes(
     config: ModelConfig, sharding: WeightSharding, index: int, itemsize: int, tokens: int = 1
 ) -> int:
     """Bytes of the weights of a rank that a step reads: all but the embedding, of which it reads a
-    few rows, unless the embedding is also the head; of a mixture, the experts that `tokens` tokens
-    choose if all choices are equally likely."""
+    few rows, unless the embedding is also the head; of an MoE layer, the experts that `tokens`
+    tokens choose if all choices are equally likely."""
     read = 0.0
     for weight in specs_of_shard(config, sharding, index):
         if weight.field != "embedding" or config.tied:

@@ -1,7 +1,4 @@
-"""The measuring: rounds of prompts and generation, each followed by its limit.
-
-Memory is what NumPy allocated during a prompt's step (activations), of that the residual stream,
-and the KV cache; beside them the peak of the process's resident memory, without that of loading.
+"""Measuring: rounds of prefill and decode, each followed by its limit on this machine.
 
 Every figure is a median. Step and limit alternate, so that other work on the machine slows both.
 """
@@ -9,22 +6,22 @@ Every figure is a median. Step and limit alternate, so that other work on the ma
 from __future__ import annotations
 
 import math
-import os
-import tracemalloc
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
 from mpishard.api import Model
-from mpishard.arithmetic.gemm import KERNELS
-from mpishard.arithmetic.linear import Linear
-from mpishard.bench.counts import (
+from mpishard.bench.machine import environment
+from mpishard.bench.memory import forget_peak, memory_of
+from mpishard.bench.probes import (
+    TimedDecoder,
+    gemm_probe,
+    memory_probe,
+)
+from mpishard.bench.roofline import (
     StepCost,
     decode_cost,
     prefill_cost,
@@ -33,28 +30,16 @@ from mpishard.bench.counts import (
     weight_bytes,
 )
 from mpishard.communication.collectives import MAX, MIN, all_reduce, barrier
-from mpishard.communication.group import CollectiveCall, Group
-from mpishard.communication.ledger import Entry, Ledger
-from mpishard.communication.mesh import Mesh
+from mpishard.communication.group import Group
+from mpishard.communication.ledger import Entry
 from mpishard.engine.generate import next_tokens
 from mpishard.engine.sampling import SamplingRow
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
-from mpishard.layers import Layer
 from mpishard.model import Decoder
-from mpishard.parallel.attention import AttendCache
-from mpishard.parallel.expert import Dispatch, MoELayer, Routing
-from mpishard.parallel.tensor import FeedForward
 from mpishard.sequences.kv_cache import KVCache
 from mpishard.sequences.step import ScheduledChunk, pack
 
-# Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
-# that each walks at least, beyond its own.
-NODE_WORKING_SET = 512 * 2**20
-RANK_WORKING_SET = 64 * 2**20
-# Rows of `x` in the product whose rate is measured, however long the prompt: with more the rate
-# hardly rises, and the limit of a prompt of minutes is still taken in a second.
-PRODUCT_ROWS = 512
 # A limit is taken at least so often in a run, a prompt's after its one step.
 LIMITS_PER_RUN = 4
 # Tokens that the prompts to warm up have together at most.
@@ -77,7 +62,7 @@ class Run:
     arithmetic_seconds: float
     entries: list[tuple[str, str, Entry]]
     attention_seconds: float = 0.0  # of a prompt alone, as those below
-    mixture_seconds: float = 0.0  # of them in mixtures of experts
+    moe_seconds: float = 0.0  # of them in MoE layers
     expert_rows: int = 0  # that experts of this rank computed, and the flops of that
     expert_flops: int = 0
 
@@ -85,75 +70,6 @@ class Run:
     def tokens(self) -> int:
         """Tokens of a replica in one step."""
         return self.batch * (self.prompt_tokens if self.phase == "prefill" else 1)
-
-
-@dataclass(frozen=True)
-class CountedLinear(Linear):
-    """The last product of an expert, which says how many rows it computes."""
-
-    count: Callable[[int], None] = lambda rows: None
-
-    def partial(self, x_NI: Any) -> np.ndarray:
-        y_NO = super().partial(x_NI)
-        self.count(len(y_NO))
-        return y_NO
-
-
-class TimedDecoder(Decoder):
-    """A model that adds up the seconds which attention and mixtures of experts take it, both
-    without communication, and what its experts compute."""
-
-    def __init__(self, model: Decoder) -> None:
-        self.__dict__.update(model.__dict__)
-        self.layers = [self._watched(layer) for layer in model.layers]
-        self.attend = self._timed_attend(model.attend)
-        self.attention_seconds = self.mixture_seconds = 0.0
-        self.expert_rows = self.expert_flops = 0
-
-    def _watched(self, layer: Layer) -> Layer:
-        ffn = layer.ffn
-        if isinstance(ffn, MoELayer):
-            experts = {number: self._counted(w) for number, w in ffn.experts.items()}
-            dispatch = self._timed_dispatch(ffn.dispatch)
-            ffn = replace(ffn, experts=experts, dispatch=dispatch)
-        return replace(layer, ffn=ffn)
-
-    def _timed_attend(self, attend: AttendCache) -> Any:
-        def timed(*operands: Any) -> Any:
-            started = _arithmetic_clock(self.mesh.ledger)
-            output = attend(*operands)
-            self.attention_seconds += _arithmetic_clock(self.mesh.ledger) - started
-            return output
-
-        return timed
-
-    def _timed_dispatch(self, dispatch: Dispatch) -> Dispatch:
-        def timed(x_nD: np.ndarray, routes: Routing, w: MoELayer, mesh: Mesh) -> np.ndarray:
-            started = _arithmetic_clock(mesh.ledger)
-            y_nD = dispatch(x_nD, routes, w, mesh)
-            self.mixture_seconds += _arithmetic_clock(mesh.ledger) - started
-            return y_nD
-
-        return timed
-
-    def _counted(self, w: FeedForward) -> FeedForward:
-        def count(rows: int) -> None:
-            self.expert_rows += rows
-            sizes = [linear.weight.size for linear in (w.gate, w.up, w.down)]
-            self.expert_flops += 2 * rows * sum(sizes)
-
-        return replace(w, down=CountedLinear(**vars(w.down), count=count))
-
-
-class LayerSample(Decoder):
-    """The first layer of each kind of a model, of which it has as many as it has windows."""
-
-    def __init__(self, model: Decoder) -> None:
-        model = model.map_moe_layers(lambda _, mixture: replace(mixture, hooks=()))
-        self.__dict__.update(model.__dict__)
-        windows = model.config.windows
-        self.layer_numbers = range(len(set(windows)))
-        self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
 
 
 def measure(
@@ -169,17 +85,17 @@ def measure(
     """
     _check(model, prompt_tokens, max_tokens, batches, repeat)
     lengths = sorted(prompt_tokens)
-    _forget_peak()
+    forget_peak()
     for batch in batches:
         short = min(lengths[0], max(1, WARM_UP_TOKENS // batch))
-        _run(model, batch, short, max_tokens, _nothing, _nothing)
+        _run(model, batch, short, max_tokens, nothing, nothing)
     warmed_up = model.peak_memory()
-    multiply, flops = _products(model.decoder.layers[0])
-    walk, walked = matrix_vector_products(model)
+    multiply, flops = gemm_probe(model.decoder.layers[0])
+    walk, walked = memory_probe(model)
     speeds, memory, bandwidths, rates = [], [], [], []
     for length in lengths:
         for batch in batches:
-            _forget_peak()
+            forget_peak()
             rounds = [_run(model, batch, length, max_tokens, multiply, walk) for _ in range(repeat)]
             prompts, generations = zip(*rounds, strict=True)
             prompt, generation = _median(prompts), _median(generations)
@@ -187,19 +103,19 @@ def measure(
             bandwidths.append(walked / generation.limit_seconds)
             limits = bandwidths[-1], rates[-1]
             work = prefill_cost(model.decoder, batch, length)
-            row = _row(model, prompt, work, *limits) | _balance(model, prompt)
-            speeds.append(row | _mixtures(model, prompt, rates[-1]))
+            row = _row(model, prompt, work, *limits) | _load_balance(model, prompt)
+            speeds.append(row | _moe_layers(model, prompt, rates[-1]))
             work = decode_cost(model.decoder, batch, length, length + max_tokens)
             speeds.append(_row(model, generation, work, *limits))
             # The matrices of the limits were there all the time, and are none of the model's.
             peak = max(warmed_up, model.peak_memory() - walked)
-            arrays = _memory(model, batch, length, max_tokens)
+            arrays = memory_of(model, batch, length, max_tokens)
             memory.append({"prompt_tokens": length, "batch": batch, **arrays, "peak_bytes": peak})
 
     world, shard = model.mesh.world, (*shard_of(model.decoder), model.decoder.dtype.itemsize)
     weights, read = all_reduce(np.array([weight_bytes(*shard), read_bytes(*shard)]), world, MAX)
     slowest = all_reduce(np.array([np.median(bandwidths), np.median(rates)]), world, MIN)
-    return _environment(model) | {
+    return environment(model) | {
         "prompt_tokens": lengths,
         "max_tokens": max_tokens,
         "repeat": repeat,
@@ -261,11 +177,11 @@ def _run(
         mesh.ledger.clear()
         seconds, limit_seconds = [], []
         for _ in range(steps):
-            started = _start_together(mesh.world)
+            started = start_together(mesh.world)
             ids_BS = _feed(decoder, caches, ids_BS)
             seconds.append(perf_counter() - started)
             for _ in range(math.ceil(LIMITS_PER_RUN / steps)):
-                started = _start_together(mesh.world)
+                started = start_together(mesh.world)
                 limit()
                 limit_seconds.append(perf_counter() - started)
         arithmetic_seconds = (sum(seconds) - mesh.ledger.seconds) / steps
@@ -287,7 +203,7 @@ def _run(
     watched = TimedDecoder(decoder)
     prompt, first_B1 = timed("prefill", watched, prompts_BS, 1, multiply)
     generation, _ = timed("decode", decoder, first_B1, max_tokens, walk)
-    of_watched = ("attention_seconds", "mixture_seconds", "expert_rows", "expert_flops")
+    of_watched = ("attention_seconds", "moe_seconds", "expert_rows", "expert_flops")
     return replace(prompt, **{name: getattr(watched, name) for name in of_watched}), generation
 
 
@@ -304,15 +220,10 @@ def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.nda
     return np.array(next_tokens(decoder, step, rows))[:, np.newaxis]
 
 
-def _start_together(world: Group) -> float:
+def start_together(world: Group) -> float:
     """The time at which all ranks have come here."""
     barrier(world)
     return perf_counter()
-
-
-def _arithmetic_clock(ledger: Ledger) -> float:
-    """The time on a clock that stands still during collectives."""
-    return perf_counter() - ledger.seconds
 
 
 def _median(runs: Sequence[Run]) -> Run:
@@ -322,15 +233,8 @@ def _median(runs: Sequence[Run]) -> Run:
     return replace(middle, limit_seconds=limit_seconds)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Work of no length, while warming up."""
-
-
-def _forget_peak() -> None:
-    """Lets the peak of this process's resident memory begin anew, so that loading is not part of
-    it; where the system does not allow that, it remains that since the start."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 def _per_step(entry: Entry, steps: int) -> Entry:
@@ -340,40 +244,6 @@ def _per_step(entry: Entry, steps: int) -> Entry:
         entry.wire_bytes / steps,
         entry.seconds / steps,
     )
-
-
-def matrix_vector_products(model: Model) -> tuple[Callable[[], None], int]:
-    """Work that reads matrices too large together to stay in this rank's part of the caches, and
-    their bytes."""
-    with CollectiveCall("split", model.mesh.world):
-        node = model.mesh.world.comm.Split_type(MPI.COMM_TYPE_SHARED)
-    bytes_of_rank = max(RANK_WORKING_SET, NODE_WORKING_SET // node.size)
-    node.Free()
-    side, dtype = 2048, model.decoder.dtype
-    count = max(1, bytes_of_rank // (side * side * dtype.itemsize))
-    matrices, x_I = np.ones((count, side, side), dtype), np.ones(side, dtype)
-
-    def walk() -> None:
-        for w_OI in matrices:
-            w_OI @ x_I
-
-    return walk, matrices.nbytes
-
-
-def _products(layer: Layer) -> tuple[Callable[[], None], int]:
-    """Work that multiplies PRODUCT_ROWS tokens with a layer's weights plainly, and its flops."""
-    attention, ffn = layer.attention, layer.ffn
-    if isinstance(ffn, MoELayer):
-        ffn = next(iter(ffn.experts.values()))
-    weights = [linear.weight for linear in (*attention.linears, ffn.gate, ffn.up, ffn.down)]
-    widths = {w_OI.shape[1] for w_OI in weights}
-    x_by_width = {width: np.ones((PRODUCT_ROWS, width), weights[0].dtype) for width in widths}
-
-    def multiply() -> None:
-        for w_OI in weights:
-            x_by_width[w_OI.shape[1]] @ w_OI.T
-
-    return multiply, 2 * PRODUCT_ROWS * sum(w_OI.size for w_OI in weights)
 
 
 def _row(model: Model, run: Run, work: StepCost, bandwidth: float, rate: float) -> dict[str, Any]:
@@ -408,7 +278,7 @@ def _row(model: Model, run: Run, work: StepCost, bandwidth: float, rate: float) 
     }
 
 
-def _balance(model: Model, prompt: Run) -> dict[str, float]:
+def _load_balance(model: Model, prompt: Run) -> dict[str, float]:
     """How evenly a prompt's step was divided over all ranks, what attention's arithmetic took, and
     how much of the exchange of keys and values was not hidden behind it."""
     exchanged = [entry.seconds for what, _, entry in prompt.entries if what == "isendrecv"]
@@ -419,14 +289,14 @@ def _balance(model: Model, prompt: Run) -> dict[str, float]:
         "least_arithmetic_seconds": float(least[0]),
         "most_arithmetic_seconds": float(most[0]),
         "attention_seconds": float(most[1]),
-        "send_receive_seconds": float(most[2]),
+        "isendrecv_seconds": float(most[2]),
     }
 
 
-def _mixtures(model: Model, prompt: Run, rate: float) -> dict[str, Any]:
-    """What the mixtures of a prompt's step come to, nothing for a model without: the seconds of the
-    rank where they took most, routing and communication left out, and what the products of the rows
-    that a rank computed take at least at `rate`; the rows of the ranks with the fewest and the
+def _moe_layers(model: Model, prompt: Run, rate: float) -> dict[str, Any]:
+    """What the MoE layers of a prompt's step come to, nothing for a model without: the seconds of
+    the rank where they took most, routing and communication left out, and what the products of the
+    rows that a rank computed take at least at `rate`; the rows of the ranks with the fewest and the
     most; and how many the rank with the most sent to others, there and back, beside how many it
     would send if experts were chosen evenly."""
     config, layout, world = model.config, model.mesh.layout, model.mesh.world
@@ -435,57 +305,15 @@ def _mixtures(model: Model, prompt: Run, rate: float) -> dict[str, Any]:
     row_bytes = config.hidden * model.decoder.dtype.itemsize
     wires = [e.wire_bytes for what, _, e in prompt.entries if what == "all_to_all"]
     sent = sum(wires) / row_bytes if layout.moe_token_dispatcher == "all-to-all" else 0.0
-    own = [prompt.mixture_seconds, prompt.expert_flops / rate, prompt.expert_rows, sent]
+    own = [prompt.moe_seconds, prompt.expert_flops / rate, prompt.expert_rows, sent]
     most = all_reduce(np.array(own), world, MAX)
     fewest = all_reduce(np.array(prompt.expert_rows), world, MIN)
     rows = prompt.tokens / layout.replica_size * config.moe.top_k * sum(config.moe.layers)
     return {
-        "mixture_seconds": float(most[0]),
-        "mixture_limit_seconds": float(most[1]),
+        "moe_seconds": float(most[0]),
+        "moe_limit_seconds": float(most[1]),
         "fewest_expert_rows": int(fewest),
         "most_expert_rows": int(most[2]),
         "expert_rows_sent": int(most[3]),
         "expert_rows_sent_if_even": 2 * rows * (layout.ep - 1) / layout.ep,
-    }
-
-
-def _memory(model: Model, batch: int, prompt_tokens: int, max_tokens: int) -> dict[str, int]:
-    """Bytes of the rank that has most of each: the KV caches, the residual stream between two
-    sub-layers, and all arrays that there are at once in a prompt's step beyond those before it.
-
-    These are seen in a step of its own, because tracing makes attention up to a third slower (the
-    trace's own small blocks scatter the heap, which then returns pages and asks for them again).
-    It goes through one layer of each kind, as all of a kind take the same.
-    """
-    excerpt, ids_S = LayerSample(model.decoder), np.zeros(prompt_tokens, np.int64)
-    caches = [
-        model.decoder.allocate_cache(prompt_tokens + max_tokens, prompt_tokens)
-        for _ in range(batch)
-    ]
-    step, streams = pack([(ids_S, cache) for cache in caches], excerpt.sequence_sharding), [0]
-    tracemalloc.start()
-    excerpt.forward(step, lambda _, x_nD: streams.append(x_nD.nbytes))
-    _, activations = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    cached = sum(cache.nbytes for cache in caches)
-    most = all_reduce(np.array([cached, max(streams), activations]), model.mesh.world, MAX)
-    names = ("kv_cache_bytes", "residual_stream_bytes", "activations_bytes")
-    return dict(zip(names, map(int, most), strict=True))
-
-
-def _environment(model: Model) -> dict[str, Any]:
-    numpy_built: Any = np.show_config(mode="dicts")
-    blas = numpy_built["Build Dependencies"]["blas"]
-    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    library, version = MPI.get_vendor()
-    return {
-        "model": str(model.path),
-        "layout": str(model.mesh.layout),
-        "ranks": model.mesh.world.size,
-        "threads": int(threads) if threads else len(os.sched_getaffinity(0)),
-        "dtype": str(model.decoder.dtype),
-        "numpy": np.__version__,
-        "blas": f"{blas['name']} {blas['version']}",
-        "blas_kernels": KERNELS,
-        "mpi": f"{library} {'.'.join(map(str, version))}",
     }
