@@ -7,8 +7,9 @@ import re
 import pytest
 from pages import PAGES, README, ROOT, anchors, commands, prose, synced
 
-from mpishard.cli import make_parser
+from mpishard.cli import RENAMED, RENAMED_VALUES, make_parser
 
+CHANGELOG = ROOT / "CHANGELOG.md"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -62,3 +63,14 @@ def test_every_picture_is_on_a_page():
 def test_readme_shows_commands():
     shown = {words[0] for _, words in commands(README.read_text())}
     assert shown == {"generate", "shard", "inspect", "logits", "bench", "batch"}
+
+
+def test_changelog_has_the_renamed_options():
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", CHANGELOG.read_text(), re.MULTILINE)
+    values = {
+        (f"{old} {value}", f"{new} {RENAMED_VALUES[new, value]}")
+        for old, new in RENAMED.items()
+        for name, value in RENAMED_VALUES
+        if name == new
+    }
+    assert {*RENAMED.items(), *values} <= set(rows)
