@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from pages import PAGES, README, ROOT, anchors, commands, prose, synced
+from pages import FENCED, PAGES, README, ROOT, anchors, commands, prose, synced
 
+import mpishard
 from mpishard.cli import RENAMED, RENAMED_VALUES, make_parser
 
 CHANGELOG = ROOT / "CHANGELOG.md"
@@ -49,6 +50,21 @@ def test_commands_parse(page):
     for _, words in commands(page.read_text()):
         if words:  # options only, as a script of Slurm passes them on, are not a command
             make_parser().parse_args(words)
+
+
+@each_page
+def test_files_and_names_exist(page):
+    """Files of the repository that the page names, and what its Python code takes from mpishard."""
+    text = page.read_text()
+    for path in re.findall(
+        r"(?:mpishard|tests|scripts|data|docs)/[\w/.-]*\w\.(?:py|sh|md)\b", text
+    ):
+        beside = (page.parent / path, ROOT / path)
+        assert any(file.exists() for file in beside), f"{path} does not exist"
+    for language, code in FENCED.findall(text):
+        if language == "python":
+            names = set(re.findall(r"\bmpishard\.(\w+)", code))
+            assert names <= set(mpishard.__all__), names
 
 
 def test_every_picture_is_on_a_page():
