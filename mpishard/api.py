@@ -30,7 +30,7 @@ OPENBLAS_NUM_THREADS: every rank would otherwise start as many threads as there 
 
 Where something hangs, or might, a watch says on which rank and in which line:
 
-    with mpishard.Watch(comm, timeout=600, check_collectives=True) as watch:
+    with mpishard.Watchdog(comm, timeout=600, check_collectives=True) as watch:
         model = mpishard.load("data/cpython-4m", comm, tp=2, dp=2, watch=watch)
         completions = model.generate(["def read(self", "class Set"])
 """

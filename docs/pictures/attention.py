@@ -90,7 +90,7 @@ def flash_decoding() -> Picture:
         (ALL, "q_WHK", "the group's query heads"),
         (CACHE, "KV cache", "positions that it keeps"),
         (ATTEND, "attend", "to these positions alone"),
-        (DONE, "out_NhV", "a rank's own query heads"),
+        (DONE, "out_NhY", "a rank's own query heads"),
     ):
         picture.text(20, y + 8, name, "strong")
         picture.text(20, y + 25, note, "small soft")
@@ -118,7 +118,7 @@ def _decode(picture: Picture, x: float, rank: int) -> None:
     picture.text(x + WIDE, QUERIES - 14, f"KV head {head}", "small soft", "end")
     picture.strip(x, CACHE, WIDE, 20, [rank if p in kept else None for p in range(CACHED)])
     picture.text(x + WIDE / 2, CACHE + 35, ranges(kept), "tiny soft", "middle")
-    picture.text(x + WIDE / 2, ATTEND + 43, "partial_WHV, lse_WH", "small", "middle")
+    picture.text(x + WIDE / 2, ATTEND + 43, "partial_WHY, lse_WH", "small", "middle")
     if rank != sharers[0]:
         return
     middles = [x + place * PITCH + WIDE / 2 for place in range(len(sharers))]
@@ -130,7 +130,7 @@ def _decode(picture: Picture, x: float, rank: int) -> None:
     for y, text, style in (
         (GATHER + 20, "all_gather", "red"),
         (MERGE + 20, "all_gather of lse_WH", "red"),
-        (MERGE + 44, "partial_WHV · exp(lse_rank − lse_all)", "small"),
+        (MERGE + 44, "partial_WHY · exp(lse_rank − lse_all)", "small"),
         (MERGE + 66, "reduce_scatter", "red"),
     ):
         picture.text(x + width / 2, y, text, style, "middle")

@@ -21,7 +21,9 @@ def floors() -> Picture:
     assert isinstance(listed, ast.Assign)
     stack = (*ast.literal_eval(listed.value), (SURFACE,))[::-1]
     parts = [part for floor in stack for part in floor]
-    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    # A folder without sources is what an older checkout left.
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | packages
     surface = sorted(name for name in modules - set(parts) if not name.startswith("_"))
     bottom = TOP + HIGH * len(parts)
     picture = Picture(

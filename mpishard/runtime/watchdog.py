@@ -71,7 +71,7 @@ class Watchdog:
     """Watches over the collectives of this rank, from its making to `close`, or to the end of a
     ``with`` statement. Collective: all ranks of `comm` make one, with the same arguments.
 
-        with mpishard.Watch(comm, timeout=600) as watch:
+        with mpishard.Watchdog(comm, timeout=600) as watch:
             model = mpishard.load("data/cpython-4m", comm, tp=2, watch=watch)
 
     When a collective of what was loaded with it takes longer than `timeout` seconds, the job ends
