@@ -103,11 +103,11 @@ def add_layout(command: argparse.ArgumentParser) -> None:
         layout.add_argument(*option.flags, **option.argument({int: count, float: number}))
     layout.add_argument(
         "--max-model-len", type=count, default=None, metavar="N",
-        help="positions to allow instead of those of config.json",
+        help="the number of positions, in place of that of config.json",
     )  # fmt: skip
     layout.add_argument(
         "--compute-dtype", choices=("float32", "float64"), default="float32",
-        help="float64 tells rounding from mistakes (default: float32)",
+        help="the type of all arithmetic; float64 tells rounding from mistakes (default: float32)",
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def add_chunked_prefill(command: argparse.ArgumentParser) -> None:
     """The size of the chunks in which prompts are processed."""
     command.add_argument(
         "--chunked-prefill-size", type=count, default=None, metavar="N",
-        help="take prompts in by at most N tokens a step (default: whole)",
+        help="process prompts in chunks of at most N tokens a step (default: whole)",
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def add_expert_load(command: argparse.ArgumentParser) -> None:
     """Whether the load of experts is counted."""
     command.add_argument(
         "--expert-load", nargs="?", const="", default=None, metavar="FILE.json",
-        help="count the rows of every expert and rank of a mixture; print how uneven they are at "
+        help="count the (token, expert) pairs of every expert and rank; print their imbalance at "
         "the end, and write them to FILE.json if it is given",
     )  # fmt: skip
 
@@ -148,11 +148,11 @@ def add_routing(command: argparse.ArgumentParser) -> None:
     """Router replay."""
     command.add_argument(
         "--record-routing", default=None, metavar="FILE.npz",
-        help="write the experts and weights that the routers of a mixture choose for each token",
+        help="write the experts that the routers choose for each token, and their weights",
     )  # fmt: skip
     command.add_argument(
         "--replay-routing", default=None, metavar="FILE.npz",
-        help="take the experts and weights that --record-routing wrote, and do not ask the routers",
+        help="take experts and weights from what --record-routing wrote, not from the routers",
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class Reference:
             entering.append(x_SD)
             x_SD, normed_SD = self.attended(x_SD, layer)
             if self.is_moe_layer(layer):
-                y_SD = self.mixture(normed_SD, f"model.layers.{layer}")
+                y_SD = self.moe(normed_SD, f"model.layers.{layer}")
             else:
                 y_SD = self.feed_forward(normed_SD, f"model.layers.{layer}.mlp")
             if self.config.post_norms:
@@ -173,7 +173,7 @@ class Reference:
             out_SHK[:, h] = softmax(scores_SS) @ v_SK
         return self.linear(out_SHK.reshape(S, -1), f"{name}.o_proj", c.o_bias)
 
-    def mixture(self, x_SD: np.ndarray, name: str) -> np.ndarray:
+    def moe(self, x_SD: np.ndarray, name: str) -> np.ndarray:
         """The mixture of experts of the layer called `name`: each token's experts in ascending
         order, and then the one that every token goes to."""
         moe = self.config.moe

@@ -16,7 +16,7 @@ from mpishard.config.expert_placement import ExpertPlacement, num_physical_per_r
 from mpishard.config.layout import block
 from mpishard.parallel.expert_load import imbalance
 
-SUMMARY = "Place experts on ranks so that all have about equally much to do."
+SUMMARY = "Place experts on ranks by their load, with redundant experts if asked for (EPLB)."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -24,11 +24,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("stats", metavar="STATS.json", help="the file that --expert-load wrote")
     command.add_argument(
         *options.EP_FLAGS, type=options.count, required=True, metavar="N",
-        help="ranks that divide the experts",
+        help="ranks that shard the experts",
     )  # fmt: skip
     command.add_argument(
         "--redundant-experts", type=options.integer, default=0, metavar="N",
-        help="copies of experts that a layer has beyond one of each (default: 0)",
+        help="replicas of experts in each layer, beyond one of each expert (default: 0)",
     )  # fmt: skip
     command.add_argument(
         "-o", "--output", required=True, metavar="FILE.json",
@@ -58,7 +58,7 @@ def rebalance(loads: dict[int, list[int]], ep: int, redundant_experts: int) -> E
 
 
 def placement_summary(loads: dict[int, list[int]], placement: ExpertPlacement) -> str:
-    """How uneven the counted rows are over ranks in blocks of experts, and as they are placed."""
+    """The imbalance over ranks, of the counted load, in blocks of experts and as placed."""
     experts, ep = placement.experts, placement.ep
     blocks = [range(experts)[block(experts, ep, rank)] for rank in range(ep)]
     before = [_imbalance(rank_loads(loads_E, blocks)) for loads_E in loads.values()]
@@ -67,8 +67,8 @@ def placement_summary(loads: dict[int, list[int]], placement: ExpertPlacement) -
     ]
     slots = sum(map(len, next(iter(placement.layers.values())))) // ep
     return (
-        f"{slots} experts on each of {ep} ranks; most rows of a rank over the mean, mean of the "
-        f"layers: {sum(before) / len(before):.2f} in blocks, {sum(after) / len(after):.2f} so"
+        f"{slots} experts on each of {ep} ranks; imbalance (maximum over mean, averaged over "
+        f"layers): {sum(before) / len(before):.2f} before, {sum(after) / len(after):.2f} after"
     )
 
 

@@ -1,5 +1,4 @@
-"""The load of a mixture's experts, to read and as a JSON file, and the placement of experts that
-comes of it.
+"""The load of experts that --expert-load reports: a table, and a JSON file.
 
 The file of a load is one object: ``format``, ``model``, ``layout``, ``ranks``, ``experts`` and
 ``top_k`` of the run, and ``loads``, one for each layer and phase ("prefill" or "decode") of the
@@ -8,9 +7,9 @@ tokens:
     {"layer": 0, "phase": "prefill", "rows_of_experts": [...], "rows_of_ranks": [...],
      "dropped": 0, "imbalance_of_experts": 1.25, "imbalance_of_ranks": 1.1}
 
-A row is one token for one of its experts, all steps and requests together. Ranks that divide the
-width of the same experts have the same rows. The imbalance is the most over the mean, null where
-there are no rows.
+A row is one (token, expert) pair, of all steps and requests. Ranks that shard the width of the same
+experts have the same rows. The imbalance is the maximum over the mean, null where there are no
+rows.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MOST_ROWS = 2**62  # of an expert: their sums are shared and compared as float64
 def load_report(model: Model, load: ExpertLoad) -> dict[str, Any]:
     """What `load` counted of `model`, on every rank. Collective."""
     totals, moe = load.totals(model.mesh), model.config.moe
-    assert moe is not None, "a load is that of a mixture"
+    assert moe is not None, "only MoE models have a load"
     return {
         "format": LOAD_FORMAT,
         "model": str(model.path),

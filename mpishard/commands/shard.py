@@ -14,7 +14,7 @@ from mpishard.runtime.agreement import raise_on_all
 from mpishard.storage.convert import Conversion
 from mpishard.storage.source import open_source
 
-SUMMARY = "Cut a model into one HDF5 file for each rank."
+SUMMARY = "Shard a model: one HDF5 file for each rank."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -23,15 +23,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="the directory to write; must not exist")
     command.add_argument(
         *options.TP_FLAGS, type=options.count, required=True, metavar="N",
-        help="ranks to cut the model for",
+        help="ranks that shard the weights",
     )  # fmt: skip
     command.add_argument(
         *options.EP_FLAGS, type=options.count, default=1, metavar="N",
-        help="ranks to divide the experts of a mixture for (default: 1)",
+        help="ranks that shard the experts of an MoE model (default: 1)",
     )  # fmt: skip
     command.add_argument(
         *options.CP_FLAGS, type=options.count, default=1, metavar="N",
-        help="context-parallel ranks, which divide the width of a mixture's experts as well "
+        help="context-parallel ranks, which shard the width of an MoE model's experts as well "
         "(default: 1)",
     )  # fmt: skip
     command.add_argument(
