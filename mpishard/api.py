@@ -344,11 +344,11 @@ def load(
     watch: Watchdog | None = None,
     **layout_options: bool | float | str | None,
 ) -> Model:
-    """The model of a Hugging Face or shard directory, divided over the ranks of `comm`.
+    """The model of a Hugging Face or shard directory, sharded over the ranks of `comm`.
 
     `tp` is what the shards were made for, or 1, unless given, and `dp` what `tp` and `cp` leave of
     the communicator. `layout_options` are the other fields of `mpishard.config.layout.Layout`:
-    ``sequence_parallel=True``, ``flash_decoding=True``, ``prefill="all-gather"`` … Everything is
+    ``sequence_parallel=True``, ``flash_decoding=True``, ``cp_prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
     positions that the configuration allows, whatever the model was trained for. `watch` watches
     over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The process keeps
@@ -356,7 +356,7 @@ def load(
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it. Its message then has the line to type, which `line` gives for the right number of
-    ranks and `tp`. Raises TypeError for a switch that does not exist or is of another type.
+    ranks and `tp`. Raises TypeError for an option that does not exist or is of another type.
     """
     check_arguments(layout_options)
     if compute_dtype not in DTYPES:

@@ -43,12 +43,12 @@ def run_command(
     have come already. Raises UserError for a wrong call or bad input, and SystemExit after printing
     help."""
     words, renamed = current_names(argv[1:])
-    args = make_parser().parse_args(words)
     if world.rank == 0:
         for old, new in renamed.items():
             sys.stderr.write(
                 f"mpishard: {old} is now {new}; the old name goes in the next release\n"
             )
+    args = make_parser().parse_args(words)
     # Only now: NumPy reads the number of threads when loaded.
     from mpishard.commands import COMMANDS
     from mpishard.runtime.watchdog import Watchdog

@@ -26,7 +26,7 @@ def check_arguments(layout_options: dict[str, bool | float | str | None]) -> Non
     for name, value in layout_options.items():
         if name not in LAYOUT_OPTIONS:
             raise TypeError(
-                f"load() has no argument {name!r}; switches are {', '.join(LAYOUT_OPTIONS)}"
+                f"load() has no argument {name!r}; options are {', '.join(LAYOUT_OPTIONS)}"
             )
         right = LAYOUT_OPTIONS[name].kind
         whole = right is float and type(value) is int
@@ -48,10 +48,10 @@ def resolve_layout(
     check_degrees(tp, dp, cp)
     if tp is not None:
         check_tensor_parallel(source.config, tp)
-    if layout_options.get("flash_decoding"):
-        check_flash_decoding(source.config)
     if not isinstance(source, ShardDirectory):
         tp = 1 if tp is None else tp
+        if layout_options.get("flash_decoding"):
+            check_flash_decoding(source.config, tp)
         return make_layout(ranks, tp, dp, cp, line, **layout_options)
     right = source.sharding.tp
     if layout_options.get("ep") is None and source.config.moe:
@@ -69,6 +69,8 @@ def resolve_layout(
             f"{source.path} holds shards for --tp {right}, {cause} the number of ranks must be a "
             f"multiple of {replica}, not {ranks}: run `{typed}`"
         )
+    if layout_options.get("flash_decoding"):
+        check_flash_decoding(source.config, right)
     return make_layout(ranks, right, dp, cp, line, **layout_options)
 
 

@@ -28,8 +28,8 @@ def _heading(report: dict[str, Any]) -> str:
 
 def _machine_lines(report: dict[str, Any]) -> list[str]:
     return [
-        "limits of each rank, all at work: matrix-vector products read "
-        f"{report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, matrix products make "
+        "limits of each rank, all at work: GEMV reads "
+        f"{report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, GEMM makes "
         f"{report['product_flops_per_second'] / 1e9:.1f} Gflop/s",
         f"weights of each rank: {report['weight_bytes'] / 1e6:.1f} MB, of which a step reads "
         f"{report['read_bytes'] / 1e6:.1f} MB",
@@ -39,9 +39,9 @@ def _machine_lines(report: dict[str, Any]) -> list[str]:
 def _title(row: dict[str, Any], report: dict[str, Any]) -> str:
     length = row["prompt_tokens"]
     return (
-        f"prompt {length}"
+        f"prefill {length}"
         if row["phase"] == "prefill"
-        else f"generation {report['max_tokens']} after {length}"
+        else f"decode {report['max_tokens']} after {length}"
     )
 
 
@@ -69,8 +69,8 @@ def _speed_lines(report: dict[str, Any]) -> list[str]:
 
 def _balance_lines(report: dict[str, Any]) -> list[str]:
     rows = [
-        ("seconds of a step, all ranks", "batch", "arithmetic: least", "most", "apart")
-        + ("attention", "Gflop/s", "of products", "isendrecv", "of step")
+        ("seconds of a step, all ranks", "batch", "arithmetic: least", "most", "imbalance")
+        + ("attention", "Gflop/s", "of GEMM", "isendrecv", "of step")
     ]
     for row in report["speeds"]:
         if row["phase"] != "prefill":
@@ -96,7 +96,7 @@ def _balance_lines(report: dict[str, Any]) -> list[str]:
 
 def _moe_lines(report: dict[str, Any]) -> list[str]:
     rows = [
-        ("MoE layers of a step, all ranks", "batch", "arithmetic, s", "products at least", "times")
+        ("MoE layers of a step, all ranks", "batch", "arithmetic, s", "GEMM at least", "times")
         + ("rows: fewest", "most", "sent, there and back", "if even")
     ]
     for row in report["speeds"]:
@@ -125,7 +125,7 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
     rows = [("memory of a rank, MB", "batch", *names)]
     for row in report["memory"]:
         figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
-        title = f"prompt {row['prompt_tokens']}, generation {report['max_tokens']}"
+        title = f"prefill {row['prompt_tokens']}, decode {report['max_tokens']}"
         rows.append((title, f"{row['batch']}", *(f"{figure / 1e6:.1f}" for figure in figures)))
     return _aligned(rows)
 

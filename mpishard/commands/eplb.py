@@ -21,7 +21,7 @@ SUMMARY = "Place experts on ranks by their load, with redundant experts if asked
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    command.add_argument("stats", metavar="STATS.json", help="the file that --expert-load wrote")
+    command.add_argument("stats", metavar="LOAD.json", help="the file that --expert-load wrote")
     command.add_argument(
         *options.EP_FLAGS, type=options.count, required=True, metavar="N",
         help="ranks that shard the experts",

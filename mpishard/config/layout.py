@@ -82,7 +82,7 @@ class Layout:
         "--tp",
         "--tensor-parallel-size",
         metavar="N",
-        help="ranks that divide the weights of a replica (default: 1, or what the shards say)",
+        help="ranks that shard the weights of a replica (default: 1, or what the shards say)",
     )
     dp: int = option_field(
         1,
@@ -97,17 +97,18 @@ class Layout:
         "--context-parallel-size",
         metavar="N",
         unset=1,
-        help="ranks with the same weights that share each sequence (default: 1)",
+        help="ranks that shard each sequence, with the same weights (default: 1)",
     )
     sequence_parallel: bool = option_field(
         False,
         "--sequence-parallel",
-        help="divide the residual stream's tokens over the ranks of --tp as well",
+        needs="tp",
+        help="shard the tokens of the residual stream over the ranks of --tp as well",
     )
     flash_decoding: bool = option_field(
         False,
         "--flash-decoding",
-        help="divide the KV cache over the ranks of --tp that share a key/value head",
+        help="shard the KV cache over the ranks of --tp that share a key/value head",
     )
     cp_prefill: str = option_field(
         CP_PREFILLS[0],
@@ -128,14 +129,14 @@ class Layout:
         "--decode-merge",
         choices=DECODE_MERGES,
         needs="sharded cache",
-        help="how the parts of a divided cache are merged (default: reduce-scatter)",
+        help="how partial attention over a sharded KV cache is merged (default: reduce-scatter)",
     )
     cp_kv_cache_interleave_size: int = option_field(
         1,
         "--cp-kv-cache-interleave-size",
         metavar="N",
         needs="sharded cache",
-        help="consecutive positions of a divided cache on the same rank (default: 1)",
+        help="consecutive positions of a sharded KV cache on the same rank (default: 1)",
     )
     ep: int = option_field(
         1,
@@ -143,14 +144,14 @@ class Layout:
         "--expert-parallel-size",
         metavar="N",
         moe=True,
-        help="ranks that divide the experts of a mixture (default: 1, or what the shards say)",
+        help="ranks that shard the experts of an MoE model (default: 1, or what the shards say)",
     )
     moe_token_dispatcher: str = option_field(
         TOKEN_DISPATCHERS[0],
         "--moe-token-dispatcher",
         choices=TOKEN_DISPATCHERS,
         moe=True,
-        help="how tokens and experts meet (default: all-to-all)",
+        help="how tokens reach the ranks of their experts (default: all-to-all)",
     )
     expert_capacity_factor: float = option_field(
         0.0,

@@ -32,14 +32,19 @@ def check_expert_parallel(moe: MoEConfig, ep: int) -> None:
         )
 
 
-def check_flash_decoding(config: ModelConfig) -> None:
-    """Refuse flash decoding for a model whose key/value heads are never on several ranks, whatever
-    the `tp` (UserError)."""
-    if config.heads == config.kv_heads:
+def check_flash_decoding(config: ModelConfig, tp: int) -> None:
+    """Refuse flash decoding where no two ranks of `tp` hold the same key/value head (UserError)."""
+    heads, kv_heads = config.heads, config.kv_heads
+    shards = "--flash-decoding shards the cache over ranks of --tp that share a key/value head"
+    if heads == kv_heads:
         raise UserError(
-            "--flash-decoding divides the cache over ranks of --tp that share a key/value head, "
-            f"but with {config.heads} query heads and {config.kv_heads} key/value heads no --tp "
-            "makes any share one: leave it out, or divide the cache with --cp 2"
+            f"{shards}, but with {heads} query heads and {kv_heads} key/value heads no --tp makes "
+            "any share one: leave it out, or shard the cache with --cp 2"
+        )
+    if tp <= kv_heads:
+        raise UserError(
+            f"{shards}, but with --tp {tp} and {kv_heads} key/value heads none do: leave it out, "
+            f"give --tp {kv_heads + 1} to {heads}, or shard the cache with --cp 2"
         )
 
 
@@ -90,13 +95,17 @@ def make_layout(
 # The properties that an option may need, and the end of the sentence that refuses the option where
 # the layout has not the property.
 NEEDS: dict[str, tuple[Callable[[Layout], bool], str]] = {
+    "tp": (
+        lambda layout: layout.tp > 1,
+        "with --tp 1: leave it out, or give --tp 2 or more",
+    ),
     "cp": (
         lambda layout: layout.cp > 1,
         "with --cp 1: leave it out, or give --cp 2 or more",
     ),
     "sharded cache": (
         lambda layout: layout.shards_kv_positions,
-        "where every rank has the whole cache of its heads: leave it out, or divide the cache with "
+        "where every rank has the whole cache of its heads: leave it out, or shard the cache with "
         "--flash-decoding or --cp 2",
     ),
     "sharded experts": (
@@ -130,10 +139,11 @@ def _check_layout_options(layout: Layout, given: dict[str, bool | float | str]) 
         )
     for name, value in given.items():
         option = LAYOUT_OPTIONS[name]
-        if option.needs:
+        if option.needs and value is not False:
             is_met, otherwise = NEEDS[option.needs]
             if not is_met(layout):
-                raise UserError(f"{option.flag} {value} has no effect {otherwise}")
+                given_as = option.flag if value is True else f"{option.flag} {value}"
+                raise UserError(f"{given_as} has no effect {otherwise}")
 
 
 def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ from mpishard.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are sampled, and when they end (as vLLM's class of this name).
+    """How a request's tokens are sampled, and when they end. Fields are named as in vLLM's class of
+    this name; the defaults are greedy and 128 tokens, and `stop` is a sequence of strings.
 
     `temperature` 0 is greedy, and then `top_k`, `top_p`, `min_p` and `seed` have no effect. `top_k`
     0, `top_p` 1 and `min_p` 0 filter nothing. Generation ends after `max_tokens` tokens, with one

@@ -437,7 +437,7 @@ def test_a_long_prompt_over_nodes(cluster, tmp_path):
     options = "--nodes=4 --ntasks-per-node=1 --cpus-per-task=1"
     job = cluster.submit(
         "long-context", options, "--max-tokens", 6, "--json",
-        MODEL=MODEL, INPUT=given, PREFILL_CHUNK=64,
+        MODEL=MODEL, INPUT=given, CHUNKED_PREFILL_SIZE=64,
     )  # fmt: skip
     out, err = cluster.completed(job)
     assert answers(out) == expected

@@ -27,7 +27,7 @@ def test_bench_prints_a_table(model, n, tp):
     finished = mpishard(n, "bench", model, *BENCH, "--tp", tp)
     assert finished.returncode == 0, finished.stderr
     assert f"--tp {tp} --dp {(n or 1) // tp}" in finished.stdout
-    for words in ("prompt 8", "generation 4", "tokens/s", "limit", "all_reduce", "GB/s"):
+    for words in ("prefill 8", "decode 4", "tokens/s", "limit", "all_reduce", "GB/s"):
         assert words in finished.stdout
 
 

@@ -101,7 +101,7 @@ def test_shards_for_another_tp_beside_context_parallelism(shards):
 
 def test_the_line_to_type_has_all_that_was_typed(model):
     """It is typed."""
-    flags = ["--tp", 2, "--cp", 2, "--dp=1", "--sequence-parallel", "--flash-decoding"]
+    flags = ["--tp", 2, "--cp", 2, "--dp=1", "--sequence-parallel"]
     flags += ["--cp-prefill", "all-gather", "--cp-order=contiguous", "--decode-merge", "all-reduce"]
     flags += [
         "--cp-kv-cache-interleave-size",
@@ -153,13 +153,15 @@ def test_ranks_that_tp_and_cp_do_not_divide(model):
         (
             "--decode-merge all-to-all",
             "--decode-merge all-to-all has no effect where every rank has the whole cache of its "
-            "heads: leave it out, or divide the cache with --flash-decoding or --cp 2",
+            "heads: leave it out, or shard the cache with --flash-decoding or --cp 2",
         ),
         (
-            "--cp-kv-cache-interleave-size 2 --sequence-parallel",
+            "--tp 2 --cp-kv-cache-interleave-size 2 --sequence-parallel",
             "--cp-kv-cache-interleave-size 2 has no effect where every",
         ),
-        ("--flash-decoding --cp-order zigzag", "--cp-order zigzag has no effect with --cp 1"),
+        ("--flash-decoding --cp-order zigzag", "but with --tp 1 and 4 key/value heads none do"),
+        ("--cp 2 --flash-decoding", "give --tp 5 to 8, or shard the cache with --cp 2"),
+        ("--sequence-parallel", "--sequence-parallel has no effect with --tp 1: leave it out, or"),
         ("--cp-prefill rong --cp 2", "argument --cp-prefill: invalid choice: 'rong' (choose from"),
         ("--tp 9 --cp 2", "--tp 9 is more than the model's 8 query heads"),
     ],
@@ -182,9 +184,9 @@ def test_flash_decoding_without_grouped_heads(tmp_path):
     for path in (bare, out):
         message = refusal(2, "bench", path, "--tp", 2, "--flash-decoding")
         assert message == (
-            "--flash-decoding divides the cache over ranks of --tp that share a key/value head, "
+            "--flash-decoding shards the cache over ranks of --tp that share a key/value head, "
             "but with 8 query heads and 8 key/value heads no --tp makes any share one: leave it "
-            "out, or divide the cache with --cp 2"
+            "out, or shard the cache with --cp 2"
         )
 
 

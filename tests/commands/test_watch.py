@@ -339,7 +339,7 @@ def test_a_timeout_that_is_no_number_and_flags_without_effect(model):
     assert refusal_here(*words, "1", "--timeout", "2").startswith("argument --timeout: given twice")
     for flag in ("--timeout 9", "--check-collectives"):
         said = refusal(2, "inspect", model, *flag.split())
-        assert said == f"unrecognized arguments: {flag}; see `mpishard --help`"
+        assert said == f"unrecognized arguments: {flag}; see `mpishard inspect --help`"
 
 
 # Ranks that are compared

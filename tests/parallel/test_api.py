@@ -304,7 +304,7 @@ def test_a_wrong_layout_is_refused(path, comm, wrong: dict[str, Any], sentence: 
 @pytest.mark.ranks(1)
 @pytest.mark.parametrize("value", [1, None])
 def test_an_argument_that_does_not_exist_is_named(path, comm, value):
-    with pytest.raises(TypeError, match=r"load\(\) has no argument 'nonsense'; switches are seq"):
+    with pytest.raises(TypeError, match=r"load\(\) has no argument 'nonsense'; options are seq"):
         mpishard.load(path, comm, sequence_parallel=True, nonsense=value)
 
 

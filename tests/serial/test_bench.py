@@ -381,7 +381,7 @@ def test_the_table_shows_every_speed_with_its_limit_and_share(report):
     for row in report["speeds"]:
         length = row["prompt_tokens"]
         prompt = row["phase"] == "prefill"
-        title = f"prompt {length}" if prompt else f"generation {TOKENS} after {length}"
+        title = f"prefill {length}" if prompt else f"decode {TOKENS} after {length}"
         shown = [
             f"{row['batch']}",
             f"{row['tokens_per_second']:.1f}",
@@ -392,7 +392,7 @@ def test_the_table_shows_every_speed_with_its_limit_and_share(report):
             f"{1e3 * row['seconds_per_step']:.2f}",
         ]
         assert line_of(lines, title, " ".join(shown)), f"{title}: {shown} is not in\n{text}"
-    assert text.count(f"generation {TOKENS} after {PROMPT}: all_reduce") == len(BATCHES)
+    assert text.count(f"decode {TOKENS} after {PROMPT}: all_reduce") == len(BATCHES)
 
 
 def line_of(lines: list[str], title: str, words: str) -> bool:
@@ -408,7 +408,7 @@ def test_the_table_shows_memory_and_balance(report):
     for row in report["memory"]:
         kinds = ("kv_cache", "residual_stream", "activations", "peak")
         figures = [report["weight_bytes"], *(row[f"{kind}_bytes"] for kind in kinds)]
-        title = f"prompt {row['prompt_tokens']}, generation {TOKENS}"
+        title = f"prefill {row['prompt_tokens']}, decode {TOKENS}"
         words = [f"{row['batch']}", *(f"{figure / 1e6:.1f}" for figure in figures)]
         assert line_of(lines, title, " ".join(words))
     example = {
@@ -423,7 +423,7 @@ def test_the_table_shows_memory_and_balance(report):
     speeds = [report["speeds"][0] | example]
     lines = table(report | {"speeds": speeds}).splitlines()
     shown = "1 2.000 2.500 25 % 0.500 8.0 50 % 0.250 5 %"
-    assert line_of(lines, f"prompt {PROMPT}", shown)
+    assert line_of(lines, f"prefill {PROMPT}", shown)
 
 
 def test_the_table_names_the_kernels_if_blas_tells_them(report):

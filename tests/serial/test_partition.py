@@ -453,14 +453,18 @@ def test_options_that_are_not_given_have_their_defaults():
     )
 
 
-def test_options_work_also_where_there_is_nothing_to_divide():
-    """With one rank to a group, that is: sequence parallelism with tp 1, flash decoding where no
-    head is shared."""
-    assert make_layout(1, sequence_parallel=True).sequence_parallel
+def test_options_of_a_sharded_cache_go_with_flash_decoding():
     layout = make_layout(
         2, tp=2, flash_decoding=True, decode_merge="all-to-all", cp_kv_cache_interleave_size=2
     )
     assert layout.shards_kv_positions and layout.decode_merge == "all-to-all"
+
+
+def test_sequence_parallelism_needs_tensor_parallelism():
+    assert make_layout(2, tp=2, sequence_parallel=True).sequence_parallel
+    assert not make_layout(2, sequence_parallel=False).sequence_parallel
+    with pytest.raises(UserError, match="^--sequence-parallel has no effect with --tp 1: leave it"):
+        make_layout(2, sequence_parallel=True)
 
 
 @pytest.mark.parametrize(
@@ -493,16 +497,17 @@ def test_a_tp_above_the_query_heads_is_refused():
         check_tensor_parallel(config, 7)
 
 
-def test_flash_decoding_is_refused_where_no_tp_makes_ranks_share_a_head():
+def test_flash_decoding_is_refused_where_no_ranks_share_a_head():
     for config, tp in every_layout():
-        shared = any(len(kv_replica_ranks(config, tp, rank)[1]) > 1 for rank in range(tp))
-        if config.heads > config.kv_heads:
-            check_flash_decoding(config)
+        if any(len(kv_replica_ranks(config, tp, rank)[1]) > 1 for rank in range(tp)):
+            check_flash_decoding(config, tp)
             continue
-        assert not shared
-        heads = rf"with {config.heads} query heads and {config.heads} key/value heads no --tp"
-        with pytest.raises(UserError, match=rf"^--flash-decoding .* {heads} .* --cp 2$"):
-            check_flash_decoding(config)
+        heads, kv_heads = config.heads, config.kv_heads
+        words = rf"with {heads} query heads and {heads} key/value heads no --tp .*"
+        if heads > kv_heads:
+            words = rf"with --tp {tp} and {kv_heads} .*, give --tp {kv_heads + 1} to {heads}, or .*"
+        with pytest.raises(UserError, match=rf"^--flash-decoding .* {words} --cp 2$"):
+            check_flash_decoding(config, tp)
 
 
 @pytest.mark.parametrize(
