@@ -84,7 +84,7 @@ class Mesh:
 
         with CollectiveCall("split", world):
             groups = {
-                field: group("experts" if field == "moe" else field, partition)
+                field: group(field, partition)
                 for field, partition in partitions(layout, config).items()
             }
         return cls(

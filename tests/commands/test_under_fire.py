@@ -24,8 +24,8 @@ def test_nothing_is_lost_under_fire():
     lines = finished.stdout.splitlines()
     assert lines[1].startswith("kill  1 (")
     assert lines[-1] == (
-        "90 answers: 0 missing, 0 doubled, 0 lost or changed on the way, 0 different from the run "
-        "in peace"
+        "90 answers: 0 missing, 0 doubled, 0 lost or changed on the way, 0 different from the "
+        "uninterrupted run"
     )
 
 

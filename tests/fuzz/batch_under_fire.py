@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Kill a batch at random moments, over and over, and show that nothing is lost, nothing done twice
-and every answer is that of a run left in peace.
+and every answer is that of an uninterrupted run.
 
     python tests/fuzz/batch_under_fire.py --requests 2000 --kills 10
 
@@ -108,7 +108,7 @@ def processes_marked(mark: str) -> Iterator[tuple[int, int | None]]:
 
 
 def main() -> int:
-    """Run the job in peace and under fire, and compare."""
+    """Run the job uninterrupted and under fire, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--requests", type=int, default=300, metavar="N")
     parser.add_argument("--kills", type=int, default=10, metavar="N")
@@ -123,7 +123,7 @@ def main() -> int:
         if peaceful.end() != 0:
             sys.exit(peaceful.target.with_name("log").read_text())
         seconds = time.monotonic() - started
-        print(f"left in peace: {args.requests} requests in {seconds:.1f} s", flush=True)
+        print(f"uninterrupted: {args.requests} requests in {seconds:.1f} s", flush=True)
         fired = Batch(Path(directory) / "fire", requests, args.ranks)
         lost = fire(fired, args.kills, args.requests, random.Random(args.seed))
         return compare(peaceful.target, fired.target, requests, lost)
@@ -166,7 +166,8 @@ def fire(batch: Batch, kills: int, requests: int, moments: random.Random) -> int
     batch.start()
     if batch.end() != 0:
         sys.exit(batch.target.with_name("log").read_text())
-    print(batch.target.with_name("log").read_text().splitlines()[-1].rpartition("/")[2])
+    totals = batch.target.with_name("log").read_text().splitlines()[-1]
+    print(totals.partition("; ")[0].rpartition("/")[2])
     return lost
 
 
@@ -182,7 +183,7 @@ def compare(
     other = sum(one != another for one, another in zip(right, found, strict=False))
     print(
         f"{len(found)} answers: {missing} missing, {doubled} doubled, {lost_on_the_way} lost or "
-        f"changed on the way, {other} different from the run in peace"
+        f"changed on the way, {other} different from the uninterrupted run"
     )
     in_order = names == [request["id"] for request in requests]
     return 0 if in_order and not missing + doubled + lost_on_the_way + other else 1

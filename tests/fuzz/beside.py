@@ -149,7 +149,7 @@ def _load(room: Room, corpus: Corpus, random: Random) -> str:
     likely = ("rows_of_experts", "experts", "loads", "layer")
     note = _damage_json(corpus.path / "load.json", path, random, likely)
     out.write_text("of before")
-    if room.run("place", path, "--ep", EP, "-o", out, makes=("places.json",)):
+    if room.run("eplb", path, "--ep", EP, "-o", out, makes=("places.json",)):
         content = json.loads(out.read_bytes())
         for layer, ranks in content["layers"].items():
             experts = sorted(expert for rank in ranks for expert in rank)

@@ -163,5 +163,5 @@ class Corpus:
         self._score(MIXTURE, self.model(MIXTURE), "--record-routing", routing)
         words = ["generate", self.model(MIXTURE), "--prompt", "the in a", *GENERATE]
         self._run(*words, "--expert-load", self.path / "load.json", makes=("load.json",))
-        words = ["place", self.path / "load.json", "--ep", EP, "--redundant-experts", 2, "-o"]
+        words = ["eplb", self.path / "load.json", "--ep", EP, "--redundant-experts", 2, "-o"]
         self._run(*words, self.path / "places.json", makes=("places.json",))

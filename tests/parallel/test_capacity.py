@@ -130,7 +130,7 @@ def test_only_what_is_kept_is_sent(comm: MPI.Intracomm, drop: str):
         reference = Dropping("0.6", drop, groups)
         reference.forward(prompt().tolist())
         if mesh.layout.moe_token_dispatcher == "all-gather":  # in which every token goes everywhere
-            entry = mesh.ledger["reduce_scatter", "experts"]
+            entry = mesh.ledger["reduce_scatter", "moe"]
             away = TOKENS - len(groups[mesh.moe.rank])
             assert entry.wire_bytes == away * row * config.layers
             continue

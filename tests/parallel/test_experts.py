@@ -184,16 +184,16 @@ def test_what_is_sent(comm: MPI.Intracomm, variant: str):
         mine = tokens[mesh.moe.rank]
         if layout.moe_token_dispatcher == "all-gather":
             per_layer = (8 + len(mine) * (row + moe.top_k * (8 + e))) * (mesh.moe.size - 1)
-            entry = mesh.ledger["all_gather", "experts"]
+            entry = mesh.ledger["all_gather", "moe"]
             assert entry.calls == 4 * len(chosen)
             assert entry.wire_bytes == per_layer * len(chosen)
-            entry = mesh.ledger["reduce_scatter", "experts"]
+            entry = mesh.ledger["reduce_scatter", "moe"]
             everyone = sum(map(len, tokens))
             assert entry.wire_bytes == (everyone - len(mine)) * row * len(chosen)
             continue
-        assert mesh.ledger["all_gather", "experts"].calls == len(chosen)
+        assert mesh.ledger["all_gather", "moe"].calls == len(chosen)
         counts = 8 * moe.num_experts * (mesh.moe.size - 1) * len(chosen)
-        assert mesh.ledger["all_gather", "experts"].wire_bytes == counts
+        assert mesh.ledger["all_gather", "moe"].wire_bytes == counts
         own = range(moe.num_experts)[block(moe.num_experts, mesh.ep.size, mesh.ep.rank)]
         etp = mesh.etp.size
         column = [tokens[rank * etp + mesh.etp.rank] for rank in range(mesh.ep.size)]
