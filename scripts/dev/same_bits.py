@@ -138,7 +138,8 @@ def suits(model: Path, layout: str) -> bool:
     config = json.loads((model / "config.json").read_text())
     _, flags = EVERY_LAYOUT[layout]
     heads = config["num_attention_heads"]
-    if "--flash-decoding" in flags and config.get("num_key_value_heads", heads) == heads:
+    kv_heads = config.get("num_key_value_heads", heads)
+    if "--flash-decoding" in flags and int(flags.split()[1]) <= kv_heads:
         return False
     return layout not in (DENSE_LAYOUTS if any(f in config for f in EXPERTS) else MIXTURE_LAYOUTS)
 

@@ -8,7 +8,9 @@ not that of MPICH, the one that the lab tells where its hosts are.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -81,12 +83,12 @@ def test_ranks_are_on_hosts_of_their_own(spread, count, each):
     assert run.stdout.strip() == str(places), run.stderr
 
 
-# Each on two hosts of two ranks or on four of one: which axes the network is between differs.
+# Each on so many hosts, so that the network is between different axes.
 LAYOUTS = {
     "tensor": (MODEL, 2, "--tp 4"),
     "tensor, a rank a host": (MODEL, 4, "--tp 4"),
     "sequence": (MODEL, 4, "--tp 4 --sequence-parallel"),
-    "flash decoding": (MODEL, 2, "--tp 4 --flash-decoding"),
+    "flash decoding": (MODEL, 2, "--tp 8 --flash-decoding"),
     "context, ring": (MODEL, 4, "--cp 4 --chunked-prefill-size 3"),
     "context, all-gather": (MODEL, 2, "--cp 2 --tp 2 --cp-prefill all-gather"),
     "data": (MODEL, 4, "--dp 4"),
@@ -101,8 +103,9 @@ LAYOUTS = {
 def test_the_answers_are_those_of_one_rank(spread, name):
     model, count, layout = LAYOUTS[name]
     expected = of_one_rank(model)  # before mpirun leads to the hosts
-    spread(count, 4 // count)
-    assert completions(4, model, *ASKED, *layout.split()) == expected
+    ranks = math.prod(map(int, re.findall(r"--[tcd]p (\d+)", layout)))
+    spread(count, ranks // count)
+    assert completions(ranks, model, *ASKED, *layout.split()) == expected
 
 
 TRAFFIC = """

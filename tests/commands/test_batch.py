@@ -117,7 +117,7 @@ LAYOUTS = {
     "--cp 2 --tp 2": 4,
     "--cp 3 --cp-kv-cache-interleave-size 4": 3,
     "--tp 8 --flash-decoding": 8,
-    "--tp 2 --cp 2 --dp 2 --sequence-parallel --flash-decoding": 8,
+    "--tp 2 --cp 2 --dp 2 --sequence-parallel": 8,
 }
 
 

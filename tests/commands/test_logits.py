@@ -74,8 +74,8 @@ def test_every_layout_scores_like_the_oracle(model, lines, right, tmp_path, tp, 
         (2, "--cp 2"),
         (3, "--cp 3 --cp-prefill all-gather --cp-order contiguous"),
         (4, "--tp 4 --sequence-parallel"),
-        (8, "--tp 2 --cp 2 --dp 2 --sequence-parallel --flash-decoding"),
-        (1, "--sequence-parallel --flash-decoding"),
+        (8, "--tp 2 --cp 2 --dp 2 --sequence-parallel"),
+        (6, "--tp 6 --sequence-parallel --flash-decoding"),
     ],
 )
 def test_every_way_to_divide_sequences_scores_like_the_oracle(
