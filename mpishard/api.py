@@ -274,10 +274,12 @@ class Model:
         limits: SchedulerConfig | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        chat: bool = False,
     ) -> BatchReport:
         """Answer every line of the file `input` in a line of the file `output`, in their order.
 
         Lines are those of ``mpishard batch``; `params` are the parameters of lines that have none.
+        With `chat`, plain prompts open a conversation in the model's chat template.
         The replicas, each within `limits`, draw requests as they become free. Answers are kept in a
         journal beside the output, so that a job that was ended goes on where it ended when the same
         call is made again; the output appears when all are there, and the journal goes. Both files
@@ -292,7 +294,7 @@ class Model:
             (self.decoder.dtype.name, self.config.max_position_embeddings),
         )
         files = self.path, input, output
-        with open_batch(world.comm, *files, params, *settings, world.calls) as task:
+        with open_batch(world.comm, *files, params, *settings, world.calls, chat) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
     def answer(

@@ -75,6 +75,14 @@ RENAMED = {
     "--max-sequences": "--max-num-seqs",
     "--prefill-chunk": "--chunked-prefill-size",
 }
+# The commands of those that not all commands have. Elsewhere they are no options, and a text that
+# begins with one, such as a prompt, stays as it is.
+ONLY_OF = {
+    "--copies": ("place", "eplb"),
+    "--kv-memory": ("batch",),
+    "--max-batch-tokens": ("batch",),
+    "--max-sequences": ("batch",),
+}
 RENAMED_VALUES = {
     ("--moe-token-dispatcher", "gather"): "all-gather",
     ("--token-drop-policy", "probability"): "probs",
@@ -86,12 +94,15 @@ def current_names(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
     >>> current_names(["generate", "--kv-interleave=4", "--expert-dispatch", "gather"])[0]
     ['generate', '--cp-kv-cache-interleave-size=4', '--moe-token-dispatcher', 'all-gather']
+    >>> current_names(["generate", "--prompt", "--copies=3 of what?"])[0]
+    ['generate', '--prompt', '--copies=3 of what?']
     """
     current: list[str] = []
     renamed: dict[str, str] = {}
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name in RENAMED and (name.startswith("--") or place == 0):
+        is_option = name.startswith("--") and words[0] in ONLY_OF.get(name, words[:1])
+        if name in RENAMED and (is_option or place == 0):
             renamed[name] = name = RENAMED[name]
         before = current[-1] if current else ""
         if not equals:

@@ -88,7 +88,7 @@ class Tokenizer:
         except Exception as error:  # a template is a program, and may fail in any way
             raise UserError(
                 f"the chat template of {self.directory} failed: {_line(error)}; "
-                "leave --chat away to complete plain text"
+                "omit --chat to complete plain text"
             ) from None
         return self.encode(text, special=False)  # the template has written them
 
@@ -103,7 +103,7 @@ class Tokenizer:
             raise UserError(
                 f"a chat needs a chat template, but {self.directory} has neither "
                 "chat_template.jinja nor a chat_template in tokenizer_config.json; "
-                "leave --chat away to complete plain text"
+                "omit --chat to complete plain text"
             )
         return template
 

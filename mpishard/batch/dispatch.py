@@ -9,7 +9,7 @@ once.
 No collective spans replicas. Between the ranks of one, a small all_reduce a step says what has
 come, which then is broadcast, and whether any of them is to stop.
 
-up      ask (so many requests), answer, stop (a rank is told to), bye (no more will follow)
+up      ask (so many requests), answer, stop (a rank is told to), done (no more will follow)
 down    requests, stop, end (all is done)
 
 Messages and not a shared counter, because one-sided operations too wait, on most networks, until
@@ -37,7 +37,7 @@ from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
 from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
 
-TO_COORDINATOR, TO_REPLICA = 1, 2  # tags of messages to the clerk, and to a desk
+TO_COORDINATOR, TO_REPLICA = 1, 2  # tags of messages to the coordinator, and to a replica
 
 POLL_SECONDS = 0.001  # seconds between two looks of one who has nothing to do
 
@@ -86,7 +86,7 @@ class Coordinator:
 
     @property
     def at_work(self) -> bool:
-        """Whether some replica has still to say good-bye."""
+        """Whether some replica is still at work."""
         return len(self._left) < len(self.leaders)
 
     def serve(self) -> bool:
@@ -117,7 +117,7 @@ class Coordinator:
         self._heard.add(source)
         if message.get("stop"):
             self.stop()
-        if message.get("bye"):
+        if message.get("done"):
             self._left.add(source)
         if answer := message.get("answer"):
             line, prompt_tokens = self._out.pop(answer["place"])
@@ -181,7 +181,7 @@ class ReplicaClient:
     """A replica's side: the engine's `Work`, on each of its ranks.
 
     `text` is the model's tokenizer, if there is one; `should_stop` whether this rank has been told
-    to stop; `clerk` is rank 0's.
+    to stop; `coordinator` is rank 0's.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class ReplicaClient:
         text: Tokenizer | None,
         eos_ids: frozenset[int],
         should_stop: Callable[[], bool],
-        clerk: Coordinator | None,
+        coordinator: Coordinator | None,
     ) -> None:
         self.has_more, self.should_stop = True, False
-        self._replica, self._post, self._clerk = mesh.replica, post, clerk
+        self._replica, self._post, self._coordinator = mesh.replica, post, coordinator
         self._text, self._eos_ids, self._told_to_stop = text, eos_ids, should_stop
         self._leads = mesh.replica.rank == 0
         self._texts: dict[int, IncrementalDetokenizer] = {}
@@ -226,13 +226,13 @@ class ReplicaClient:
         self._say({"answer": {"place": answer.index, "refused": answer.error, **result}})
 
     def close(self) -> None:
-        """Say good-bye, and hear the end of it; rank 0 waits for all others."""
+        """Say that this replica is done, and wait for the end; rank 0 waits for all others."""
         if not self._leads:
             return
         if self.should_stop:
             self._say({"stop": True})
-        self._say({"bye": True})
-        while not self._ends or (self._clerk and self._clerk.at_work):
+        self._say({"done": True})
+        while not self._ends or (self._coordinator and self._coordinator.at_work):
             self._listen()
             time.sleep(POLL_SECONDS)
 
@@ -241,8 +241,8 @@ class ReplicaClient:
 
     def _listen(self) -> list[dict[str, Any]]:
         """The requests that have arrived; rank 0 serves the others first."""
-        if self._clerk:
-            self._clerk.serve()
+        if self._coordinator:
+            self._coordinator.serve()
         requests: list[dict[str, Any]] = []
         for _, content in self._post.poll(TO_REPLICA):
             message = json.loads(content)

@@ -107,16 +107,18 @@ def _serve(
     mesh = decoder.mesh
     text = Tokenizer(directory) if (directory / TOKENIZER).is_file() else None
     post = Mailbox(mesh.world.comm)
-    clerk = None
+    coordinator = None
     if task:
         leaders = list(range(0, mesh.layout.world_size, mesh.layout.replica_size))
-        clerk = Coordinator(task, post, leaders, _encoder(decoder, directory, task, text), report)
+        coordinator = Coordinator(
+            task, post, leaders, _encoder(decoder, directory, task, text), report
+        )
     eos_ids = frozenset(decoder.config.eos_ids)
-    desk = ReplicaClient(mesh, post, text, eos_ids, should_stop, clerk)
-    serve(decoder, desk, desk.answer, limits=limits)
-    desk.close()
+    client = ReplicaClient(mesh, post, text, eos_ids, should_stop, coordinator)
+    serve(decoder, client, client.answer, limits=limits)
+    client.close()
     post.close()
-    return clerk.progress if clerk else None
+    return coordinator.progress if coordinator else None
 
 
 def _encoder(
@@ -142,7 +144,7 @@ def _ids(line: BatchRequest, chat: bool, directory: Path, text: Tokenizer | None
     if text is None and (not are_ids or line.params.stop):
         text = Tokenizer(directory)  # which says that there is none
     if are_ids and chat:
-        raise UserError("a chat needs the text that opens it, not token ids; leave --chat away")
+        raise UserError("a chat needs the text that opens it, not token ids; omit --chat")
     if are_ids or text is None:
         return prompt  # type: ignore[return-value]
     if isinstance(prompt, str):

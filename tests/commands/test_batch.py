@@ -24,6 +24,7 @@ from tiny_models import rewrite, write_checkpoint
 from tiny_text import write_speaker
 
 from commands.shell import answered, completions, mpishard, refusal, refusal_here
+from mpishard import SamplingParams, load
 from mpishard.batch.job import BatchJob
 from mpishard.cli import run_command
 from mpishard.commands import batch, common
@@ -173,12 +174,21 @@ def test_one_can_chat_and_give_ids(model, job):
     )
     assert plain == right
     assert ids["error"].endswith("line 2: a chat needs the text that opens it, not token ids; "
-                                 "leave --chat away")  # fmt: skip
+                                 "omit --chat")  # fmt: skip
     choice = formal["response"]["body"]["choices"][0]
     assert choice["message"]["content"] == right["text"]
     ids = Tokenizer(model).encode("hi")
     (given,) = job({"id": 0, "input_ids": ids}).here(model, *GREEDY)
     assert given == {**completions(None, model, "--prompt", "hi", *GREEDY)[0], "prompt": ids}
+
+
+def test_python_can_chat(model, tmp_path):
+    (right,) = completions(None, model, "--prompt", "hi", "--chat", "--max-tokens", 3)
+    lines, answers = tmp_path / "lines.jsonl", tmp_path / "answers.jsonl"
+    lines.write_text('{"id": 0, "prompt": "hi"}\n')
+    params = SamplingParams(max_tokens=3)
+    load(model, MPI.COMM_SELF).batch(lines, answers, params, chat=True)
+    assert json.loads(answers.read_text()) == right
 
 
 def test_damaged_lines_are_answered_in_their_place(model, job, expected, capfd):

@@ -48,7 +48,8 @@ COMMANDS = {
 
 def told(finished: Finished) -> list[str]:
     """What a command says, with what differs from run to run left out."""
-    errors = re.sub(r"\d+\.\d+ tokens/s|\d+ (%|MiB)|rank \d of \d: |prompt \d", "", finished.stderr)
+    speed = r"\d+\.\d+ (completion )?tokens/s|in \d+\.\d+ s"
+    errors = re.sub(rf"{speed}|\d+ (%|MiB)|rank \d of \d: |prompt \d", "", finished.stderr)
     lines = [line for line in errors.splitlines() if not line.startswith("Abort(")]
     return [f"status {finished.returncode}", finished.stdout, *lines]
 

@@ -37,10 +37,10 @@ class WarmRanks:
         directory = Path(self._directory.name)
         self.out, self.err = directory / "out", directory / "err"
         path = [str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH", "")]
-        with socket.socket(socket.AF_UNIX) as desk, (directory / "start").open("w") as output:
-            desk.bind(str(directory / "socket"))
-            desk.listen(n or 1)
-            desk.settimeout(0.5)
+        with socket.socket(socket.AF_UNIX) as listener, (directory / "start").open("w") as output:
+            listener.bind(str(directory / "socket"))
+            listener.listen(n or 1)
+            listener.settimeout(0.5)
             self.launch = Launch(
                 n,
                 ["-m", "mpi_runner.warm_rank", directory / "socket"],
@@ -49,15 +49,15 @@ class WarmRanks:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            self.ranks = [self._accept(desk) for _ in range(n or 1)]
+            self.ranks = [self._accept(listener) for _ in range(n or 1)]
 
-    def _accept(self, desk: socket.socket) -> socket.socket:
+    def _accept(self, listener: socket.socket) -> socket.socket:
         """The connection of one more rank. The test fails, with what the launch said, if it ends or
         takes too long."""
         deadline = time.monotonic() + START_LIMIT
         while not self.has_ended and time.monotonic() < deadline:
             with suppress(TimeoutError):
-                return desk.accept()[0]
+                return listener.accept()[0]
         self.launch.end()
         pytest.fail(f"warm ranks do not start:\n{(self.out.parent / 'start').read_text()}", False)
 

@@ -69,9 +69,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, comm: MPI.Intracomm, slow: int) -> 
     given = [0]
     answer, forward = ReplicaClient.answer, Decoder.forward
 
-    def counting(desk: ReplicaClient, *arguments: Any) -> None:
+    def counting(client: ReplicaClient, *arguments: Any) -> None:
         given[0] += 1
-        answer(desk, *arguments)
+        answer(client, *arguments)
 
     def dragging(decoder: Decoder, step: Step) -> np.ndarray:
         time.sleep(0.05 if decoder.mesh.dp.rank == slow else 0.002)
