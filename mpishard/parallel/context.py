@@ -5,8 +5,8 @@ tokens alone, up to attention, where a query needs the keys and values of all ea
 sequences that begin in this step, these meet the queries in one of two ways:
 
 ring_attention        each rank's keys and values go round the ranks, one neighbour a hop, while
-                      attention to those of the last hop hides the way (Liu et al. 2023, arXiv
-                      2310.01889): isendrecv(cp), cp - 1 times
+                      attention to those that arrived last overlaps the transfer (Liu et al. 2023,
+                      arXiv 2310.01889): isendrecv(cp), cp - 1 times
 all_gather_attention  all_gather(cp) of keys and values together (Llama 3: arXiv 2407.21783, section
                       3.3.2)
 
@@ -189,10 +189,10 @@ def _needed_downstream(
     first_chunks: list[Segment], cp: Group, source: int, hop: int, window: int | None
 ) -> list[np.ndarray]:
     """The positions of rank `source`'s keys, for each sequence, that travel on to the rank `hop`
-    places behind it: those that it, or a rank further on, attends to.
+    places further along the ring: those that it, or a rank after it, attends to.
 
-    Without a window these are all. Causality would spare some of them a part of the way, but some
-    rank would send as much as before, and the others would wait for it.
+    Without a window these are all. With causality some ranks could send less, but not all, and
+    those that send the most decide how long a hop takes.
     """
     further = [(source + step) % cp.size for step in range(hop, cp.size)]
     needed = []
