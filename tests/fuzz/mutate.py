@@ -46,7 +46,7 @@ RANKS = {
         *("capacity", "expert_load", "routing_replay", "replicas"),
     ),
     "arithmetic": ("sublayers", "model", "schedule", "experts", "sampling", "limits"),
-    "engine": ("model", "sampling", "limits", "schedule"),
+    "engine": ("model", "sampling", "limits", "schedule", "api"),
 }
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
