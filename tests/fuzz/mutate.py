@@ -212,13 +212,15 @@ def verdict(copy: Path, arguments: list[str], limit: float) -> str | None:
     )
     try:
         output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest ends the ranks that it started
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+        process.terminate()  # the runner of the tests then ends the ranks that it started
         try:
             process.communicate(timeout=15)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+        if isinstance(stopped, KeyboardInterrupt):
+            raise
         return f"timed out after {limit:g} s"
     if process.returncode == 0:
         return None
