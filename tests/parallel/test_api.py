@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 from unittest.mock import Mock
 
@@ -131,8 +132,9 @@ def test_text_and_ends_are_told_to_the_replica_that_makes_them(path, comm):
 
 def test_the_time_is_that_of_the_replica(path, comm):
     for model in each_layout(path, comm, every=3):
-        timing = Timing()
+        timing, started = Timing(), perf_counter()
         answers = model.generate(IDS, SamplingParams(max_tokens=4, ignore_eos=True), timing=timing)
+        assert timing.prefill_seconds + timing.decode_seconds <= perf_counter() - started
         mine = answers[model.mesh.dp.rank :: model.mesh.dp.size]
         assert timing.prefill_tokens == sum(answer.prompt_tokens for answer in mine)
         assert timing.decode_tokens == sum(answer.completion_tokens - 1 for answer in mine)

@@ -130,6 +130,16 @@ def test_dropped_rows_are_counted_apart(comm: MPI.Intracomm):
             assert dropped > 0
 
 
+@pytest.mark.ranks(2)
+def test_layers_come_in_their_order_and_prefill_before_decode(comm: MPI.Intracomm):
+    variant = "qwen3_moe-plain"
+    with mesh_of(comm, variant, Layout(tp=2, ep=2)) as mesh:
+        load = ExpertLoad()
+        model = toy(variant, mesh).map_moe_layers(load.attach)
+        order = [(rows.layer, rows.phase) for rows in load.totals(mesh)]
+        assert order == [(layer, phase) for layer in range(model.config.layers) for phase in PHASES]
+
+
 def test_the_imbalance_is_the_most_over_the_mean():
     assert imbalance([3, 1, 2, 2]) == 1.5
     assert imbalance([0, 0]) is None

@@ -20,6 +20,7 @@ from mpishard.engine.prefix_cache import MIN_PREFIX_TOKENS
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
+from mpishard.errors import UserError
 from mpishard.sequences.sharding import FirstChunk
 from mpishard.sequences.step import Step
 
@@ -141,6 +142,14 @@ def test_caches_keep_to_the_memory_they_are_given(comm: MPI.Intracomm, variant: 
             assert sum(cache_bytes(step)) <= room
         most = max(len(step.segments) for step in model.steps)
         assert 2 <= most < 9
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_request_that_needs_more_than_all_memory_is_refused(comm: MPI.Intracomm):
+    limits = SchedulerConfig(kv_cache_memory_bytes=1)
+    for _, model in recorded(comm, "llama-gqa"):
+        with pytest.raises(UserError, match=r"prompt 1 has no answer: .* bytes of KV cache"):
+            generate(model, some_requests("llama-gqa"), limits=limits)
 
 
 def cache_bytes(step: Step) -> list[int]:

@@ -111,6 +111,13 @@ def test_noise_is_the_same_on_every_machine():
     np.testing.assert_allclose(found, [0.8842925110, 1.4982073600], atol=1e-9)
 
 
+def test_unless_told_otherwise_sampling_is_greedy_unfiltered_and_ends_with_the_text():
+    params = SamplingParams()
+    assert params.greedy and not params.filtered and not SamplingParams(temperature=1).filtered
+    assert (params.seed, params.max_tokens, params.stop) == (0, 128, ())
+    assert not params.ignore_eos
+
+
 @pytest.mark.parametrize(
     "field, value, right",
     [

@@ -73,6 +73,13 @@ def test_products_that_stay_in_columns(rows: int):
     np.testing.assert_allclose(z_NP, np.tanh(x_NI @ w_OI.T + bias_O) @ w_PO.T, atol=1e-12)
 
 
+def test_few_columns_are_filled_up():
+    """At most the 23 that make a full stack of 41: no stack consists of zeros alone."""
+    for rows in range(1, 400):
+        columns = sum(stack.shape[0] * stack.shape[2] for stack in pack_columns(np.ones((rows, 1))))
+        assert rows <= columns <= rows + 23
+
+
 def test_what_goes_by_columns(unpacked: bool):
     assert all(use_small_gemm(rows) is unpacked for rows in (4, 33, 128, 384))
     assert not any(use_small_gemm(rows) for rows in (0, 1, 3, 385, 512))
