@@ -182,6 +182,23 @@ def switched(layout: Layout, config: ModelConfig, turn: int) -> Layout:
     return layout
 
 
+def accepted(layout: Layout, config: ModelConfig) -> Layout:
+    """`layout` as `mpishard.load` takes it: without forms that have no effect on this model."""
+    layout = replace(
+        layout,
+        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
+        flash_decoding=layout.flash_decoding and layout.tp > config.kv_heads,
+    )
+    if not layout.shards_kv_positions:
+        plain = Layout()
+        layout = replace(
+            layout,
+            decode_merge=plain.decode_merge,
+            cp_kv_cache_interleave_size=plain.cp_kv_cache_interleave_size,
+        )
+    return layout
+
+
 def meshes(comm: MPI.Intracomm, variant: str) -> Iterator[Mesh]:
     """A mesh of each of the `layouts` of the ranks of `comm`."""
     for layout in layouts(comm.size, variant):

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import tiny_config
 from tiny_text import write_speaker
-from toys import layouts
+from toys import accepted, layouts
 
 import mpishard
 from mpishard.communication import check
@@ -258,7 +259,8 @@ def ways(ranks: int, variant: str) -> Iterator[dict[str, Any]]:
         yield {"tp": ranks, "ep": 2}
         yield {"dp": ranks, "ep": ranks}
     else:
-        for layout in layouts(ranks, variant):
+        for plain in layouts(ranks, variant):
+            layout = accepted(plain, tiny_config(variant))
             values = {name: getattr(layout, name) for name in LAYOUT_OPTIONS}
             layout_options = {
                 name: one for name, one in values.items() if one != LAYOUT_OPTIONS[name].default

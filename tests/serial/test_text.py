@@ -261,5 +261,5 @@ def test_a_template_that_fails(tmp_path, template, problem):
 
 
 def test_a_model_without_a_template(directory):
-    with pytest.raises(UserError, match="a chat needs a chat template, but .* leave --chat away"):
+    with pytest.raises(UserError, match="a chat needs a chat template, but .* omit --chat"):
         Tokenizer(directory).chat("hi")
