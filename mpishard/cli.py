@@ -49,7 +49,7 @@ def run_command(
                 f"mpishard: {old} is now {new}; the old name goes in the next release\n"
             )
     args = make_parser().parse_args(words)
-    # Only now: NumPy reads the number of threads when loaded.
+    # Not at the top: NumPy reads the number of threads when loaded.
     from mpishard.commands import COMMANDS
     from mpishard.runtime.watchdog import Watchdog
 

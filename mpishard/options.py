@@ -15,9 +15,8 @@ from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 from mpishard.runtime import launch
 
-TP_FLAGS = ("--tp", "--tensor-parallel-size")
-CP_FLAGS = ("--cp", "--context-parallel-size")
-EP_FLAGS = ("--ep", "--expert-parallel-size")
+_FLAGS = {option.name: option.flags for option in layout_options()}
+TP_FLAGS, CP_FLAGS, EP_FLAGS = (_FLAGS[degree] for degree in ("tp", "cp", "ep"))
 
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", 1)}

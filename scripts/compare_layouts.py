@@ -86,7 +86,7 @@ def load(world: MPI.Intracomm, args: argparse.Namespace) -> dict[str, mpishard.M
 def walker(model: mpishard.Model) -> Callable[[], float]:
     """What measures the bytes a second that this rank's matrix-vector products read, for a model of
     all ranks."""
-    from mpishard.bench.measurement import memory_probe
+    from mpishard.bench.probes import memory_probe
 
     work, read = memory_probe(model)
 

@@ -223,7 +223,7 @@ class Layout:
         for option in LAYOUT_OPTIONS.values():
             value = getattr(self, option.name)
             if value != option.default:
-                flags.append(option.flag if value is True else f"{option.flag} {value}")
+                flags.append(option.as_typed(value))
         return " ".join(flags)
 
 

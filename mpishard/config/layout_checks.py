@@ -142,8 +142,7 @@ def _check_layout_options(layout: Layout, given: dict[str, bool | float | str]) 
         if option.needs and value is not False:
             is_met, otherwise = NEEDS[option.needs]
             if not is_met(layout):
-                given_as = option.flag if value is True else f"{option.flag} {value}"
-                raise UserError(f"{given_as} has no effect {otherwise}")
+                raise UserError(f"{option.as_typed(value)} has no effect {otherwise}")
 
 
 def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> None:
@@ -153,7 +152,7 @@ def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> 
     if moe is None:
         for option in LAYOUT_OPTIONS.values():
             if option.moe and option.name in given:
-                flag = f"{option.flag} {getattr(layout, option.name)}"
+                flag = option.as_typed(getattr(layout, option.name))
                 raise UserError(f"{flag} has no effect on a model without experts: leave it out")
         return
     check_expert_parallel(moe, ep)

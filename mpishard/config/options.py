@@ -35,6 +35,10 @@ class LayoutOption:
         """The type of its values: bool, int, float or str."""
         return type(self.default)
 
+    def as_typed(self, value: bool | float | str) -> str:
+        """This option with `value`, as it is typed."""
+        return self.flag if value is True else f"{self.flag} {value}"
+
     def argument(self, parsers: Mapping[type, Callable[[str], object]]) -> dict[str, Any]:
         """The keyword arguments with which argparse's ``add_argument`` adds the flags. `parsers`
         convert a string to an int and to a float, and check its range."""
