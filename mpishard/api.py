@@ -289,12 +289,17 @@ class Model:
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
         """
-        world, settings = (
-            self.mesh.world,
-            (self.decoder.dtype.name, self.config.max_position_embeddings),
-        )
-        files = self.path, input, output
-        with open_batch(world.comm, *files, params, *settings, world.calls, chat) as task:
+        with open_batch(
+            self.mesh.world.comm,
+            self.path,
+            input,
+            output,
+            params,
+            self.decoder.dtype.name,
+            self.config.max_position_embeddings,
+            self.mesh.world.calls,
+            chat,
+        ) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
     def answer(
