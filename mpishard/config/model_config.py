@@ -162,6 +162,8 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embedding_scale: float = 1.0
+    wrapper: str | None = None  # the multimodal architecture around it: its tensors' names differ
+    ignored_fields: tuple[str, ...] = field(default=(), compare=False)  # the user answers for them
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
