@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import mpishard
 from mpishard import options
+from mpishard.errors import WrongRanks
 from mpishard.runtime import launch
 
 if TYPE_CHECKING:
@@ -56,8 +57,11 @@ def run_command(
     if "timeout" in args:
         args.watch = job.enter_context(Watchdog(world, args.timeout, args.check_collectives))
     args.stop_request = stop_request or launch.StopRequest()
-    args.line = lambda ranks, tp: f"{launch.launcher()} -n {ranks} {retyped(argv, tp)}"
-    COMMANDS[args.command].run(args, world)
+    try:
+        COMMANDS[args.command].run(args, world)
+    except WrongRanks as error:
+        command = f"{launch.launcher()} -n {error.ranks} {retyped(argv, error.tp)}"
+        raise error.with_command(command) from None
 
 
 # Names of the release before this one, and what they are called now: options, values, commands.
