@@ -30,7 +30,7 @@ from mpishard.parallel.tensor import FeedForward
 NODE_WORKING_SET = 512 * 2**20
 RANK_WORKING_SET = 64 * 2**20
 # Rows of `x` in the product whose rate is measured, however long the prompt: with more the rate
-# hardly rises, and the limit of a prompt of minutes is still taken in a second.
+# hardly rises, and the roofline of a prompt of minutes is still taken in a second.
 PRODUCT_ROWS = 512
 
 
