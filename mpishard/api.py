@@ -41,11 +41,12 @@ import json
 import operator
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -114,23 +115,33 @@ class Model:
     decoder: Decoder
     routing_recorder: RoutingRecorder | None = None
     routing_trace: RoutingTrace | None = None
+    add_bos: bool | None = None
 
     @cached_property
     def text(self) -> Tokenizer:
         """The model's tokenizer; UserError if it has none."""
-        return Tokenizer(self.path)
+        return Tokenizer(self.path, self.add_bos)
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether the model can take and give text."""
         return has_tokenizer(self.path)
 
-    def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
+    def encode(
+        self,
+        prompt: str | Sequence[int],
+        chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
-        that a text opens. Raises UserError as `Tokenizer` does, and TypeError for ids that are not
-        integers."""
+        that a text opens, in a template that is given `chat_template_kwargs`. Raises UserError as
+        `Tokenizer` does, and TypeError for ids that are not integers."""
+        if chat_template_kwargs and not chat:
+            raise UserError("chat_template_kwargs have no effect without chat: leave them out")
         if isinstance(prompt, str):
-            return self.text.chat(prompt) if chat else self.text.encode(prompt)
+            if chat:
+                return self.text.chat(prompt, chat_template_kwargs)
+            return self.text.encode(prompt)
         if chat:
             raise UserError("chat takes the text that opens a conversation, not token ids")
         return [operator.index(token) for token in prompt]
@@ -204,6 +215,7 @@ class Model:
         params: SamplingParams = SamplingParams(),  # noqa: B008 (immutable)
         *,
         chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         on_finish: Callable[[int], None] | None = None,
         timing: Timing | None = None,
@@ -211,7 +223,9 @@ class Model:
     ) -> list[Completion]:
         """The completions of all `prompts` (texts or token ids), in their order, on every rank.
 
-        All are continued as `params` say. `on_text` is called with ``(prompt's place, text)``
+        All are continued as `params` say. With `chat`, a text opens a conversation in the model's
+        chat template, which is given `chat_template_kwargs`: ``{"enable_thinking": False}``, or
+        ``tools`` and ``documents``. `on_text` is called with ``(prompt's place, text)``
         as text appears and `on_finish` with the places of finished prompts, both on the ranks of
         the replica that serves the prompt; `timing` is added to, for that replica. Prompts of more
         than `chunked_prefill_size` tokens enter in several steps.
@@ -220,7 +234,7 @@ class Model:
         where text is asked of a model without a tokenizer, and where logits are not finite.
         """
         _check_chunk(chunked_prefill_size)
-        encoded = [self.encode(prompt, chat) for prompt in prompts]
+        encoded = [self.encode(prompt, chat, chat_template_kwargs) for prompt in prompts]
         for place, ids in enumerate(encoded):
             self.check(ids, f"prompt {place + 1}")
         self._check_routing(encoded, params.max_tokens - 1)
@@ -275,16 +289,19 @@ class Model:
         should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchReport:
         """Answer every line of the file `input` in a line of the file `output`, in their order.
 
         Lines are those of ``mpishard batch``; `params` are the parameters of lines that have none.
-        With `chat`, plain prompts open a conversation in the model's chat template.
-        The replicas, each within `limits`, draw requests as they become free. Answers are kept in a
-        journal beside the output, so that a job that was ended goes on where it ended when the same
-        call is made again; the output appears when all are there, and the journal goes. Both files
-        need to be seen from rank 0 alone. All ranks stop after a step in which `should_stop` is
-        true on any of them; `on_progress` is called on rank 0 after answers have been written.
+        With `chat`, plain prompts open a conversation in the model's chat template;
+        `chat_template_kwargs` are given to the template of every conversation, and a line may have
+        others. The replicas, each within `limits`, draw requests as they become free. Answers are
+        kept in a journal beside the output, so that a job that was ended goes on where it ended
+        when the same call is made again; the output appears when all are there, and the journal
+        goes. Both files need to be seen from rank 0 alone. All ranks stop after a step in which
+        `should_stop` is true on any of them; `on_progress` is called on rank 0 after answers have
+        been written.
 
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
@@ -299,6 +316,8 @@ class Model:
             self.config.max_position_embeddings,
             self.mesh.world.calls,
             chat,
+            chat_template_kwargs,
+            self.add_bos,
         ) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
@@ -311,7 +330,8 @@ class Model:
     ) -> BatchReport:
         """Answer the batch that `open_batch` has opened; `batch` does both."""
         limits = limits or scheduler_config()
-        return run(self.decoder, self.path, task, limits, should_stop, on_progress)
+        text = self.text if self.has_tokenizer else None
+        return run(self.decoder, self.path, text, task, limits, should_stop, on_progress)
 
     def logits(
         self,
@@ -347,6 +367,7 @@ def load(
     *,
     cp: int = 1,
     max_model_len: int | None = None,
+    add_bos: bool | None = None,
     watch: Watchdog | None = None,
     **layout_options: bool | float | str | None,
 ) -> Model:
@@ -356,9 +377,10 @@ def load(
     the communicator. `layout_options` are the other fields of `mpishard.config.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``cp_prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
-    positions that the configuration allows, whatever the model was trained for. `watch` watches
-    over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The process keeps
-    memory that it frees from then on (`mpishard.runtime.malloc`).
+    positions that the configuration allows, whatever the model was trained for. `add_bos` says
+    whether a prompt begins with the tokenizer's bos_token, instead of the tokenizer itself. `watch`
+    watches over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The
+    process keeps memory that it frees from then on (`mpishard.runtime.malloc`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
     not fit it: WrongRanks, whose message has the command to type, where another number of ranks
@@ -389,7 +411,7 @@ def load(
         weights = load_weights(
             source, mesh.weight_sharding, mesh.shard_index, DTYPES[compute_dtype]
         )
-    return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
+    return Model(Path(path), config, mesh, Decoder(config, weights, mesh), add_bos=add_bos)
 
 
 @contextmanager
@@ -403,6 +425,8 @@ def open_batch(
     max_model_len: int | None,
     calls: CallTracker | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_bos: bool | None = None,
 ) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
@@ -414,8 +438,10 @@ def open_batch(
                 "model": fingerprint(path),
                 "compute_dtype": compute_dtype,
                 "max_model_len": max_model_len or open_source(path).config.max_position_embeddings,
+                "add_bos": add_bos,
             }
-            task = BatchJob(Path(input), Path(output), params, metadata, chat)
+            files = Path(input), Path(output)
+            task = BatchJob(*files, params, metadata, chat, chat_template_kwargs)
     with task or nullcontext():
         yield task
 

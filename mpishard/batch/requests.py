@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import time
 from typing import Any
 
@@ -32,7 +32,9 @@ NUMBERS = {
 }
 SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 PARAMS = (*NUMBERS, "stop", "stop_token_ids", *SWITCHES)
-PLAIN_FIELDS = ("id", "prompt", "input_ids", *PARAMS)
+PLAIN_FIELDS = ("id", "prompt", "input_ids", "chat_template_kwargs", *PARAMS)
+# What the chat template is given beside the messages.
+TEMPLATE_FIELDS = ("chat_template_kwargs", "tools", "documents")
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 
 # Fields of an OpenAI body that change nothing about the answer, and those that may be there only
@@ -48,8 +50,6 @@ NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
     "response_format": {"type": "text"},
 }
 
@@ -65,6 +65,7 @@ class BatchRequest:
     params: SamplingParams = SamplingParams()
     model: str = ""
     error: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def answer(
         self, text: str | None, ids: list[int], finish_reason: str, prompt_tokens: int
@@ -124,7 +125,10 @@ def read_request(content: bytes, number: int, defaults: SamplingParams, where: s
         check_fields(fields, PLAIN_FIELDS, where)
         line = replace(line, name=name_of(fields, "id", where))
         return replace(
-            line, prompt=prompt_of(fields, where), params=_params(fields, defaults, where)
+            line,
+            prompt=prompt_of(fields, where),
+            params=_params(fields, defaults, where),
+            chat_template_kwargs=_template_kwargs(fields, where),
         )
     except UserError as error:
         name = None if isinstance(line.name, bool | float | list | dict) else line.name
@@ -197,6 +201,17 @@ def _params(fields: Mapping[str, Any], defaults: SamplingParams, where: str) -> 
         raise UserError(f"{where}: {error}") from None
 
 
+def _template_kwargs(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the chat template is given beside the messages."""
+    variables = fields.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise UserError(
+            f'{where}: "chat_template_kwargs" must be an object, not {_short(variables)}'
+        )
+    given = {name: fields[name] for name in ("tools", "documents") if fields.get(name)}
+    return {**variables, **given}
+
+
 def _number(name: str, value: Any, kind: type, where: str) -> Any:
     if type(value) is kind:
         return value
@@ -235,6 +250,13 @@ def _read_openai(
         raise UserError(f'{where}: "body" must be an object, not {_short(body)}')
     prompt = "messages" if line.form == CHAT else "prompt"
     known = (prompt, *PARAMS, "max_completion_tokens", *UNRELATED, *NEUTRAL)
+    if line.form == CHAT:
+        known += (*TEMPLATE_FIELDS, "tool_choice")
+        if body.get("tool_choice") not in (None, "none", "auto"):
+            raise UserError(
+                f'{where}: "tool_choice" {_short(body["tool_choice"])} is not built: the model is '
+                'shown the tools, and says what it says; leave it out, or say "auto"'
+            )
     check_fields(body, known, f"{where}: its body")
     for name, neutral in NEUTRAL.items():
         if not _asks_nothing(body.get(name), neutral):
@@ -246,7 +268,9 @@ def _read_openai(
         raise UserError(f'{where}: "model" must be a string, not {_short(body["model"])}')
     line = replace(line, model=body.get("model", ""))
     asked = _messages(body.get("messages"), where) if prompt == "messages" else _text(body, where)
-    return replace(line, prompt=asked, params=_params(_one_limit(body, where), defaults, where))
+    variables = _template_kwargs(body, where) if prompt == "messages" else {}
+    params = _params(_one_limit(body, where), defaults, where)
+    return replace(line, prompt=asked, params=params, chat_template_kwargs=variables)
 
 
 def _asks_nothing(value: Any, neutral: Any) -> bool:

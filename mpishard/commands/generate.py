@@ -19,6 +19,7 @@ from mpishard.commands.common import (
     routing_files,
     sampling_params,
     say,
+    say_notices,
     say_summary,
     tracked_expert_load,
 )
@@ -39,7 +40,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--prompt", action="append", required=True, metavar="TEXT",
         help="may be given several times; - takes all of standard input as it is",
     )  # fmt: skip
-    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    options.add_chat(command)
+    options.add_bos(command)
     command.add_argument(
         "--json", action="store_true", help="print one JSON object a line instead of text"
     )
@@ -54,7 +56,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard generate``: streams the text of one prompt; prints several in their order."""
     params = sampling_params(args)
+    if args.chat and args.add_bos is not None:
+        flag = "--add-bos" if args.add_bos else "--no-add-bos"
+        raise UserError(f"{flag} has no effect with --chat, whose template decides: leave it out")
+    if args.chat_template_kwargs and not args.chat:
+        raise UserError("--chat-template-kwargs has no effect without --chat: leave it out")
     model = load_model(args, world)
+    say_notices(model, world)
     with tracked_expert_load(args, model, world):
         prompts = _read_prompts(args.prompt, world)
         names = [str(place) for place in range(len(prompts))]  # the ids of --json
@@ -79,6 +87,7 @@ def _generate(
             prompts,
             params,
             chat=args.chat,
+            chat_template_kwargs=args.chat_template_kwargs,
             on_text=_write_text if streams else None,
             on_finish=lambda place: advance(1),
             timing=timing,

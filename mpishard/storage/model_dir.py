@@ -26,7 +26,9 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "tekken.json",
 )
+CHAT_TEMPLATES = "chat_templates"  # a folder of templates by name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,8 +60,15 @@ def read_config(directory: Path) -> ModelConfig:
     return read_model_config(read_json(path), generation, str(path))
 
 
+def companions(directory: Path) -> list[Path]:
+    """Those of the `COMPANIONS` that a directory has, and its chat templates, relative to it."""
+    templates = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
+    paths = [*(directory / name for name in COMPANIONS), *templates]
+    return [path.relative_to(directory) for path in paths if path.is_file()]
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies those of the `COMPANIONS` that `source` has."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copies the `companions` of a directory to another."""
+    for path in companions(source):
+        (target / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / path, target / path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpishard.errors import UserError
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.storage.model_dir import COMPANIONS, CONFIG
+from mpishard.storage.model_dir import CONFIG, companions
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
 
 Source = Checkpoint | ShardDirectory
@@ -41,7 +41,7 @@ def fingerprint(path: Path) -> str:
     """A digest that identifies a model directory, independent of its path: of the content of the
     small files, and of the names and sizes of files of weights."""
     digest = hashlib.sha256()
-    for name in (*COMPANIONS, MANIFEST):
+    for name in (*map(str, companions(path)), MANIFEST):
         if (path / name).is_file():
             digest.update(name.encode() + b"\0" + (path / name).read_bytes() + b"\0")
     weights = [*path.glob("*.safetensors"), *path.glob("rank-*.h5")]

@@ -70,6 +70,29 @@ def test_openais_form():
     ]
 
 
+def test_what_a_line_gives_to_the_chat_template():
+    tools, documents = [{"type": "function"}], [{"title": "t", "text": "u"}]
+    line = openai(
+        tools=tools, tool_choice="auto", documents=documents, chat_template_kwargs={"a": 1}
+    )
+    assert line.error == ""
+    assert line.chat_template_kwargs == {"a": 1, "tools": tools, "documents": documents}
+    assert openai(tools=[], documents=None, chat_template_kwargs=None).chat_template_kwargs == {}
+    assert plain(chat_template_kwargs={"a": None}).chat_template_kwargs == {"a": None}
+    assert '"chat_template_kwargs" must be an object' in plain(chat_template_kwargs=[1]).error
+
+
+@pytest.mark.parametrize("form", [plain, openai])
+def test_what_ends_an_answer_and_what_of_it_is_shown(form):
+    own = {"stop_token_ids": [1, 2], "skip_special_tokens": False}
+    line = form(**own, include_stop_str_in_output=True)
+    expected = replace(PARAMS, stop_token_ids=(1, 2), skip_special_tokens=False)
+    assert line.params == replace(expected, include_stop_str_in_output=True)
+    assert '"stop_token_ids" must be a list of integers' in form(stop_token_ids="1").error
+    assert "stop_token_ids -1 is out of range" in form(stop_token_ids=[-1]).error
+    assert '"skip_special_tokens" must be true or false' in form(skip_special_tokens=0).error
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
@@ -145,7 +168,9 @@ def test_a_wish_that_cannot_be_is_refused(form, name, value, sentence):
         (lambda: openai(stream=True), '"stream" true is not built: leave it out, or say false'),
         (lambda: openai(logprobs=0), '"logprobs" 0 is not built: leave it out, or say false'),
         (lambda: openai(frequency_penalty=0.5), '"frequency_penalty" 0.5 is not built'),
-        (lambda: openai(tools=[{}]), '"tools" [{}] is not built: leave it out, or say []'),
+        (lambda: openai(tool_choice="required"), '"tool_choice" "required" is not built'),
+        (lambda: openai(COMPLETION, tools=[{}]), 'unknown field "tools"'),
+        (lambda: plain(tools=[{}]), 'unknown field "tools"'),
         (lambda: openai(guided_json="x"), 'its body has the unknown field "guided_json"'),
         (lambda: openai(prompt="x"), 'its body has the unknown field "prompt"'),
         (lambda: openai(model=4), '"model" must be a string, not 4'),
