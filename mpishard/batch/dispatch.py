@@ -227,7 +227,7 @@ class ReplicaClient:
         if not self._leads:
             return
         if growing is None and self._text:
-            growing = IncrementalDetokenizer(self._text, request.ids)
+            growing = IncrementalDetokenizer(self._text, request.ids, request.params)
         output = finish_output(answer.ids, answer.finish_reason, growing)
         outputs = self._outputs.setdefault(request.index, {})
         outputs[request.choice] = {
@@ -289,14 +289,14 @@ class ReplicaClient:
         place, ids = fields["place"], fields["ids"]
         stopped = None
         if params.stop and self._text:
-            growing = IncrementalDetokenizer(self._text, ids, params.stop)
+            growing = IncrementalDetokenizer(self._text, ids, params)
             self._texts[place, choice] = growing
             stopped = growing.update
         return Request(
             index=place,
             ids=ids,
             params=params,
-            eos_ids=frozenset() if params.ignore_eos else self._eos_ids,
+            eos_ids=params.end_ids(self._eos_ids),
             stop_fn=stopped,
             choice=choice,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mpishard.batch.fields import short
+from mpishard.batch.fields import are_ids, short
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 
@@ -23,8 +23,8 @@ NUMBERS = {
     "logprobs": int,
     "n": int,
 }
-SWITCHES = ("ignore_eos",)
-PARAMS = (*NUMBERS, *SWITCHES, "stop", "logit_bias")
+SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+PARAMS = (*NUMBERS, *SWITCHES, "stop", "stop_token_ids", "logit_bias")
 
 
 def read_params(fields: dict[str, Any], defaults: SamplingParams, where: str) -> SamplingParams:
@@ -40,6 +40,11 @@ def read_params(fields: dict[str, Any], defaults: SamplingParams, where: str) ->
     for name in SWITCHES:
         if not isinstance(given.get(name, False), bool):
             raise UserError(f'{where}: "{name}" must be true or false, not {short(given[name])}')
+    if not are_ids(given.get("stop_token_ids", [])):
+        raise UserError(
+            f'{where}: "stop_token_ids" must be a list of integers, not '
+            f"{short(given['stop_token_ids'])}"
+        )
     if "stop" in given:
         given["stop"] = _stops(given["stop"], where)
     if "logit_bias" in given:

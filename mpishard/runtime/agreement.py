@@ -19,32 +19,32 @@ T = TypeVar("T")
 def raise_on_all(comm: MPI.Comm, calls: CallTracker | None = None) -> Iterator[None]:
     """A UserError that any rank of `comm` raises within is raised on all of them at the end: the
     lowest rank's. `calls` tracks the collectives of this rank."""
-    mine = None
+    mine: UserError | None = None
     try:
         yield
     except UserError as error:
-        mine = str(error)
+        mine = error
     with CollectiveCall("agreement", _world(comm, calls)):
         everyones = comm.allgather(mine)
-    messages = [message for message in everyones if message is not None]
-    if messages:
-        raise UserError(messages[0])
+    errors = [error for error in everyones if error is not None]
+    if errors:
+        raise errors[0]
 
 
 def from_rank_0(comm: MPI.Comm, make: Callable[[], T], calls: CallTracker | None = None) -> T:
     """What `make` returns, or the UserError that it raises, on rank 0 of `comm`, on all of them:
     what only rank 0 has at hand, such as a file. `calls` tracks the collectives of this rank."""
     made: T | None = None
-    problem = None
+    problem: UserError | None = None
     if comm.rank == 0:
         try:
             made = make()
         except UserError as error:
-            problem = str(error)
+            problem = error
     with CollectiveCall("broadcast", _world(comm, calls)):
         problem, made = comm.bcast((problem, made))
     if problem is not None:
-        raise UserError(problem)
+        raise problem
     return made  # type: ignore[return-value]  # rank 0 made it
 
 
