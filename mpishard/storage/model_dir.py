@@ -28,7 +28,8 @@ COMPANIONS = (
     "chat_template.json",
     "tekken.json",
 )
-CHAT_TEMPLATES = "chat_templates"  # a folder of templates by name
+# Folders of templates by name: as transformers calls it, and as it did before.
+CHAT_TEMPLATES = ("additional_chat_templates", "chat_templates")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,10 +61,18 @@ def read_config(directory: Path) -> ModelConfig:
     return read_model_config(read_json(path), generation, str(path))
 
 
+def named_templates(directory: Path) -> dict[str, Path]:
+    """The files of chat templates in folders of a directory, by the templates' names."""
+    return {
+        path.stem: path
+        for folder in reversed(CHAT_TEMPLATES)
+        for path in sorted((directory / folder).glob("*.jinja"))
+    }
+
+
 def companions(directory: Path) -> list[Path]:
     """Those of the `COMPANIONS` that a directory has, and its chat templates, relative to it."""
-    templates = sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
-    paths = [*(directory / name for name in COMPANIONS), *templates]
+    paths = [*(directory / name for name in COMPANIONS), *named_templates(directory).values()]
     return [path.relative_to(directory) for path in paths if path.is_file()]
 
 

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mpishard.errors import UserError, brief
-from mpishard.storage.model_dir import CHAT_TEMPLATES, read_json
+from mpishard.storage.model_dir import named_templates, read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models, in older checkpoints
@@ -107,7 +107,7 @@ class ChatTemplate:
 def _read_templates(directory: Path, settings: Mapping[str, Any]) -> str | dict[str, str]:
     """A template, or several by name; none if there are none. Files of their own count before
     ``tokenizer_config.json``."""
-    files = {path.stem: path for path in sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))}
+    files = named_templates(directory)
     if (directory / TEMPLATE_FILE).is_file():
         files = {"default": directory / TEMPLATE_FILE, **files}
     if files:
