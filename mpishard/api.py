@@ -124,7 +124,7 @@ class Model:
     @cached_property
     def text(self) -> Tokenizer:
         """The model's tokenizer; UserError if it has none."""
-        return Tokenizer(self.path)
+        return Tokenizer(self.path, most_tokens=self.config.max_position_embeddings)
 
     @property
     def has_tokenizer(self) -> bool:

@@ -112,7 +112,8 @@ def _serve(
 ) -> Progress | None:
     """Answer what is left of the task; on rank 0 how far that came."""
     mesh = decoder.mesh
-    text = Tokenizer(directory) if has_tokenizer(directory) else None
+    most = decoder.config.max_position_embeddings
+    text = Tokenizer(directory, most_tokens=most) if has_tokenizer(directory) else None
     post = Mailbox(mesh.world.comm)
     coordinator = None
     if task:
