@@ -123,7 +123,7 @@ class Fields:
         value = self.get(name)
         if value is not None and type(value) is not dict:
             self.refuse(name, "must be an object")
-        return Fields(value, self.source, within=f"{name}.") if value else None
+        return Fields(value, self.source, within=f"{self.within}{name}.") if value else None
 
     def reject_unknown(self, reader: str, ignored: frozenset[str] = frozenset()) -> None:
         """Raise UserError for a field that was not read, is not `ignored` and may change the
