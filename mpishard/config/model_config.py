@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpishard.config.stored_names import StoredNames
+
 # No sequence has more positions. Products of positions with sizes then fit into 64 bits.
 MAX_POSITIONS = 2**31 - 1
 
@@ -140,7 +142,7 @@ class ModelConfig:
     ffn: int  # F, of dense layers
     vocab: int  # V
     norm_eps: float
-    activation: str  # "silu", "gelu_pytorch_tanh" or "relu"
+    activation: str  # "silu", "gelu_pytorch_tanh", "gelu", "relu" or "relu2"
     tied: bool  # the output head is the embedding
     qkv_bias: bool
     o_bias: bool
@@ -162,6 +164,8 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embedding_scale: float = 1.0
+    gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
+    stored_names: StoredNames = StoredNames()
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

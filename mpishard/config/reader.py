@@ -33,7 +33,10 @@ _ACTIVATIONS = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
     "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu": "gelu",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -100,6 +103,8 @@ def read_model_config(
         ),
         attention_scale=_attention_scale(fields, family),
         embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
+        gated_mlp=family.gated_mlp,
+        stored_names=family.stored_names,
         raw=raw,
     )
     fields.reject_unknown(family.name, family.ignored)

@@ -1045,8 +1045,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     # Activations, biases, windows.
     (
         "llama",
-        {"hidden_act": "gelu"},
-        'hidden_act = "gelu" is not implemented: silu, swish, gelu_pytorch_tanh, gelu_new, relu',
+        {"hidden_act": "mish"},
+        'hidden_act = "mish" is not implemented: silu, swish, gelu_pytorch_tanh, gelu_new, gelu_fast, '
+        "gelu, relu, relu2",
     ),
     ("mistral", {"attention_bias": True}, "attention_bias = true contradicts the family"),
     ("qwen2", {"attention_bias": False}, "attention_bias = false contradicts the family"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpishard.config.model_config import ExpertNames
+from mpishard.config.stored_names import StoredNames
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Family:
 
     # Feed-forward
     mlp_bias: bool | None = False
+    gated_mlp: bool = True
     activation_field: str = "hidden_act"
     activation: str = "silu"
     moe: MoEFamily | None = None
@@ -88,5 +90,6 @@ class Family:
     final_logit_softcapping: float | None = None
     query_pre_attn_scalar: int | None = None
 
+    stored_names: StoredNames = StoredNames()
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields that change nothing in this family
