@@ -80,11 +80,11 @@ def fp8(
 ) -> Callable[..., Drawn]:
     """FP8 in blocks of so many rows and columns; None: all."""
 
-    def draw(random: np.random.RandomState, O: int, I: int) -> Drawn:
-        rows, columns = block[0] or O, block[1] or I
-        codes = random.normal(0, 0.2, (O, I)).astype(F8)
-        scales = _scales(random, (-(-O // rows), -(-I // columns)), dtype)
-        numbers = codes.astype(np.float32) * _repeat(scales, (rows, columns), (O, I))
+    def draw(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+        each = block[0] or rows, block[1] or columns
+        codes = random.normal(0, 0.2, (rows, columns)).astype(F8)
+        scales = _scales(random, (-(-rows // each[0]), -(-columns // each[1])), dtype)
+        numbers = codes.astype(np.float32) * _repeat(scales, each, (rows, columns))
         return {"weight": codes, name: scale_shape(scales)}, numbers
 
     return draw
@@ -93,10 +93,12 @@ def fp8(
 def int8(symmetric: bool) -> Callable[..., Drawn]:
     """int8 with a scale for each row."""
 
-    def draw(random: np.random.RandomState, O: int, I: int) -> Drawn:
-        codes = random.randint(-128, 128, (O, I)).astype(np.int8)
-        scales = (_scales(random, (O, 1), np.float32) / 400).astype(BF16)
-        zeros = np.zeros((O, 1), np.int8) if symmetric else random.randint(-9, 9, (O, 1), np.int8)
+    def draw(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+        codes = random.randint(-128, 128, (rows, columns)).astype(np.int8)
+        scales = (_scales(random, (rows, 1), np.float32) / 400).astype(BF16)
+        zeros = (
+            np.zeros((rows, 1), np.int8) if symmetric else random.randint(-9, 9, (rows, 1), np.int8)
+        )
         numbers = (codes.astype(np.float32) - zeros) * scales.astype(np.float32)
         tensors = {"weight": codes, "weight_scale": scales, "weight_zero_point": zeros}
         return tensors, numbers
@@ -105,13 +107,17 @@ def int8(symmetric: bool) -> Callable[..., Drawn]:
 
 
 def _grouped(
-    random: np.random.RandomState, O: int, I: int, group: int, dtype: Any, zeros: bool
+    random: np.random.RandomState, rows: int, columns: int, group: int, dtype: Any, zeros: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (O, I), zero points and scales (O, groups)."""
-    groups = -(-I // group)
-    codes = random.randint(0, 16, (O, I))
-    scales = (_scales(random, (O, groups), np.float32) / 20).astype(dtype)
-    return codes, random.randint(1, 16, (O, groups)) if zeros else np.full((O, groups), 8), scales
+    groups = -(-columns // group)
+    codes = random.randint(0, 16, (rows, columns))
+    scales = (_scales(random, (rows, groups), np.float32) / 20).astype(dtype)
+    return (
+        codes,
+        random.randint(1, 16, (rows, groups)) if zeros else np.full((rows, groups), 8),
+        scales,
+    )
 
 
 def _means(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -122,14 +128,14 @@ def _means(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, of: np.ndar
 def int4(group: int, zeros: bool = False, ordered: bool = False) -> Callable[..., Drawn]:
     """pack-quantized, with zero points or with the groups of columns stored."""
 
-    def draw(random: np.random.RandomState, O: int, I: int) -> Drawn:
-        codes, zero_points, scales = _grouped(random, O, I, group, BF16, zeros)
-        of = np.arange(I) // group
+    def draw(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+        codes, zero_points, scales = _grouped(random, rows, columns, group, BF16, zeros)
+        of = np.arange(columns) // group
         of = random.permutation(of) if ordered else of
         tensors = {
             "weight_packed": _pack(codes),
             "weight_scale": scales,
-            "weight_shape": np.array([O, I], np.int64),
+            "weight_shape": np.array([rows, columns], np.int64),
         }
         if zeros:
             tensors["weight_zero_point"] = np.ascontiguousarray(_pack(zero_points.T).T)
@@ -143,15 +149,15 @@ def int4(group: int, zeros: bool = False, ordered: bool = False) -> Callable[...
 def awq(group: int) -> Callable[..., Drawn]:
     """gemm: transposed; outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight have the bits 0-3, 4-7, …"""
 
-    def draw(random: np.random.RandomState, O: int, I: int) -> Drawn:
-        codes, zeros, scales = _grouped(random, O, I, group, np.float16, True)
+    def draw(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+        codes, zeros, scales = _grouped(random, rows, columns, group, np.float16, True)
         order = tuple([0, 2, 4, 6, 1, 3, 5, 7].index(output) for output in range(8))
         tensors = {
             "qweight": _pack(codes.T, order),
             "qzeros": _pack(zeros.T, order),
             "scales": np.ascontiguousarray(scales.T),
         }
-        return tensors, _means(codes, zeros, scales, np.arange(I) // group)
+        return tensors, _means(codes, zeros, scales, np.arange(columns) // group)
 
     return draw
 
@@ -159,9 +165,9 @@ def awq(group: int) -> Callable[..., Drawn]:
 def gptq(group: int, less: int, ordered: bool = False) -> Callable[..., Drawn]:
     """Transposed, inputs packed; zero points are stored less 1 or as they are."""
 
-    def draw(random: np.random.RandomState, O: int, I: int) -> Drawn:
-        codes, zeros, scales = _grouped(random, O, I, group, np.float16, True)
-        of = np.arange(I) // group
+    def draw(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+        codes, zeros, scales = _grouped(random, rows, columns, group, np.float16, True)
+        of = np.arange(columns) // group
         of = random.permutation(of) if ordered else of
         tensors = {
             "qweight": np.ascontiguousarray(_pack(codes).T),
@@ -181,9 +187,9 @@ def _e2m1(bits: int) -> float:
     return -magnitude if bits >> 3 else magnitude
 
 
-def _fp4(random: np.random.RandomState, O: int, I: int) -> tuple[np.ndarray, np.ndarray]:
+def _fp4(random: np.random.RandomState, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of two codes, and the codes' numbers."""
-    codes = random.randint(0, 16, (O, I))
+    codes = random.randint(0, 16, (rows, columns))
     numbers = np.array([_e2m1(bits) for bits in range(16)], np.float32)[codes]
     return (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8), numbers
 
@@ -192,11 +198,11 @@ def nvfp4(modelopt: bool) -> Callable[..., Drawn]:
     """A scale in FP8 for 16 elements, and one of the matrix, by which ModelOpt multiplies and
     compressed-tensors divides."""
 
-    def draw(random: np.random.RandomState, O: int, I: int) -> Drawn:
-        packed, numbers = _fp4(random, O, I)
-        scales = (100 * _scales(random, (O, -(-I // 16)), np.float32)).astype(F8)
+    def draw(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+        packed, numbers = _fp4(random, rows, columns)
+        scales = (100 * _scales(random, (rows, -(-columns // 16)), np.float32)).astype(F8)
         whole = np.float32(random.uniform(1000, 1600))
-        wide = _repeat(scales, (1, 16), (O, I))
+        wide = _repeat(scales, (1, 16), (rows, columns))
         if modelopt:
             tensors = {"weight": packed, "weight_scale": scales}
             tensors["weight_scale_2"] = np.array(np.float32(1) / whole)
@@ -208,11 +214,11 @@ def nvfp4(modelopt: bool) -> Callable[..., Drawn]:
     return draw
 
 
-def mxfp4(random: np.random.RandomState, O: int, I: int) -> Drawn:
+def mxfp4(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
     """A power of two for 32 elements, as compressed-tensors stores it."""
-    packed, numbers = _fp4(random, O, I)
-    exponents = random.randint(121, 126, (O, -(-I // 32))).astype(np.uint8)
-    wide = np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, 1)[:, :I]
+    packed, numbers = _fp4(random, rows, columns)
+    exponents = random.randint(121, 126, (rows, -(-columns // 32))).astype(np.uint8)
+    wide = np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, 1)[:, :columns]
     return {"weight_packed": packed, "weight_scale": exponents}, numbers * wide
 
 
@@ -406,7 +412,9 @@ def drawn(form: str) -> tuple[Arrays, Arrays]:
         found, numbers[name] = draw(random, *weight.shape)
         module = name.removesuffix("weight")
         tensors |= {module + end: array for end, array in found.items()}
-        tensors |= {module + end: np.ones(1, np.float32) for end in model.unread if end not in found}
+        tensors |= {
+            module + end: np.ones(1, np.float32) for end in model.unread if end not in found
+        }
     return (_together(config, tensors) if form == "mxfp4" else tensors), numbers
 
 
@@ -421,20 +429,30 @@ def _is_plain(model: Model, name: str, shape: tuple[int, ...]) -> bool:
 def _together(config: ModelConfig, tensors: Arrays) -> Arrays:
     """The experts in one tensor, as a gpt_oss has them, rows of gate and up in turns."""
     assert config.moe is not None
-    experts, width = config.moe.num_experts, config.moe.moe_intermediate_size
+    width = config.moe.moe_intermediate_size
+    stacked = {name: array for name, array in tensors.items() if ".experts." not in name}
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}.mlp.experts."
-
-        def take(part: str, end: str, prefix: str = prefix) -> np.ndarray:
-            return np.stack([tensors.pop(f"{prefix}{e}.{part}.{end}") for e in range(experts)])
-
-        for end, name in (("weight_packed", "_blocks"), ("weight_scale", "_scales"), ("bias", "_bias")):
-            gate, up, down = (take(f"{part}_proj", end) for part in ("gate", "up", "down"))
-            both = np.stack([gate, up], axis=2).reshape(experts, 2 * width, *gate.shape[2:])
-            if name == "_blocks":
+        for end, name in (
+            ("weight_packed", "blocks"),
+            ("weight_scale", "scales"),
+            ("bias", "bias"),
+        ):
+            gate, up, down = (
+                np.stack(
+                    [
+                        tensors[f"{prefix}{e}.{part}_proj.{end}"]
+                        for e in range(config.moe.num_experts)
+                    ]
+                )
+                for part in ("gate", "up", "down")
+            )
+            both = np.stack([gate, up], axis=2).reshape(len(gate), 2 * width, *gate.shape[2:])
+            if name == "blocks":
                 both, down = (one.reshape(*one.shape[:2], -1, 16) for one in (both, down))
-            tensors |= {f"{prefix}gate_up_proj{name}": both, f"{prefix}down_proj{name}": down}
-    return tensors
+            stacked[f"{prefix}gate_up_proj_{name}"] = both
+            stacked[f"{prefix}down_proj_{name}"] = down
+    return stacked
 
 
 def write_quantized(form: str, directory: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpishard.config.quantization.scheme import Quantization
 from mpishard.config.stored_names import StoredNames
 
 # No sequence has more positions. Products of positions with sizes then fit into 64 bits.
@@ -166,6 +167,9 @@ class ModelConfig:
     embedding_scale: float = 1.0
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
+    quantization: Quantization | None = (
+        None  # how a checkpoint stores the weights; None: unquantized
+    )
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -16,6 +16,7 @@ from mpishard.config.families import FAMILIES
 from mpishard.config.families.family import Family
 from mpishard.config.fields import Fields, as_json
 from mpishard.config.model_config import MLAConfig, ModelConfig
+from mpishard.config.quantization.read import read_quantization
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_rope
 from mpishard.config.read_windows import read_windows
@@ -41,12 +42,16 @@ _ACTIVATIONS = {
 
 
 def read_model_config(
-    raw: dict[str, Any], generation: dict[str, Any] | None, source: str
+    raw: dict[str, Any],
+    generation: dict[str, Any] | None,
+    source: str,
+    quantization: dict[str, Any] | None = None,
 ) -> ModelConfig:
     """The configuration in `raw`, the content of the ``config.json`` that errors call `source`.
 
     `generation` is the content of ``generation_config.json``, or None; its end-of-sequence and
-    beginning-of-sequence ids take precedence.
+    beginning-of-sequence ids take precedence. `quantization` is the content of
+    ``hf_quant_config.json``, or None; it holds if `raw` has no `quantization_config`.
 
     Raises UserError, with `source`, the field and its value, if the file is inconsistent or needs
     something that is not implemented.
@@ -66,7 +71,6 @@ def read_model_config(
     rope, max_position_embeddings = read_rope(fields, family, rope_dim)
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
-    _refuse_quantized(fields, family)
     bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
     config = ModelConfig(
         family=family.name,
@@ -105,6 +109,7 @@ def read_model_config(
         embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
         gated_mlp=family.gated_mlp,
         stored_names=family.stored_names,
+        quantization=read_quantization(fields, quantization, family.quantization),
         raw=raw,
     )
     fields.reject_unknown(family.name, family.ignored)
@@ -119,15 +124,6 @@ def _family(fields: Fields) -> Family:
     if fields.text("model_type", family.name) != family.name:
         fields.refuse("model_type", f'must be "{family.name}", as architectures is {names[0]}')
     return family
-
-
-def _refuse_quantized(fields: Fields, family: Family) -> None:
-    """Raise UserError for quantized weights, except the family's own quantization."""
-    if family.quantization is None:
-        return  # reject_unknown refuses the field
-    section = fields.section("quantization_config")
-    if section and section.text("quant_method", "") != family.quantization:
-        fields.refuse("quantization_config", f"is not implemented: {family.quantization} is")
 
 
 def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:

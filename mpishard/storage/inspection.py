@@ -79,9 +79,8 @@ def _weights_line(source: Source) -> str:
 
 
 def _dtype_name(source: Source, name: str) -> str:
-    if isinstance(source, Checkpoint) and source.locations[name].quantized:
-        return "mxfp4"
-    return source.dtype(name).name
+    quantized = source.locations[name].quantized if isinstance(source, Checkpoint) else None
+    return quantized.form.title if quantized else source.dtype(name).name
 
 
 def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:

@@ -30,20 +30,22 @@ REMEDY = "take the model's unquantized checkpoint, or dequantize this one and sa
 
 
 def read_quantization(
-    fields: Fields, beside: dict[str, Any] | None, beside_source: str, own: str | None
+    fields: Fields, beside: dict[str, Any] | None, own: str | None
 ) -> Quantization | None:
     """What `fields`, those of ``config.json``, say about the storage of the weights; None if they
     are not quantized.
 
-    `beside` is the content of ``hf_quant_config.json``, which errors call `beside_source`; it holds
-    if config.json says nothing. `own` is the method that only this family has.
+    `beside` is the content of ``hf_quant_config.json``, which holds if config.json says nothing.
+    `own` is the method that only this family has.
 
     Raises UserError for a method or a form that is not read, and for an unknown field.
     """
     given = [fields.section(name) for name in ("quantization_config", "compression_config")]
     section = given[0] or given[1]
-    if section is None and beside is not None:
-        section = Fields(beside, beside_source).section("quantization")
+    if section is None and beside:
+        section = Fields(beside, f"hf_quant_config.json beside {fields.source}").section(
+            "quantization"
+        )
     if section is None:
         return None
     method = section.text("quant_method", "modelopt" if "quant_algo" in section.values else "")

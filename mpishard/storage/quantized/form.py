@@ -26,8 +26,8 @@ INDICES: Dtypes = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One of the tensors that store a matrix. `name` is the end of its name; axes of length 1 may be
-    left out of its `shape`."""
+    """One of the tensors that store a matrix. `name` is the end of its name. A file may leave axes of
+    length 1 out of its `shape`."""
 
     name: str
     dtypes: Dtypes
@@ -35,8 +35,13 @@ class Tensor:
     optional: bool = False
 
 
-def nothing_to_check(stored: Stored, scheme: Scheme, shape: Shape) -> None:
+# The end of the name of a tensor, and what is wrong with it.
+Problem = tuple[str, str]
+
+
+def nothing_to_check(stored: Stored, scheme: Scheme, shape: Shape) -> Problem | None:
     """For forms without stored indices or sizes."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Form:
     title: str
     tensors: Callable[[Scheme, Shape], list[Tensor]]
     decode: Callable[[Stored, Scheme, slice, slice], np.ndarray]
-    check: Callable[[Stored, Scheme, Shape], str | None] = nothing_to_check
+    check: Callable[[Stored, Scheme, Shape], Problem | None] = nothing_to_check
     joint: str = "."  # between the name of the module and that of the tensor
 
 

@@ -15,6 +15,7 @@ from mpishard.storage.quantized.form import (
     INDICES,
     WORDS,
     Form,
+    Problem,
     Shape,
     Stored,
     Tensor,
@@ -50,10 +51,9 @@ def decode(stored: Stored, scheme: Scheme, rows: slice, columns: slice) -> np.nd
     )
 
 
-def check(stored: Stored, scheme: Scheme, shape: Shape) -> str | None:
+def check(stored: Stored, scheme: Scheme, shape: Shape) -> Problem | None:
     """Whether the stored groups are in range."""
-    problem = check_groups(stored, "g_idx", scheme, shape)
-    return problem and f"g_idx {problem}"
+    return check_groups(stored, "g_idx", scheme, shape)
 
 
 FORM = Form("GPTQ", tensors, decode, check)

@@ -7,7 +7,7 @@ import numpy as np
 
 from mpishard.config.quantization.scheme import Scheme
 from mpishard.storage.quantized.elements import blocks_of
-from mpishard.storage.quantized.form import Shape, Stored, count
+from mpishard.storage.quantized.form import Problem, Shape, Stored, count
 
 
 def dequantize(
@@ -24,20 +24,16 @@ def dequantize(
     return values
 
 
-def column_groups(
-    stored: Stored, name: str, scheme: Scheme, columns: slice
-) -> np.ndarray | slice:
+def column_groups(stored: Stored, name: str, scheme: Scheme, columns: slice) -> np.ndarray | slice:
     """The group of each of the `columns`: the stored one if there is the tensor `name`, otherwise
     consecutive columns form a group."""
     return stored[name][columns] if name in stored else blocks_of(columns, scheme.block[1])
 
 
-def check_groups(stored: Stored, name: str, scheme: Scheme, shape: Shape) -> str | None:
-    """What is wrong with stored groups."""
+def check_groups(stored: Stored, name: str, scheme: Scheme, shape: Shape) -> Problem | None:
+    """What is wrong with the stored groups in the tensor `name`, if it is there."""
     if name not in stored:
         return None
     most = count(shape[1], scheme.block[1])
-    groups = stored[name]
-    if groups.min() < 0 or groups.max() >= most:
-        return f"has groups from {groups.min()} to {groups.max()}: there are {most}"
-    return None
+    low, high = int(stored[name].min()), int(stored[name].max())
+    return None if 0 <= low and high < most else (name, f"has groups {low} to {high} of {most}")

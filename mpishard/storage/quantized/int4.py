@@ -14,6 +14,7 @@ from mpishard.storage.quantized.form import (
     INDICES,
     WORDS,
     Form,
+    Problem,
     Shape,
     Stored,
     Tensor,
@@ -25,7 +26,7 @@ OFFSET = 8
 
 
 def tensors(scheme: Scheme, shape: Shape) -> list[Tensor]:
-    """`weight_packed`, `weight_scale` and the whole `weight_shape`; zero points if there are any."""
+    """`weight_packed`, `weight_scale` and `weight_shape`; zero points and groups, if any."""
     rows, columns = shape
     groups = count(columns, scheme.block[1])
     scales = (count(rows, scheme.block[0]), groups)
@@ -52,13 +53,12 @@ def decode(stored: Stored, scheme: Scheme, rows: slice, columns: slice) -> np.nd
     )
 
 
-def check(stored: Stored, scheme: Scheme, shape: Shape) -> str | None:
+def check(stored: Stored, scheme: Scheme, shape: Shape) -> Problem | None:
     """Whether the stored shape is that of the model, and groups are in range."""
-    if tuple(stored["weight_shape"]) != shape:
-        found = tuple(int(length) for length in stored["weight_shape"])
-        return f"weight_shape = {found}, but config.json calls for {shape}"
-    problem = check_groups(stored, "weight_g_idx", scheme, shape)
-    return problem and f"weight_g_idx {problem}"
+    found = tuple(int(length) for length in stored["weight_shape"])
+    if found != shape:
+        return "weight_shape", f"is {found}, but config.json calls for {shape}"
+    return check_groups(stored, "weight_g_idx", scheme, shape)
 
 
 FORM = Form("int4", tensors, decode, check)

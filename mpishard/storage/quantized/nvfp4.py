@@ -38,7 +38,5 @@ def decode_modelopt(stored: Stored, scheme: Scheme, rows: slice, columns: slice)
     return values * (scales * stored["weight_scale_2"].astype(np.float32))
 
 
-PACKED_FORM = Form(
-    "NVFP4", partial(tensors, "weight_packed", "weight_global_scale"), decode_packed
-)
+PACKED_FORM = Form("NVFP4", partial(tensors, "weight_packed", "weight_global_scale"), decode_packed)
 MODELOPT_FORM = Form("NVFP4", partial(tensors, "weight", "weight_scale_2"), decode_modelopt)
