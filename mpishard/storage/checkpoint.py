@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,25 @@ class Checkpoint:
     def _numbers(self, location: TensorLocation, part: Part) -> np.ndarray:
         """The numbers in `part` of the matrix in which a weight is located."""
         if location.quantized:
-            try:
+            with self._naming_files():
                 return location.quantized.part(self._stored(location), *part)
-            except DamagedTensor as damage:
-                raise UserError(f"{self.arrays[damage.tensor].path}: {damage}") from None
         matrix = self.arrays[location.name].map()[location.index]
         return (matrix.swapaxes(-2, -1) if location.transposed else matrix)[part]
+
+    def check_quantized(self) -> None:
+        """Refuse stored indices and sizes of quantized weights that are wrong (UserError)."""
+        with self._naming_files():
+            for location in self.locations.values():
+                if location.quantized:
+                    location.quantized.check(self._stored(location))
+
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        """A tensor with impossible values becomes a UserError with its file."""
+        try:
+            yield
+        except DamagedTensor as damage:
+            raise UserError(f"{self.arrays[damage.tensor].path}: {damage}") from None
 
     def _stored(self, location: TensorLocation) -> dict[str, np.ndarray]:
         """The stored tensors of a quantized matrix, by the names that its form has for them."""

@@ -14,6 +14,7 @@ from mpishard.config.weight_specs import local_experts, weight_specs
 from mpishard.errors import UserError
 from mpishard.storage.arrays import Progress, StoredArray, checksum
 from mpishard.storage.checkpoint import Checkpoint
+from mpishard.storage.quantized.forms import describe_scheme
 from mpishard.storage.rank_file import Part
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source
@@ -23,6 +24,7 @@ def describe(source: Source) -> list[str]:
     """Lines that describe a model and the content of each file. Raises UserError if a file of
     shards does not hold the slices of its rank."""
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
+    lines += _quantized_lines(source)
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
         lines.append(f"shards        {manifest.sharding}, made from {manifest.source}")
@@ -76,6 +78,17 @@ def _weights_line(source: Source) -> str:
     parameters = sum(prod(weight.shape) for weight in table)
     dtypes = sorted({_dtype_name(source, weight.name) for weight in table})
     return f"weights       {parameters:,} parameters, {' and '.join(dtypes)}"
+
+
+def _quantized_lines(source: Source) -> list[str]:
+    """A line for each storage form: how many matrices have it, and what shares a scale."""
+    if not isinstance(source, Checkpoint):
+        return []
+    schemes = [one.quantized.scheme for one in source.locations.values() if one.quantized]
+    return [
+        f"quantized     {schemes.count(scheme)} matrices: {describe_scheme(scheme)}"
+        for scheme in dict.fromkeys(schemes)
+    ]
 
 
 def _dtype_name(source: Source, name: str) -> str:
@@ -153,7 +166,8 @@ def stored_bytes(source: Source) -> int:
 def verify(source: Source, progress: Progress = lambda done: None) -> None:
     """Reads every weight, and calls `progress` with the bytes of each block.
 
-    Raises UserError with file and tensor if a value is not finite. For shards it is also raised if
+    Raises UserError with file and tensor if a value is not finite, or if a stored index or size of
+    a quantized weight is wrong. For shards it is also raised if
     data do not have their checksum, if a file does not hold the slices of its rank, and if two
     ranks hold different values of the same slice.
     """
@@ -161,6 +175,7 @@ def verify(source: Source, progress: Progress = lambda done: None) -> None:
         for name, array in source.arrays.items():
             _, finite = _read_through(array, progress)
             _refuse_infinite(name, array, finite)
+        source.check_quantized()
         return
     first: dict[tuple[str, str], Part] = {}
     for rank in range(source.sharding.ranks):

@@ -60,7 +60,7 @@ def read_config(directory: Path) -> ModelConfig:
         read_json(directory / name) if (directory / name).exists() else None
         for name in (GENERATION_CONFIG, QUANTIZATION_CONFIG)
     ]
-    return read_model_config(read_json(path), beside[0], str(path), beside[1])
+    return read_model_config(read_json(path), beside[0], str(path), quantization=beside[1])
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -43,9 +43,8 @@ def read_quantization(
     given = [fields.section(name) for name in ("quantization_config", "compression_config")]
     section = given[0] or given[1]
     if section is None and beside:
-        section = Fields(beside, f"hf_quant_config.json beside {fields.source}").section(
-            "quantization"
-        )
+        source = f"hf_quant_config.json beside {fields.source}"
+        section = Fields(beside, source, answered=fields.answered).section("quantization")
     if section is None:
         return None
     method = section.text("quant_method", "modelopt" if "quant_algo" in section.values else "")

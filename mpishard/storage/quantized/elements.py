@@ -33,7 +33,7 @@ def unpack(
     elements = table[items.view(np.uint8)].reshape(*items.shape, each)
     if order is not None:
         elements = elements[..., order]
-    flat = elements.reshape(len(items), -1)
+    flat = elements.reshape(len(items), items.shape[1] * each)
     return flat[:, part.start - first * each : part.stop - first * each : part.step]
 
 

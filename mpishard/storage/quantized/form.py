@@ -26,8 +26,8 @@ INDICES: Dtypes = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One of the tensors that store a matrix. `name` is the end of its name. A file may leave axes of
-    length 1 out of its `shape`."""
+    """One of the tensors that store a matrix. `name` is the end of its name. A file may leave out
+    axes of length 1 of its `shape`."""
 
     name: str
     dtypes: Dtypes

@@ -19,6 +19,7 @@ mxfp4-packed      weight_packed, weight_scale                         compressed
 
 from __future__ import annotations
 
+from mpishard.config.quantization.scheme import Scheme
 from mpishard.storage.quantized import awq, gptq, int4, mxfp4, nvfp4, scaled
 from mpishard.storage.quantized.form import Form
 
@@ -33,3 +34,23 @@ FORMS: dict[str, Form] = {
     "mxfp4": mxfp4.BLOCKS_FORM,
     "mxfp4-packed": mxfp4.PACKED_FORM,
 }
+
+
+def describe_scheme(scheme: Scheme) -> str:
+    """A scheme in words.
+
+    >>> describe_scheme(Scheme("fp8", (128, 128)))
+    'FP8, a scale for each 128 x 128'
+    >>> describe_scheme(Scheme("gptq", (1, 64), symmetric=False, ordered=True))
+    'GPTQ, a scale for each 64 of a row, zero points, columns of a group anywhere'
+    """
+    rows, columns = scheme.block
+    if rows is None:
+        extent = "matrix"
+    elif columns is None:
+        extent = "row"
+    else:
+        extent = f"{columns} of a row" if rows == 1 else f"{rows} x {columns}"
+    zeros = ", zero points" if not scheme.symmetric else ""
+    order = ", columns of a group anywhere" if scheme.ordered else ""
+    return f"{FORMS[scheme.form].title}, a scale for each {extent}{zeros}{order}"

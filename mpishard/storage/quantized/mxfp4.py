@@ -31,8 +31,9 @@ def block_tensors(scheme: Scheme, shape: Shape) -> list[Tensor]:
 
 def decode_blocks(stored: Stored, scheme: Scheme, rows: slice, columns: slice) -> np.ndarray:
     """``element * scale``."""
-    blocks = stored["blocks"].reshape(len(stored["blocks"]), -1)
-    return _decode(blocks, stored["scales"], rows, columns)
+    blocks = stored["blocks"]
+    packed = blocks.reshape(len(blocks), blocks.shape[1] * blocks.shape[2])
+    return _decode(packed, stored["scales"], rows, columns)
 
 
 def packed_tensors(scheme: Scheme, shape: Shape) -> list[Tensor]:
