@@ -32,8 +32,8 @@ LLAMA = raw_config("llama-mha") | {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 16,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 96,
+    "intermediate_size": 64,
 }
 DEEPSEEK = raw_config("deepseek_v3-groups")
 MIXTURE = raw_config("qwen3_moe-normed") | {
@@ -385,7 +385,7 @@ MODELS: dict[str, Model] = {
 
 def config_of(form: str) -> ModelConfig:
     """The configuration of the model in this form."""
-    return read_model_config(raw_of(form), *(None, "config.json"))
+    return read_model_config(raw_of(form), None, "config.json")
 
 
 def raw_of(form: str) -> dict[str, Any]:
@@ -427,32 +427,45 @@ def _is_plain(model: Model, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _together(config: ModelConfig, tensors: Arrays) -> Arrays:
-    """The experts in one tensor, as a gpt_oss has them, rows of gate and up in turns."""
+    """The experts in one tensor, as a gpt_oss has them, rows of gate and up in turns: quantized, or
+    as transposed matrices."""
     assert config.moe is not None
-    width = config.moe.moe_intermediate_size
+    experts, width = config.moe.num_experts, config.moe.moe_intermediate_size
     stacked = {name: array for name, array in tensors.items() if ".experts." not in name}
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}.mlp.experts."
         for end, name in (
-            ("weight_packed", "blocks"),
-            ("weight_scale", "scales"),
-            ("bias", "bias"),
+            ("weight_packed", "_blocks"),
+            ("weight_scale", "_scales"),
+            ("weight", ""),
+            ("bias", "_bias"),
         ):
+            if f"{prefix}0.up_proj.{end}" not in tensors:
+                continue
             gate, up, down = (
-                np.stack(
-                    [
-                        tensors[f"{prefix}{e}.{part}_proj.{end}"]
-                        for e in range(config.moe.num_experts)
-                    ]
-                )
+                np.stack([tensors[f"{prefix}{e}.{part}_proj.{end}"] for e in range(experts)])
                 for part in ("gate", "up", "down")
             )
-            both = np.stack([gate, up], axis=2).reshape(len(gate), 2 * width, *gate.shape[2:])
-            if name == "blocks":
+            both = np.stack([gate, up], axis=2).reshape(experts, 2 * width, *gate.shape[2:])
+            if name == "_blocks":
                 both, down = (one.reshape(*one.shape[:2], -1, 16) for one in (both, down))
-            stacked[f"{prefix}gate_up_proj_{name}"] = both
-            stacked[f"{prefix}down_proj_{name}"] = down
+            if name == "":
+                both, down = both.swapaxes(1, 2), down.swapaxes(1, 2)
+            stacked[f"{prefix}gate_up_proj{name}"] = both
+            stacked[f"{prefix}down_proj{name}"] = down
     return stacked
+
+
+def write_plain(form: str, directory: Path) -> Path:
+    """Writes the model with the numbers that its codes mean, in float32."""
+    model = MODELS[form]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(model.raw))
+    _, numbers = drawn(form)
+    if form == "mxfp4":
+        numbers = _together(config_of(form), numbers)
+    _save(numbers, directory)
+    return directory
 
 
 def write_quantized(form: str, directory: Path) -> Path:
@@ -463,12 +476,13 @@ def write_quantized(form: str, directory: Path) -> Path:
         content = {"producer": {"name": "modelopt"}, "quantization": MODELS[form].quantization}
         (directory / "hf_quant_config.json").write_text(json.dumps(content))
     tensors, _ = drawn(form)
-    save_file(
-        {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()},
-        directory / "model.safetensors",
-        {"format": "pt"},
-    )
+    _save(tensors, directory)
     return directory
+
+
+def _save(tensors: Arrays, directory: Path) -> None:
+    whole = {name: np.array(array, order="C") for name, array in tensors.items()}
+    save_file(whole, directory / "model.safetensors", {"format": "pt"})
 
 
 def prompt_of(form: str) -> list[int]:
