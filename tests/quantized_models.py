@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -394,8 +395,10 @@ def raw_of(form: str) -> dict[str, Any]:
     return model.raw if model.beside else model.raw | {"quantization_config": model.quantization}
 
 
+@cache
 def drawn(form: str) -> tuple[Arrays, Arrays]:
-    """The stored tensors, and the numbers of each weight of `weight_specs` in float32."""
+    """The stored tensors, and the numbers of each weight of `weight_specs` in float32. They belong
+    to all callers."""
     model = MODELS[form]
     random = np.random.RandomState(_SEEDS.get(form, 0))
     config = read_model_config(model.raw, None, "config.json")
@@ -415,7 +418,7 @@ def drawn(form: str) -> tuple[Arrays, Arrays]:
         tensors |= {
             module + end: np.ones(1, np.float32) for end in model.unread if end not in found
         }
-    return (_together(config, tensors) if form == "mxfp4" else tensors), numbers
+    return (together(config, tensors) if form == "mxfp4" else tensors), numbers
 
 
 def _is_plain(model: Model, name: str, shape: tuple[int, ...]) -> bool:
@@ -426,7 +429,7 @@ def _is_plain(model: Model, name: str, shape: tuple[int, ...]) -> bool:
     )
 
 
-def _together(config: ModelConfig, tensors: Arrays) -> Arrays:
+def together(config: ModelConfig, tensors: Arrays) -> Arrays:
     """The experts in one tensor, as a gpt_oss has them, rows of gate and up in turns: quantized, or
     as transposed matrices."""
     assert config.moe is not None
@@ -458,14 +461,16 @@ def _together(config: ModelConfig, tensors: Arrays) -> Arrays:
 
 def write_plain(form: str, directory: Path) -> Path:
     """Writes the model with the numbers that its codes mean, in float32."""
-    model = MODELS[form]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(model.raw))
-    _, numbers = drawn(form)
-    if form == "mxfp4":
-        numbers = _together(config_of(form), numbers)
-    _save(numbers, directory)
+    (directory / "config.json").write_text(json.dumps(MODELS[form].raw))
+    _save(plain(form), directory)
     return directory
+
+
+def plain(form: str) -> Arrays:
+    """The numbers that the codes mean, in the tensors that the family has."""
+    _, numbers = drawn(form)
+    return together(config_of(form), numbers) if form == "mxfp4" else numbers
 
 
 def write_quantized(form: str, directory: Path) -> Path:

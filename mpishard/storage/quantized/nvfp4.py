@@ -11,7 +11,17 @@ import numpy as np
 
 from mpishard.config.quantization.scheme import Scheme
 from mpishard.storage.quantized.elements import E2M1, spread, unpack
-from mpishard.storage.quantized.form import BYTES, FLOATS, FP8, Form, Shape, Stored, Tensor, count
+from mpishard.storage.quantized.form import (
+    BYTES,
+    FLOATS,
+    FP8,
+    Form,
+    Problem,
+    Shape,
+    Stored,
+    Tensor,
+    count,
+)
 
 
 def tensors(packed: str, whole: str, scheme: Scheme, shape: Shape) -> list[Tensor]:
@@ -38,5 +48,12 @@ def decode_modelopt(stored: Stored, scheme: Scheme, rows: slice, columns: slice)
     return values * (scales * stored["weight_scale_2"].astype(np.float32))
 
 
-PACKED_FORM = Form("NVFP4", partial(tensors, "weight_packed", "weight_global_scale"), decode_packed)
+def check_packed(stored: Stored, scheme: Scheme, shape: Shape) -> Problem | None:
+    """Whether the scale that divides is not 0."""
+    return None if stored["weight_global_scale"].all() else ("weight_global_scale", "is 0")
+
+
+PACKED_FORM = Form(
+    "NVFP4", partial(tensors, "weight_packed", "weight_global_scale"), decode_packed, check_packed
+)
 MODELOPT_FORM = Form("NVFP4", partial(tensors, "weight", "weight_scale_2"), decode_modelopt)
