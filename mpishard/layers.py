@@ -14,7 +14,7 @@ import numpy as np
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.attention import AttentionSpec
 from mpishard.arithmetic.linear import Linear, elementwise
-from mpishard.arithmetic.ops import GLU, RMSNorm, clamped_swiglu, glu, identity
+from mpishard.arithmetic.ops import GLU, Multiplier, RMSNorm, clamped_swiglu, glu, identity
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import kv_replica_ranks
@@ -32,7 +32,8 @@ Fields = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer on this rank. A norm that the family does not have is the identity."""
+    """One decoder layer on this rank. A norm that the family does not have is the identity, and
+    after a sub-layer the factor of what the sub-layer adds to the residual stream."""
 
     attention_norm: Norm
     attention: Attention | MLA
@@ -76,16 +77,24 @@ def make_layer(
             if config.mla
             else _attention(config, number, w, mesh)
         ),
-        attention_post_norm=make_norm(config, w, "attention_post_norm"),
+        attention_post_norm=_post_norm(config, w, "attention_post_norm"),
         ffn_norm=make_norm(config, w, "ffn_norm"),
         ffn=ffn,
-        ffn_post_norm=make_norm(config, w, "ffn_post_norm"),
+        ffn_post_norm=_post_norm(config, w, "ffn_post_norm"),
     )
 
 
 def make_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
     """The norm whose weight is `field` of `w`; the identity where there is none."""
     return _rms_norm(config, w[field]) if field in w else identity
+
+
+def _post_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
+    """What is done with the output of a sub-layer before it is added to the residual stream."""
+    if config.residual_scale != 1:
+        assert field not in w, "no family has both"
+        return Multiplier(config.residual_scale)
+    return make_norm(config, w, field)
 
 
 def _rms_norm(config: ModelConfig, weight: np.ndarray) -> RMSNorm:
@@ -114,7 +123,9 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         ),
         q_norm=q_norm,
         k_norm=k_norm,
+        norm_after_rope=config.qk_norm_after_rope,
         full_width_norm=_full_width_norm(config, w, mesh) if config.full_width_qk_norm else None,
+        interleaved=config.rope_interleaved,
     )
 
 
@@ -131,7 +142,7 @@ def _full_width_norm(config: ModelConfig, w: Fields, mesh: Mesh) -> FullWidthNor
 
 
 def _mla(config: ModelConfig, mla: MLAConfig, number: int, w: Fields) -> MLA:
-    rope, scale = config.rope, config.head_dim**-0.5
+    rope, scale = config.ropes[number], config.head_dim**-0.5
     if rope.kind == "yarn":
         scale *= rotary.yarn_softmax_scale(rope.factor, rope.mscale_all_dim)
     return MLA(

@@ -60,6 +60,9 @@ def _possible_locations(config: ModelConfig, weight: WeightSpec) -> list[TensorL
     names, prefix = config.moe.names, f"model.layers.{weight.layer}."
     if weight.field == "router":
         locations.append(TensorLocation(prefix + names.stacked.router, weight.shape))
+    if weight.field == "e_score_correction_bias" and names.stacked.e_score_correction_bias:
+        name = prefix + names.stacked.e_score_correction_bias
+        locations.append(TensorLocation(name, weight.shape))
     if weight.expert is not None:
         together = _stacked_locations(config.moe, weight, weight.expert, prefix)
         locations = locations + together if names.separate else together
