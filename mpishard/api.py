@@ -56,16 +56,13 @@ from mpishard.batch.run import BatchReport, run
 from mpishard.communication.collectives import all_reduce
 from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
-from mpishard.config.layout_checks import (
-    Line,
-    check_experts,
-)
+from mpishard.config.layout_checks import check_experts
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
 from mpishard.engine.generate import Timing, check_request, generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
-from mpishard.errors import UserError
+from mpishard.errors import UserError, WrongRanks
 from mpishard.layout_resolution import check_arguments, read_placement, resolve_layout
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
@@ -345,7 +342,6 @@ def load(
     tp: int | None = None,
     dp: int | None = None,
     compute_dtype: str = "float32",
-    line: Line = lambda ranks, tp: f"{launcher()} -n {ranks} python …",
     *,
     cp: int = 1,
     max_model_len: int | None = None,
@@ -363,8 +359,8 @@ def load(
     memory that it frees from then on (`mpishard.runtime.malloc`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
-    not fit it. Its message then has the line to type, which `line` gives for the right number of
-    ranks and `tp`. Raises TypeError for an option that does not exist or is of another type.
+    not fit it: WrongRanks, whose message has the command to type, where another number of ranks
+    would do. Raises TypeError for an option that does not exist or is of another type.
     """
     check_arguments(layout_options)
     if compute_dtype not in DTYPES:
@@ -375,7 +371,11 @@ def load(
     calls = watch.calls if watch else CallTracker()
     with raise_on_all(comm, calls):
         source = open_source(path)
-        layout = resolve_layout(source, comm.size, tp, dp, cp, line, layout_options)
+        try:
+            layout = resolve_layout(source, comm.size, tp, dp, cp, layout_options)
+        except WrongRanks as error:
+            command = f"{launcher()} -n {error.ranks} python …"
+            raise error.with_command(command) from None
         config = source.config
         given = [name for name, value in layout_options.items() if value is not None]
         check_experts(config, layout, given)

@@ -14,7 +14,15 @@ import numpy as np
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.attention import AttentionSpec
 from mpishard.arithmetic.linear import Linear, elementwise
-from mpishard.arithmetic.ops import GLU, Multiplier, RMSNorm, clamped_swiglu, glu, identity
+from mpishard.arithmetic.ops import (
+    ACTIVATIONS,
+    GLU,
+    Multiplier,
+    RMSNorm,
+    clamped_swiglu,
+    glu,
+    identity,
+)
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import kv_replica_ranks
@@ -24,7 +32,7 @@ from mpishard.parallel import expert
 from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.parallel.qkv import MLA, Attention, FullWidthNorm
-from mpishard.parallel.tensor import FeedForward
+from mpishard.parallel.tensor import FeedForward, GatedFeedForward, UngatedFeedForward
 
 Norm = Callable[[np.ndarray], np.ndarray]
 Fields = dict[str, np.ndarray]
@@ -69,7 +77,7 @@ def make_layer(
         experts = {place: own for place, own in fields.items() if place is not None}
         ffn = _moe_layer(config, config.moe, number, w, experts, mesh)
     else:
-        ffn = _feed_forward(w, glu(config.activation))
+        ffn = _feed_forward(w, config)
     return Layer(
         attention_norm=make_norm(config, w, "attention_norm"),
         attention=(
@@ -160,8 +168,15 @@ def _mla(config: ModelConfig, mla: MLAConfig, number: int, w: Fields) -> MLA:
     )
 
 
-def _feed_forward(w: Fields, act_and_mul: GLU) -> FeedForward:
-    return FeedForward(
+def _feed_forward(w: Fields, config: ModelConfig) -> FeedForward:
+    if config.gated_mlp:
+        return _gated(w, glu(config.activation))
+    up = Linear(w["up"], w.get("up_bias"), keep_packed=True)
+    return UngatedFeedForward(up, _linear(w, "down"), elementwise(ACTIVATIONS[config.activation]))
+
+
+def _gated(w: Fields, act_and_mul: GLU) -> GatedFeedForward:
+    return GatedFeedForward(
         gate=Linear(w["gate"], w.get("gate_bias"), keep_packed=True),
         up=Linear(w["up"], w.get("up_bias"), keep_packed=True),
         down=_linear(w, "down"),
@@ -197,8 +212,8 @@ def _moe_layer(
             moe.topk_group,
             moe.group_score,
         ),
-        experts={expert: _feed_forward(own, of_experts) for expert, own in experts.items()},
-        shared_expert=_feed_forward(w, dense) if moe.shared_expert_intermediate_size else None,
+        experts={expert: _gated(own, of_experts) for expert, own in experts.items()},
+        shared_expert=_gated(w, dense) if moe.shared_expert_intermediate_size else None,
         shared_expert_gate=Linear(w["shared_gate"]) if "shared_gate" in w else None,
         physical_experts=PhysicalExperts.of(
             experts_by_ep_rank(moe.num_experts, mesh.weight_sharding, number)

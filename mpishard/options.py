@@ -29,6 +29,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.register("action", None, Once)
+        self.commands: dict[str, Parser] = {}
+
+    def takes(self, flag: str) -> bool:
+        """Whether it has this flag."""
+        return flag in self._option_string_actions
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; a command refuses words that it does not know itself, and so points to

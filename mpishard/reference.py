@@ -265,10 +265,12 @@ class Reference:
         return gate_FD, up_FD, down_DF
 
     def feed_forward(self, x_SD: np.ndarray, name: str) -> np.ndarray:
-        """The gated feed-forward network called `name`."""
-        bias = self.config.mlp_bias
-        gate_SF = ACTIVATIONS[self.config.activation](self.linear(x_SD, f"{name}.gate_proj", bias))
+        """The feed-forward network called `name`, gated or not."""
+        bias, activation = self.config.mlp_bias, ACTIVATIONS[self.config.activation]
         up_SF = self.linear(x_SD, f"{name}.up_proj", bias)
+        if not self.config.gated_mlp:
+            return self.linear(activation(up_SF), f"{name}.down_proj", bias)
+        gate_SF = activation(self.linear(x_SD, f"{name}.gate_proj", bias))
         return self.linear(gate_SF * up_SF, f"{name}.down_proj", bias)
 
     def linear(self, x: np.ndarray, name: str, bias: bool) -> np.ndarray:
@@ -351,12 +353,29 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x times the probability that a standard normal variable is below x: the same paper."""
+    erf = np.frompyfunc(math.erf, 1, 1)
+    return 0.5 * x * (1 + np.asarray(erf(x / math.sqrt(2)), x.dtype))
+
+
 def relu(x: np.ndarray) -> np.ndarray:
     """x where it is positive, else 0."""
     return np.maximum(x, 0)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": gelu_tanh, "relu": relu}
+def relu2(x: np.ndarray) -> np.ndarray:
+    """The square of x where it is positive, else 0."""
+    return relu(x) ** 2
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu": gelu,
+    "relu": relu,
+    "relu2": relu2,
+}
 
 
 def rotate(x_SK: np.ndarray, cos_SJ: np.ndarray, sin_SJ: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpishard.config.stored_names import StoredNames
+
 # No sequence has more positions. Products of positions with sizes then fit into 64 bits.
 MAX_POSITIONS = 2**31 - 1
 
@@ -20,8 +22,9 @@ class Rope:
     `original_positions` is the length that the model was trained on: for "llama3", "yarn" and
     "longrope" a field of their own, otherwise `max_position_embeddings`. "dynamic" and "longrope"
     change the frequencies of longer sequences only: "dynamic" with every position more, "longrope"
-    once, from `short_factors` to `long_factors`. "yarn" is arXiv 2309.00071, "longrope" arXiv
-    2402.13753. "ntk_alpha" is a dynamic one that is stretched once for all lengths. A layer whose kind is "none" rotates nothing (NoPE, arXiv 2305.19466).
+    once, from `short_factors` to `long_factors`; "ntk_alpha" is a dynamic one that is stretched by
+    `factor` at all lengths. "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753. A layer whose
+    kind is "none" rotates nothing (NoPE, arXiv 2305.19466).
 
     A query at position p is multiplied by ``1 + query_scale_beta * ln(1 + floor(p /
     original_positions))``, as Ministral 3 has it.
@@ -171,7 +174,7 @@ class ModelConfig:
     ffn: int  # F, of dense layers
     vocab: int  # V
     norm_eps: float
-    activation: str  # "silu", "gelu_pytorch_tanh" or "relu"
+    activation: str  # "silu", "gelu_pytorch_tanh", "gelu", "relu" or "relu2"
     tied: bool  # the output head is the embedding
     qkv_bias: bool
     o_bias: bool
@@ -200,6 +203,10 @@ class ModelConfig:
     # Rotated elements at the beginning of each query and key; None: all of them.
     partial_rotary_dim: int | None = None
     rope_interleaved: bool = False  # rope rotates pairs of neighbours, not of the two halves
+    gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
+    stored_names: StoredNames = StoredNames()
+    wrapper: str | None = None  # the multimodal architecture around it: its tensors' names differ
+    ignored_fields: tuple[str, ...] = field(default=(), compare=False)  # the user answers for them
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

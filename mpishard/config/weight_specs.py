@@ -173,7 +173,7 @@ def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     if config.moe and config.moe.layers[layer]:
         yield from _moe(config, config.moe)
     else:
-        yield from _feed_forward("mlp", D, config.ffn, config.mlp_bias)
+        yield from _feed_forward("mlp", D, config.ffn, config.mlp_bias, config.gated_mlp)
 
 
 def _norm(name: str | None, field: str, D: int) -> Iterator[WeightSpec]:
@@ -244,9 +244,11 @@ def _output(config: ModelConfig, columns: int) -> Iterator[WeightSpec]:
         yield _weight("self_attn.o_proj.bias", "o_bias", (config.hidden,))
 
 
-def _feed_forward(name: str | None, D: int, F: int, bias: bool) -> Iterator[WeightSpec]:
-    """A gated feed-forward network: of a dense layer, or a shared expert."""
-    for part in ("gate", "up"):
+def _feed_forward(
+    name: str | None, D: int, F: int, bias: bool, gated: bool = True
+) -> Iterator[WeightSpec]:
+    """A feed-forward network: of a dense layer, or a shared expert."""
+    for part in ("gate", "up") if gated else ("up",):
         yield _weight(f"{name}.{part}_proj.weight", part, (F, D), 0, "ffn")
         if bias:
             yield _weight(f"{name}.{part}_proj.bias", f"{part}_bias", (F,), 0, "ffn")

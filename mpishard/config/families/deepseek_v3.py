@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and R1 (arXiv 2412.19437) and Kimi K2 (arXiv 2507.20534): sigmoid scores with a bias
-that balances the choice of experts."""
+"""DeepSeek-V3, R1 and Kimi-K2 (arXiv 2412.19437, 2507.20534): sigmoid scores with a bias that
+balances the choice of experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ DEEPSEEK_V3 = Family(
     eos_id=1,
     mla=True,
     rope_interleaved_pairs=None,
-    aliases=("kimi_k2",),
     moe=MoEFamily(
         dense="the first",
         first_dense=3,
@@ -31,6 +30,7 @@ DEEPSEEK_V3 = Family(
         shared_count=1,
         names=DEEPSEEK_V3_EXPERTS,
     ),
+    aliases=("kimi_k2",),
     # The layers that predict several tokens come after the last decoder layer; they are not loaded.
     ignored=frozenset({"num_nextn_predict_layers", "num_mtp_layers", "auto_map"}),
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpishard.config.model_config import ExpertNames, LayerNormNames
+from mpishard.config.stored_names import StoredNames
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Family:
 
     # Feed-forward
     mlp_bias: bool | None = False
+    gated_mlp: bool = True
     activation_field: str = "hidden_act"
     activation: str = "silu"
     # Another meaning of an activation's name.
@@ -118,6 +120,7 @@ class Family:
     caps: dict[str, float | None] = field(default_factory=dict)  # soft caps and their defaults
     query_pre_attn_scalar: int | None = None  # the default of this field; None: no such field
 
+    stored_names: StoredNames = StoredNames()
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields that change nothing in this family
     # Fields that may only say what happens anyway, of a list in all its entries.
