@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mpishard.config.families import FAMILIES
@@ -96,7 +97,16 @@ def _unwrapped(outer: Fields, wrapper: Wrapper) -> tuple[Family, Fields, Wrapper
         of_towers = {field for field in outer.values if _is_of_tower(field)}
         known = WRAPPER_FIELDS[wrapper.name] | of_towers | wrapper.ignored | set(_SHARED)
         outer.reject_unknown(wrapper.name, frozenset(known))
-    return _BY_MODEL_TYPE[name], fields, wrapper
+    return _inside(wrapper, _BY_MODEL_TYPE[name]), fields, wrapper
+
+
+def _inside(wrapper: Wrapper, family: Family) -> Family:
+    """A family as the checkpoints of a wrapper store it."""
+    if not (wrapper.transposed_experts and family.moe):
+        return family
+    names = family.moe.names
+    names = replace(names, stacked=replace(names.stacked, transposed=True))
+    return replace(family, moe=replace(family.moe, names=names))
 
 
 def _is_of_tower(name: str) -> bool:

@@ -16,13 +16,14 @@ from mpishard.storage.arrays import Progress, StoredArray, checksum
 from mpishard.storage.checkpoint import Checkpoint
 from mpishard.storage.rank_file import Part
 from mpishard.storage.shards import ShardDirectory
-from mpishard.storage.source import Source
+from mpishard.storage.source import Source, notices
 
 
 def describe(source: Source) -> list[str]:
     """Lines that describe a model and the content of each file. Raises UserError if a file of
     shards does not hold the slices of its rank."""
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
+    lines += [f"note          {notice}" for notice in notices(source)]
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
         lines.append(f"shards        {manifest.sharding}, made from {manifest.source}")
@@ -36,7 +37,7 @@ def _model_lines(config: ModelConfig) -> list[str]:
     sizes = " and ".join(map(str, sorted(set(windows))))
     reach = f", window {sizes} in {len(windows)} of {config.layers} layers" if windows else ""
     return [
-        f"family        {config.family}",
+        f"family        {config.family}{f', in {config.wrapper}' if config.wrapper else ''}",
         f"layers        {config.layers}",
         f"hidden        {config.hidden}",
         f"heads         {config.heads} query, {config.kv_heads} key/value, width {config.head_dim}",

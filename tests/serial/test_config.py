@@ -265,6 +265,7 @@ def test_defaults_of_gpt_oss():
             gate_up_bias="mlp.experts.gate_up_proj_bias",
             down_bias="mlp.experts.down_proj_bias",
             transposed=True,
+            alternating=True,
         ),
     )
 
