@@ -28,7 +28,10 @@ _SIZES = (
     "vocab_size",
 )
 # Fields that a wrapper may have in place of its language model.
-_SHARED = ("eos_token_id", "bos_token_id", "quantization_config", "tie_word_embeddings")
+_SHARED = (
+    *("eos_token_id", "bos_token_id", "tie_word_embeddings"),
+    *("quantization_config", "compression_config"),
+)
 # Words in the names of a wrapper's fields that do not concern its language model.
 _OF_TOWERS = frozenset("vision visual image video media audio projector mm".split())
 _LISTED = "the README lists those that are"
