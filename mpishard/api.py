@@ -73,11 +73,13 @@ from mpishard.prompts import Prompt, as_prompts
 from mpishard.runtime.agreement import raise_on_all
 from mpishard.runtime.launch import launcher
 from mpishard.runtime.malloc import keep_freed_memory
+from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
+from mpishard.storage.fingerprint import fingerprint
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
-from mpishard.storage.source import fingerprint, open_source
+from mpishard.storage.source import notices, open_source
 from mpishard.storage.weights import load_weights
 from mpishard.tokenizer import (
     IncrementalDetokenizer,
@@ -121,11 +123,12 @@ class Model:
     routing_recorder: RoutingRecorder | None = None
     routing_trace: RoutingTrace | None = None
     add_bos: bool | None = None
+    notices: tuple[str, ...] = ()  # what a user should know of the checkpoint, a sentence each
 
     @cached_property
     def text(self) -> Tokenizer:
         """The model's tokenizer; UserError if it has none."""
-        return Tokenizer(self.path, self.add_bos)
+        return Tokenizer(self.path, self.add_bos, self.config.max_position_embeddings)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -217,11 +220,12 @@ class Model:
             )
         for place, ids in enumerate(encoded):
             longest = min(len(ids) + chosen, self.config.max_position_embeddings)
-            if chosen and self.decoder.uses_dynamic_rope(longest):
+            if self.decoder.rope_lengths(longest) != self.decoder.rope_lengths(len(ids)):
                 raise UserError(
-                    f"the dynamic rope of {self.path} takes a sequence of {longest} tokens in "
-                    "again for every token chosen, so that a token is routed many times, which is "
-                    "neither recorded nor replayed: use fewer tokens, or score them with logits"
+                    f"the {self.config.rope.kind} rope of {self.path} takes a "
+                    f"sequence of {longest} tokens in again as it grows, so that a token is routed "
+                    "many times, which is neither recorded nor replayed: use fewer tokens, or "
+                    "score them with logits"
                 )
             if self.routing_trace is not None:
                 request_S = np.full(len(ids), place)
@@ -349,6 +353,7 @@ class Model:
             chat,
             chat_template_kwargs,
             self.add_bos,
+            self.config.ignored_fields,
         ) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
@@ -402,6 +407,7 @@ def load(
     cp: int = 1,
     max_model_len: int | None = None,
     add_bos: bool | None = None,
+    ignore_config: Sequence[str] = (),
     watch: Watchdog | None = None,
     **layout_options: bool | float | str | None,
 ) -> Model:
@@ -412,13 +418,16 @@ def load(
     ``sequence_parallel=True``, ``flash_decoding=True``, ``cp_prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
     positions that the configuration allows, whatever the model was trained for. `add_bos` says
-    whether a prompt begins with the tokenizer's bos_token, instead of the tokenizer itself. `watch`
-    watches over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The
-    process keeps memory that it frees from then on (`mpishard.runtime.malloc`).
+    whether a prompt begins with the tokenizer's bos_token, instead of the tokenizer itself.
+    `ignore_config` names fields of config.json that would be refused, but do not change the
+    mathematics, as the caller knows. `watch` watches over everything that the model does: see
+    `mpishard.runtime.watchdog.Watchdog`. The process keeps memory that it frees from then on
+    (`mpishard.runtime.malloc`).
 
-    Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
-    not fit it: WrongRanks, whose message has the command to type, where another number of ranks
-    would do. Raises TypeError for an option that does not exist or is of another type.
+    Raises UserError, on all ranks if on one, where the directory cannot be read, where it is not
+    the same on all hosts, or where the layout does not fit it: WrongRanks, whose message has the
+    command to type, where another number of ranks would do. Raises TypeError for an option that
+    does not exist or is of another type.
     """
     check_arguments(layout_options)
     if compute_dtype not in DTYPES:
@@ -427,8 +436,8 @@ def load(
         raise UserError(f"max_model_len {max_model_len} must be 1 to {MAX_POSITIONS}")
     keep_freed_memory()
     calls = watch.calls if watch else CallTracker()
+    source = open_on_all(path, comm, ignore_config, calls)
     with raise_on_all(comm, calls):
-        source = open_source(path)
         try:
             layout = resolve_layout(source, comm.size, tp, dp, cp, layout_options)
         except WrongRanks as error:
@@ -445,7 +454,9 @@ def load(
         weights = load_weights(
             source, mesh.weight_sharding, mesh.shard_index, DTYPES[compute_dtype]
         )
-    return Model(Path(path), config, mesh, Decoder(config, weights, mesh), add_bos=add_bos)
+    decoder = Decoder(config, weights, mesh)
+    told = tuple(notices(source))
+    return Model(Path(path), config, mesh, decoder, add_bos=add_bos, notices=told)
 
 
 @contextmanager
@@ -461,6 +472,7 @@ def open_batch(
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     add_bos: bool | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
@@ -468,10 +480,11 @@ def open_batch(
     task = None
     with raise_on_all(comm, calls):
         if comm.rank == 0:
+            source = open_source(path, ignore_config)
             metadata = {
-                "model": fingerprint(path),
+                "model": fingerprint(source),
                 "compute_dtype": compute_dtype,
-                "max_model_len": max_model_len or open_source(path).config.max_position_embeddings,
+                "max_model_len": max_model_len or source.config.max_position_embeddings,
                 "add_bos": add_bos,
             }
             files = Path(input), Path(output)

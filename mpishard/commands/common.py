@@ -23,6 +23,7 @@ from mpishard.engine.generate import Timing
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 from mpishard.runtime.agreement import from_rank_0, raise_on_all
+from mpishard.runtime.floating_point import KINDS, seen_here
 from mpishard.runtime.launch import reaches_terminal, threads_per_rank
 from mpishard.storage.generation_config import read_sampling_defaults
 from mpishard.storage.output_file import check_output
@@ -55,6 +56,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         cp=args.cp,
         max_model_len=args.max_model_len,
         add_bos=getattr(args, "add_bos", None),
+        ignore_config=args.ignore_config,
         watch=args.watch,
         **{name: getattr(args, name) for name in LAYOUT_OPTIONS},
     )
@@ -63,6 +65,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         say(
             f"{model.path}: {model.mesh.layout}, {args.compute_dtype}, threads per rank: "
             f"{threads_per_rank()}, {vendor} {'.'.join(map(str, version))}"
+            f"{''.join(f'; {notice}' for notice in model.notices)}"
         )
     return model
 
@@ -141,6 +144,20 @@ def write_json(flag: str, target: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{flag} {target} cannot be written: {error.strerror}") from None
 
 
+def say_overflow(model: Model) -> None:
+    """One line if numbers left the range of their type on any rank, without which a result that is
+    wrong would look like any other."""
+    seen = all_reduce(seen_here(), model.mesh.world, MAX)
+    if model.mesh.world.rank == 0 and seen.any():
+        what = " and ".join(kind for kind, was in zip(KINDS, seen, strict=True) if was)
+        is_widest = model.decoder.dtype == np.float64
+        wider = "" if is_widest else "; --compute-dtype float64 has a wider range"
+        say(
+            f"{what} in {model.decoder.dtype} arithmetic: results may be wrong; `mpishard inspect "
+            f"{model.path} --verify` says whether weights are not finite{wider}"
+        )
+
+
 def say_summary(model: Model, timing: Timing, seconds: float) -> None:
     """One line on how it went, of all replicas together; time in communication is rank 0's."""
     mesh = model.mesh
@@ -150,6 +167,7 @@ def say_summary(model: Model, timing: Timing, seconds: float) -> None:
     prompt, generated = all_reduce(tokens, mesh.dp)
     prompt_seconds, generation_seconds = all_reduce(longest, mesh.dp, MAX)
     peak = model.peak_memory()
+    say_overflow(model)
     if mesh.world.rank != 0:
         return
     parts = [_rate("prefill", prompt, prompt_seconds)]
@@ -162,6 +180,7 @@ def say_totals(model: Model, conclusion: str, prompt: int, generated: int, secon
     """One line of the totals of a batch, in which prefill and decode share their steps, behind its
     `conclusion`."""
     share, peak = 100 * model.mesh.ledger.seconds / seconds, model.peak_memory()
+    say_overflow(model)
     if model.mesh.world.rank == 0:
         tokens = f"{prompt} prompt tokens and {generated} completion tokens in {seconds:.1f} s"
         rate = f"{generated / seconds:.1f} completion tokens/s"

@@ -61,8 +61,9 @@ class Sequence:
     """A request that has been admitted, with its KV cache.
 
     `cache_bytes` is the memory reserved for the cache. `first_chunk` says on which ranks its first
-    positions are. `process` applies bias and penalties. `rope_length` matters under dynamic RoPE
-    only: it is the sequence length whose rotary frequencies the cached keys have.
+    positions are. `process` applies bias and penalties. `rope_lengths` are the sequence lengths
+    whose rotary frequencies the cached keys of each layer have, under dynamic RoPE and LongRoPE;
+    empty as long as those are a short one's.
     """
 
     request: Request
@@ -71,7 +72,7 @@ class Sequence:
     cache_bytes: int
     first_chunk: FirstChunk
     process: LogitsProcessor | None = None
-    rope_length: int = 0
+    rope_lengths: tuple[int, ...] = ()
 
     @property
     def is_finished(self) -> bool:
@@ -105,11 +106,12 @@ class Sequence:
         )
 
     def reset_if_rope_changed(self, model: Decoder) -> None:
-        """Empty the cache if dynamic RoPE gives the sequence other rotary frequencies than the
-        cached keys have, so that all tokens are computed again."""
-        if model.uses_dynamic_rope(self.num_tokens) and self.rope_length != self.num_tokens:
+        """Empty the cache if the sequence has grown so long that it has other rotary frequencies
+        than the cached keys have, so that all tokens are computed again."""
+        lengths = model.rope_lengths(self.num_tokens)
+        if any(lengths) and self.rope_lengths != lengths:
             self.cache.clear()
-            self.rope_length = self.num_tokens
+            self.rope_lengths = lengths
 
     def next_chunk(self, num_tokens: int) -> ScheduledChunk:
         """The next `num_tokens` of the uncomputed tokens."""

@@ -97,7 +97,7 @@ def test_defaults_of_llama():
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
-        rope=Rope(kind="default", theta=10000.0, original_positions=2048),
+        ropes=(Rope(kind="default", theta=10000.0, original_positions=2048),) * 3,
         windows=(None, None, None),
         max_position_embeddings=2048,
         eos_ids=(2,),
@@ -138,7 +138,10 @@ def test_defaults_of_gemma2():
     assert config.windows == (4096, None, 4096)
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
     assert (config.attention_scale, config.embedding_scale) == (256**-0.5, 8.0)
-    assert (config.post_norms, config.max_position_embeddings) == (True, 8192)
+    assert (config.norms.ffn_post, config.max_position_embeddings) == (
+        "post_feedforward_layernorm",
+        8192,
+    )
     assert (config.eos_ids, config.bos_id) == ((1,), 2)
 
 
@@ -265,6 +268,7 @@ def test_defaults_of_gpt_oss():
             gate_up_bias="mlp.experts.gate_up_proj_bias",
             down_bias="mlp.experts.down_proj_bias",
             transposed=True,
+            alternating=True,
         ),
     )
 
@@ -1109,6 +1113,11 @@ def test_qwen3_vl(family, name):
     if name == "qwen3_vl_moe":
         least |= {"norm_topk_prob": True, "num_key_value_heads": 16, "head_dim": 128}
     right = replace(read(family, tie_word_embeddings=True, **least), wrapper=name)
+    if right.moe:
+        stacked = replace(right.moe.names.stacked, transposed=True)
+        right = replace(
+            right, moe=replace(right.moe, names=replace(right.moe.names, stacked=stacked))
+        )
     for rope in ({"rope_type": "default"} | MROPE, {"rope_theta": 500000.0} | MROPE, MROPE, None):
         for field in ("rope_scaling", "rope_parameters"):
             assert qwen_vl(name, {"text_config": text | {field: rope}}) == right
@@ -1308,9 +1317,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     # Rope.
     (
         "llama",
-        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-        'rope_scaling.rope_type = "longrope" is not implemented: '
-        "default, linear, dynamic, llama3, yarn are",
+        {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+        'rope_scaling.rope_type = "proportional" is not implemented: '
+        "default, linear, dynamic, llama3, yarn, longrope are",
     ),
     ("llama", {"rope_scaling": {"type": "su"}}, 'rope_scaling.type = "su" is not implemented'),
     ("llama", {"rope_scaling": "linear"}, 'rope_scaling = "linear" must be an object'),
@@ -1384,7 +1393,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     *[
         ("llama", {name: value}, f"asks for {what}, not implemented: {REMOVE}")
         for name, value, what in [
-            ("quantization_config", {"quant_method": "awq"}, "quantized weights"),
             ("auto_map", {"AutoModel": "modeling.Model"}, "code of its own"),
             ("partial_rotary_factor", 0.5, "a rotation of part of each head"),
             ("final_logit_softcapping", 30.0, "soft-capped logits"),
@@ -1433,12 +1441,12 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "gpt_oss",
         {"quantization_config": {"quant_method": "awq"}},
-        'quantization_config = {"quant_method": "awq"} is not implemented: mxfp4 is',
+        'quantization_config.quant_method = "awq" must be one of mxfp4: take the model',
     ),
     (
         "mixtral",
         {"quantization_config": {"quant_method": "mxfp4"}},
-        'quantization_config = {"quant_method": "mxfp4"} asks for quantized weights',
+        'quantization_config.quant_method = "mxfp4" must be one of fp8, fbgemm_fp8, ',
     ),
     ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not implemented: 1 is"),
     (
