@@ -59,7 +59,7 @@ from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout_checks import check_experts
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
-from mpishard.engine.generate import Timing, check_bias, check_request, generate
+from mpishard.engine.generate import Timing, check_request, check_token_ids, generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
@@ -265,7 +265,7 @@ class Model:
         """
         _check_chunk(chunked_prefill_size)
         given, n = as_prompts(prompts), params.n
-        check_bias(self.decoder, params)
+        check_token_ids(self.decoder, params)
         encoded = [
             self._encode_and_check(prompt, f"prompt {place}", chat, chat_template_kwargs)
             for place, prompt in enumerate(given, 1)

@@ -20,7 +20,7 @@ from mpishard.communication.collectives import MIN, all_reduce
 from mpishard.communication.group import CollectiveCall
 from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
-from mpishard.engine.generate import check_bias, check_request, serve
+from mpishard.engine.generate import check_request, check_token_ids, serve
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.errors import UserError
 from mpishard.model import Decoder
@@ -143,7 +143,7 @@ def _encoder(
     def encode(line: BatchRequest) -> list[int]:
         where = f"{task.source} line {line.number}"
         try:
-            check_bias(decoder, line.params)
+            check_token_ids(decoder, line.params)
             ids = _ids(line, task, directory, text)
             check_request(decoder, ids, "the prompt")
         except UserError as error:
