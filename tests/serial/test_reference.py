@@ -277,6 +277,8 @@ def gate_for_up(weights: Weights, layer: str) -> Weights:
         if name.startswith(layer) and name.endswith("gate_up_proj"):  # they take turns
             pairs = weights[name].reshape(*weights[name].shape[:2], -1, 2)
             changed[name] = pairs[..., ::-1].reshape(weights[name].shape)
+        if name.startswith(layer) and name.endswith("moe.input_linear.weight"):
+            changed[name] = np.roll(weights[name], weights[name].shape[1] // 2, axis=1)
         for gate, up in twins.items():
             if name.startswith(layer) and name.endswith(gate):
                 other = name.removesuffix(gate) + up
@@ -299,7 +301,7 @@ def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no norms of q and k", {"qk_norm": False}
     if config.rope_interleaved:
         yield "pairs of halves", {"rope_interleaved": False}
-    if config.partial_rotary_dim:
+    if config.partial_rotary_dim and config.rope.kind != "longrope":
         yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
         yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
 
@@ -347,7 +349,6 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
         yield "no attention factor", replace(rope, attention_factor=1.0)
     if rope.kind == "longrope":
         yield "short factors alone", replace(rope, long_factors=rope.short_factors)
-        yield "long factors alone", replace(rope, short_factors=rope.long_factors)
         yield "no attention factor", replace(rope, attention_factor=1.0)
 
 
@@ -369,7 +370,8 @@ def weight_mistakes(config, weights):
             yield f"no {name}", {name: np.zeros_like(weights[name])}
         if "norm" in name:
             yield f"no {name}", {name: np.ones_like(weights[name])}
-    yield "gate for up", gate_for_up(weights, layer)
+    if config.gated_mlp:
+        yield "gate for up", gate_for_up(weights, layer)
     if config.moe is not None and config.moe.layers[-1]:
         router = layer + router_of(config)
         yield "experts in another order", {router: np.roll(weights[router], 1, axis=0)}
