@@ -445,7 +445,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         bias=True,
         max_position_embeddings=13,
         rope_theta=200.0,
-        rope_scaling={"type": "dynamic", "factor": 2.0},
+        rope_scaling={"type": "dynamic", "factor": 3.0},
     ),
 }
 
@@ -785,6 +785,7 @@ _SEEDS = {
     "smollm3-nope": 2,
     "exaone4-hybrid": 2,
     "glm-partial": 1,
+    "hunyuan_v1_moe-alpha": 1,
     "internlm2-dynamic": 1,
     "arcee-relu2": 1,
     "hunyuan_v1_dense-alpha": 5,

@@ -118,7 +118,9 @@ def golden(variant: str) -> dict[str, Any]:
 def check_stacked(variant: str, directory: str) -> None:
     """Raise SystemExit unless transformers stacks the experts as `stacked_weights` does. Granite's
     are stacked in every file, under other names than transformers has for them."""
-    names = tiny_config(variant).moe.names
+    moe = tiny_config(variant).moe
+    assert moe is not None
+    names = moe.names
     if names.separate is None and not names.stacked.transposed:
         return
     with tempfile.TemporaryDirectory() as other:

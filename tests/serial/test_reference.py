@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from stored import stored
 from tiny_models import (
     MOE_VARIANTS,
     VARIANTS,
@@ -512,7 +513,7 @@ def test_checkpoints_of_every_type_hold_the_same_model(dtype, shards, tmp_path):
 def test_checkpoints_of_mixtures(variant, stacked, tmp_path):
     directory = write_checkpoint(variant, tmp_path, "bfloat16", stacked=stacked)
     weights = load_file(directory / "model.safetensors")
-    expected = (stacked_weights if stacked else tiny_weights)(variant)
+    expected = stored(tiny_config(variant), (stacked_weights if stacked else tiny_weights)(variant))
     assert weights.keys() == expected.keys()
     assert all(np.array_equal(weights[name], expected[name]) for name in weights)
 

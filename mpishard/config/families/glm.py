@@ -1,5 +1,5 @@
-"""GLM-4-9B (arXiv 2406.12793): neighbours of the first half of each head are rotated; gate and up are
-in one tensor."""
+"""GLM-4-9B (arXiv 2406.12793): neighbours in the first half of each head are rotated; gate and up
+are in one tensor."""
 
 from __future__ import annotations
 

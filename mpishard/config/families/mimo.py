@@ -12,7 +12,6 @@ MIMO = replace(
     architecture="MiMoForCausalLM",
     name="mimo",
     stored_names=StoredNames(unused=("model.mtp_layers.",)),
-    fixed={"attention_bias": True},
     # The layers that predict several tokens are not loaded.
     ignored=frozenset({"auto_map", "num_nextn_predict_layers"}),
 )
