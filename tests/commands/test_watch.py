@@ -1,7 +1,4 @@
-"""Runs that would hang: they end, and say where every rank is; and runs that are only slow.
-
-All of these mostly wait. So they run among the tests on one rank, beside serial tests that compute.
-"""
+"""Runs that would hang: they end, and say where every rank is; and runs that are only slow."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from mpishard.runtime.watchdog import RankStatus, Watchdog, _merged
 # Seconds for collectives that never end, and for jobs that end long before.
 TIMEOUT, PATIENCE = 4, 90
 
-pytestmark = pytest.mark.ranks(1, timeout=3 * PATIENCE)
+pytestmark = pytest.mark.waits
 
 # A rank that waits for one that never comes leaves its core to other tests.
 PATIENT = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1"}

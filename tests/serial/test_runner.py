@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 from mpi_runner import Launch, run_mpi
 
+pytestmark = pytest.mark.waits
+
 BROKEN_TESTS = """
 import atexit, ctypes, os, pytest
 
