@@ -56,16 +56,13 @@ from mpishard.batch.run import BatchReport, run
 from mpishard.communication.collectives import all_reduce
 from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
-from mpishard.config.layout_checks import (
-    Line,
-    check_experts,
-)
+from mpishard.config.layout_checks import check_experts
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
 from mpishard.engine.generate import Timing, check_request, generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
-from mpishard.errors import UserError
+from mpishard.errors import UserError, WrongRanks
 from mpishard.layout_resolution import check_arguments, read_placement, resolve_layout
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
@@ -80,7 +77,12 @@ from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
 from mpishard.storage.source import fingerprint, open_source
 from mpishard.storage.weights import load_weights
-from mpishard.tokenizer import TOKENIZER, IncrementalDetokenizer, Tokenizer, finish_output
+from mpishard.tokenizer import (
+    IncrementalDetokenizer,
+    Tokenizer,
+    finish_output,
+    has_tokenizer,
+)
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
 
@@ -121,7 +123,7 @@ class Model:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the model can take and give text."""
-        return (self.path / TOKENIZER).is_file()
+        return has_tokenizer(self.path)
 
     def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
         """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
@@ -181,11 +183,12 @@ class Model:
             return
         for place, ids in enumerate(encoded):
             longest = min(len(ids) + chosen, self.config.max_position_embeddings)
-            if chosen and self.decoder.uses_dynamic_rope(longest):
+            if self.decoder.rope_lengths(longest) != self.decoder.rope_lengths(len(ids)):
                 raise UserError(
-                    f"the dynamic rope of {self.path} takes a sequence of {longest} tokens in "
-                    "again for every token chosen, so that a token is routed many times, which is "
-                    "neither recorded nor replayed: use fewer tokens, or score them with logits"
+                    f"the {self.config.rope.kind} rope of {self.path} takes a "
+                    f"sequence of {longest} tokens in again as it grows, so that a token is routed "
+                    "many times, which is neither recorded nor replayed: use fewer tokens, or "
+                    "score them with logits"
                 )
             if self.routing_trace is not None:
                 request_S = np.full(len(ids), place)
@@ -224,21 +227,19 @@ class Model:
         self._check_routing(encoded, params.max_tokens - 1)
         mine = assign_requests(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
-        text = self.text if self.has_tokenizer or params.stop or on_text else None
+        needs_text = params.stop or on_text or not params.skip_special_tokens
+        text = self.text if self.has_tokenizer or needs_text else None
         texts = {
-            place: IncrementalDetokenizer(
-                text, encoded[place], params.stop, _writer(on_text, place)
-            )
+            place: IncrementalDetokenizer(text, encoded[place], params, _writer(on_text, place))
             for place in mine
             if text
         }
-        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
         requests = [
             Request(
                 index=place,
                 ids=encoded[place],
                 params=params,
-                eos_ids=eos,
+                eos_ids=params.end_ids(self.config.eos_ids),
                 stop_fn=texts[place].update if params.stop or on_text else None,
             )
             for place in mine
@@ -344,7 +345,6 @@ def load(
     tp: int | None = None,
     dp: int | None = None,
     compute_dtype: str = "float32",
-    line: Line = lambda ranks, tp: f"{launcher()} -n {ranks} python …",
     *,
     cp: int = 1,
     max_model_len: int | None = None,
@@ -362,8 +362,8 @@ def load(
     memory that it frees from then on (`mpishard.runtime.malloc`).
 
     Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
-    not fit it. Its message then has the line to type, which `line` gives for the right number of
-    ranks and `tp`. Raises TypeError for an option that does not exist or is of another type.
+    not fit it: WrongRanks, whose message has the command to type, where another number of ranks
+    would do. Raises TypeError for an option that does not exist or is of another type.
     """
     check_arguments(layout_options)
     if compute_dtype not in DTYPES:
@@ -374,7 +374,11 @@ def load(
     calls = watch.calls if watch else CallTracker()
     with raise_on_all(comm, calls):
         source = open_source(path)
-        layout = resolve_layout(source, comm.size, tp, dp, cp, line, layout_options)
+        try:
+            layout = resolve_layout(source, comm.size, tp, dp, cp, layout_options)
+        except WrongRanks as error:
+            command = f"{launcher()} -n {error.ranks} python …"
+            raise error.with_command(command) from None
         config = source.config
         given = [name for name, value in layout_options.items() if value is not None]
         check_experts(config, layout, given)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import mpishard
 from mpishard import options
+from mpishard.errors import WrongRanks
 from mpishard.runtime import launch
 
 if TYPE_CHECKING:
@@ -42,13 +43,14 @@ def run_command(
     the `job`: a rank that has finished still says so. A batch stops at a `stop_request`, which may
     have come already. Raises UserError for a wrong call or bad input, and SystemExit after printing
     help."""
-    words, renamed = current_names(argv[1:])
+    parser = make_parser()
+    words, renamed = current_names(argv[1:], parser)
     if world.rank == 0:
         for old, new in renamed.items():
             sys.stderr.write(
                 f"mpishard: {old} is now {new}; the old name goes in the next release\n"
             )
-    args = make_parser().parse_args(words)
+    args = parser.parse_args(words)
     # Not at the top: NumPy reads the number of threads when loaded.
     from mpishard.commands import COMMANDS
     from mpishard.runtime.watchdog import Watchdog
@@ -56,8 +58,11 @@ def run_command(
     if "timeout" in args:
         args.watch = job.enter_context(Watchdog(world, args.timeout, args.check_collectives))
     args.stop_request = stop_request or launch.StopRequest()
-    args.line = lambda ranks, tp: f"{launch.launcher()} -n {ranks} {retyped(argv, tp)}"
-    COMMANDS[args.command].run(args, world)
+    try:
+        COMMANDS[args.command].run(args, world)
+    except WrongRanks as error:
+        command = f"{launch.launcher()} -n {error.ranks} {retyped(argv, error.tp)}"
+        raise error.with_command(command) from None
 
 
 # Names of the release before this one, and what they are called now: options, values, commands.
@@ -75,34 +80,28 @@ RENAMED = {
     "--max-sequences": "--max-num-seqs",
     "--prefill-chunk": "--chunked-prefill-size",
 }
-# The commands of those that not all commands have. Elsewhere they are no options, and a text that
-# begins with one, such as a prompt, stays as it is.
-ONLY_OF = {
-    "--copies": ("place", "eplb"),
-    "--kv-memory": ("batch",),
-    "--max-batch-tokens": ("batch",),
-    "--max-sequences": ("batch",),
-}
 RENAMED_VALUES = {
     ("--moe-token-dispatcher", "gather"): "all-gather",
     ("--token-drop-policy", "probability"): "probs",
 }
 
 
-def current_names(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def current_names(words: Sequence[str], parser: options.Parser) -> tuple[list[str], dict[str, str]]:
     """`words` with the names of this release in place of those of the last, and which those are.
+    A word that is no option of its command, such as a prompt, stays as it is.
 
-    >>> current_names(["generate", "--kv-interleave=4", "--expert-dispatch", "gather"])[0]
+    >>> words = ["generate", "--kv-interleave=4", "--expert-dispatch", "gather"]
+    >>> current_names(words, make_parser())[0]
     ['generate', '--cp-kv-cache-interleave-size=4', '--moe-token-dispatcher', 'all-gather']
-    >>> current_names(["generate", "--prompt", "--copies=3 of what?"])[0]
+    >>> current_names(["generate", "--prompt", "--copies=3 of what?"], make_parser())[0]
     ['generate', '--prompt', '--copies=3 of what?']
     """
     current: list[str] = []
     renamed: dict[str, str] = {}
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
-        is_option = name.startswith("--") and words[0] in ONLY_OF.get(name, words[:1])
-        if name in RENAMED and (is_option or place == 0):
+        of = parser.commands.get(current[0], parser) if current else parser
+        if name in RENAMED and (place == 0 or of.takes(RENAMED[name])):
             renamed[name] = name = RENAMED[name]
         before = current[-1] if current else ""
         if not equals:
@@ -159,5 +158,6 @@ def make_parser() -> options.Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         summary = command.SUMMARY
-        command.add_arguments(commands.add_parser(name, help=summary, description=summary))
+        parser.commands[name] = commands.add_parser(name, help=summary, description=summary)
+        command.add_arguments(parser.commands[name])
     return parser

@@ -1,5 +1,7 @@
 """What goes wrong, and is explained by one sentence."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A wrong call or bad input: one sentence that names the file, field or flag, the value it
@@ -12,6 +14,22 @@ class UserError(Exception):
 
     def __init__(self, sentence: str) -> None:
         super().__init__("".join(map(_legible, sentence)))
+
+
+class WrongRanks(UserError):
+    """A number of ranks that the layout does not fit. The `sentence` has "{command}" where the
+    command to type stands, which starts `ranks` ranks with this `tp`."""
+
+    def __init__(self, sentence: str, ranks: int, tp: int, command: str | None = None) -> None:
+        super().__init__(sentence.replace("{command}", command or f"mpirun -n {ranks} …"))
+        self.sentence, self.ranks, self.tp = sentence, ranks, tp
+
+    def __reduce__(self) -> tuple[type[WrongRanks], tuple[str, int, int]]:
+        return WrongRanks, (self.sentence, self.ranks, self.tp)
+
+    def with_command(self, command: str) -> WrongRanks:
+        """The same, with the `command` that its reader has to type."""
+        return WrongRanks(self.sentence, self.ranks, self.tp, command)
 
 
 def brief(text: str, most: int = 100) -> str:

@@ -14,7 +14,15 @@ import numpy as np
 from mpishard.arithmetic import rotary
 from mpishard.arithmetic.attention import AttentionSpec
 from mpishard.arithmetic.linear import Linear, elementwise
-from mpishard.arithmetic.ops import GLU, RMSNorm, clamped_swiglu, glu, identity
+from mpishard.arithmetic.ops import (
+    ACTIVATIONS,
+    GLU,
+    Multiplier,
+    RMSNorm,
+    clamped_swiglu,
+    glu,
+    identity,
+)
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import kv_replica_ranks
@@ -24,7 +32,7 @@ from mpishard.parallel import expert
 from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.parallel.qkv import MLA, Attention, FullWidthNorm
-from mpishard.parallel.tensor import FeedForward
+from mpishard.parallel.tensor import FeedForward, GatedFeedForward, UngatedFeedForward
 
 Norm = Callable[[np.ndarray], np.ndarray]
 Fields = dict[str, np.ndarray]
@@ -32,7 +40,8 @@ Fields = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer on this rank. A norm that the family does not have is the identity."""
+    """One decoder layer on this rank. A norm that the family does not have is the identity, and
+    after a sub-layer the factor of what the sub-layer adds to the residual stream."""
 
     attention_norm: Norm
     attention: Attention | MLA
@@ -68,7 +77,7 @@ def make_layer(
         experts = {place: own for place, own in fields.items() if place is not None}
         ffn = _moe_layer(config, config.moe, number, w, experts, mesh)
     else:
-        ffn = _feed_forward(w, glu(config.activation))
+        ffn = _feed_forward(w, config)
     return Layer(
         attention_norm=make_norm(config, w, "attention_norm"),
         attention=(
@@ -76,16 +85,24 @@ def make_layer(
             if config.mla
             else _attention(config, number, w, mesh)
         ),
-        attention_post_norm=make_norm(config, w, "attention_post_norm"),
+        attention_post_norm=_post_norm(config, w, "attention_post_norm"),
         ffn_norm=make_norm(config, w, "ffn_norm"),
         ffn=ffn,
-        ffn_post_norm=make_norm(config, w, "ffn_post_norm"),
+        ffn_post_norm=_post_norm(config, w, "ffn_post_norm"),
     )
 
 
 def make_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
     """The norm whose weight is `field` of `w`; the identity where there is none."""
     return _rms_norm(config, w[field]) if field in w else identity
+
+
+def _post_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
+    """What is done with the output of a sub-layer before it is added to the residual stream."""
+    if config.residual_scale != 1:
+        assert field not in w, "no family has both"
+        return Multiplier(config.residual_scale)
+    return make_norm(config, w, field)
 
 
 def _rms_norm(config: ModelConfig, weight: np.ndarray) -> RMSNorm:
@@ -114,7 +131,9 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         ),
         q_norm=q_norm,
         k_norm=k_norm,
+        norm_after_rope=config.qk_norm_after_rope,
         full_width_norm=_full_width_norm(config, w, mesh) if config.full_width_qk_norm else None,
+        interleaved=config.rope_interleaved,
     )
 
 
@@ -131,7 +150,7 @@ def _full_width_norm(config: ModelConfig, w: Fields, mesh: Mesh) -> FullWidthNor
 
 
 def _mla(config: ModelConfig, mla: MLAConfig, number: int, w: Fields) -> MLA:
-    rope, scale = config.rope, config.head_dim**-0.5
+    rope, scale = config.ropes[number], config.head_dim**-0.5
     if rope.kind == "yarn":
         scale *= rotary.yarn_softmax_scale(rope.factor, rope.mscale_all_dim)
     return MLA(
@@ -149,8 +168,15 @@ def _mla(config: ModelConfig, mla: MLAConfig, number: int, w: Fields) -> MLA:
     )
 
 
-def _feed_forward(w: Fields, act_and_mul: GLU) -> FeedForward:
-    return FeedForward(
+def _feed_forward(w: Fields, config: ModelConfig) -> FeedForward:
+    if config.gated_mlp:
+        return _gated(w, glu(config.activation))
+    up = Linear(w["up"], w.get("up_bias"), keep_packed=True)
+    return UngatedFeedForward(up, _linear(w, "down"), elementwise(ACTIVATIONS[config.activation]))
+
+
+def _gated(w: Fields, act_and_mul: GLU) -> GatedFeedForward:
+    return GatedFeedForward(
         gate=Linear(w["gate"], w.get("gate_bias"), keep_packed=True),
         up=Linear(w["up"], w.get("up_bias"), keep_packed=True),
         down=_linear(w, "down"),
@@ -186,8 +212,8 @@ def _moe_layer(
             moe.topk_group,
             moe.group_score,
         ),
-        experts={expert: _feed_forward(own, of_experts) for expert, own in experts.items()},
-        shared_expert=_feed_forward(w, dense) if moe.shared_expert_intermediate_size else None,
+        experts={expert: _gated(own, of_experts) for expert, own in experts.items()},
+        shared_expert=_gated(w, dense) if moe.shared_expert_intermediate_size else None,
         shared_expert_gate=Linear(w["shared_gate"]) if "shared_gate" in w else None,
         physical_experts=PhysicalExperts.of(
             experts_by_ep_rank(moe.num_experts, mesh.weight_sharding, number)

@@ -8,14 +8,13 @@ from pathlib import Path
 from mpishard.config.expert_placement import ExpertPlacement
 from mpishard.config.layout import LAYOUT_OPTIONS, Layout
 from mpishard.config.layout_checks import (
-    Line,
     check_degrees,
     check_flash_decoding,
     check_tensor_parallel,
     make_layout,
 )
 from mpishard.config.model_config import ModelConfig
-from mpishard.errors import UserError
+from mpishard.errors import WrongRanks
 from mpishard.storage.model_dir import read_json
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source
@@ -40,38 +39,45 @@ def resolve_layout(
     tp: int | None,
     dp: int | None,
     cp: int,
-    line: Line,
     layout_options: dict[str, bool | float | str | None],
 ) -> Layout:
-    """The layout of `ranks` ranks, if `source` can be loaded in it (UserError). Shards bring
-    their own `tp` and `ep`."""
+    """The layout of `ranks` ranks, if `source` can be loaded in it (UserError, and WrongRanks where
+    another number of ranks would do). Shards bring their own `tp` and `ep`."""
     check_degrees(tp, dp, cp)
     if tp is not None:
         check_tensor_parallel(source.config, tp)
-    if not isinstance(source, ShardDirectory):
-        tp = 1 if tp is None else tp
-        if layout_options.get("flash_decoding"):
-            check_flash_decoding(source.config, tp)
-        return make_layout(ranks, tp, dp, cp, line, **layout_options)
+    if isinstance(source, ShardDirectory):
+        _check_ranks_of_shards(source, ranks, tp, dp, cp)
+        tp = source.sharding.tp
+        if layout_options.get("ep") is None and source.config.moe:
+            layout_options = layout_options | {"ep": source.sharding.ep}
+    tp = 1 if tp is None else tp
+    if layout_options.get("flash_decoding"):
+        check_flash_decoding(source.config, tp)
+    return make_layout(ranks, tp, dp, cp, **layout_options)
+
+
+def _check_ranks_of_shards(
+    source: ShardDirectory, ranks: int, tp: int | None, dp: int | None, cp: int
+) -> None:
     right = source.sharding.tp
-    if layout_options.get("ep") is None and source.config.moe:
-        layout_options = layout_options | {"ep": source.sharding.ep}
     replica = cp * right
-    typed = line(replica * (dp or max(1, ranks // replica)), right)
+    needed = replica * (dp or max(1, ranks // replica))
     if tp not in (None, right):
-        raise UserError(
-            f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run `{typed}`, "
-            f"or make others with `mpishard shard {shlex.quote(str(source.path))} OUT --tp {tp}`"
+        raise WrongRanks(
+            f"{source.path} holds shards for --tp {right}, not for --tp {tp}: run `{{command}}`, "
+            f"or make others with `mpishard shard {shlex.quote(str(source.path))} OUT --tp {tp}`",
+            needed,
+            right,
         )
     if dp is None and ranks % replica:
         cause = "so" if cp == 1 else f"so with --cp {cp}"
-        raise UserError(
+        raise WrongRanks(
             f"{source.path} holds shards for --tp {right}, {cause} the number of ranks must be a "
-            f"multiple of {replica}, not {ranks}: run `{typed}`"
+            f"multiple of {replica}, not {ranks}: run `{{command}}`",
+            needed,
+            right,
         )
-    if layout_options.get("flash_decoding"):
-        check_flash_decoding(source.config, right)
-    return make_layout(ranks, right, dp, cp, line, **layout_options)
 
 
 def read_placement(layout: Layout, config: ModelConfig) -> ExpertPlacement | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpishard.arithmetic.erf import erf
+
 
 @dataclass(frozen=True)
 class RMSNorm:
@@ -18,6 +20,17 @@ class RMSNorm:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """Multiplies by a number: in the place of a norm after a sub-layer (Granite's
+    residual_multiplier)."""
+
+    factor: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return x * x.dtype.type(self.factor)
 
 
 def identity(x: np.ndarray) -> np.ndarray:
@@ -52,9 +65,19 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi).astype(x.dtype) * (x + 0.044715 * x**3)))
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    """The Gaussian error linear unit, with the error function itself."""
+    return 0.5 * x * (1 + erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
 def relu(x: np.ndarray) -> np.ndarray:
     """``max(x, 0)``."""
     return np.maximum(x, 0)
+
+
+def relu2(x: np.ndarray) -> np.ndarray:
+    """``max(x, 0) ** 2`` (So et al. 2021, arXiv 2109.08668)."""
+    return np.maximum(x, 0) ** 2
 
 
 def softcap(x: np.ndarray, cap: float) -> None:
@@ -67,7 +90,9 @@ def softcap(x: np.ndarray, cap: float) -> None:
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": silu,
     "gelu_pytorch_tanh": gelu_tanh,
+    "gelu": gelu,
     "relu": relu,
+    "relu2": relu2,
 }
 
 

@@ -1,6 +1,6 @@
 """How fast a model runs in its layout, in how much memory, and how fast this machine would let it.
 
-Speeds and limits are measured in the same process and in turn, on all ranks at the same time:
+Speeds and rooflines are measured in the same process and in turn, on all ranks at the same time:
 
 prefill    B prompts of random tokens in one step, up to the choice of each one's next token
 product    after each: flops of ``x @ w.T`` per second, with weights of the model's own shapes

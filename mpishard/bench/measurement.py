@@ -1,6 +1,6 @@
-"""Measuring: rounds of prefill and decode, each followed by its limit on this machine.
+"""Measuring: rounds of prefill and decode, each followed by its roofline on this machine.
 
-Every figure is a median. Step and limit alternate, so that other work on the machine slows both.
+Every figure is a median. Step and roofline alternate, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from mpishard.model import Decoder
 from mpishard.sequences.kv_cache import KVCache
 from mpishard.sequences.step import ScheduledChunk, pack
 
-# A limit is taken at least so often in a run, a prompt's after its one step.
-LIMITS_PER_RUN = 4
+# The roofline is measured at least so often in a run, a prompt's after its one step.
+PROBES_PER_RUN = 4
 # Tokens that the prompts to warm up have together at most.
 WARM_UP_TOKENS = 512
 
@@ -49,7 +49,7 @@ WARM_UP_TOKENS = 512
 @dataclass(frozen=True)
 class Run:
     """Some steps on end that feed each of `batch` sequences its prompt or, after it, one token
-    each: the seconds of the median step on the slowest rank, those that the machine's limit took
+    each: the seconds of the median step on the slowest rank, those that the roofline's probe took
     this rank in between, and what this rank did in a step: the seconds it spent outside of
     collectives, those of them in attention, and what it entered in its ledger."""
 
@@ -58,7 +58,7 @@ class Run:
     batch: int  # sequences of each replica
     steps: int
     seconds: float
-    limit_seconds: float
+    roofline_seconds: float
     arithmetic_seconds: float
     entries: list[tuple[str, str, Entry]]
     attention_seconds: float = 0.0  # of a prompt alone, as those below
@@ -99,15 +99,15 @@ def measure(
             rounds = [_run(model, batch, length, max_tokens, multiply, walk) for _ in range(repeat)]
             prompts, generations = zip(*rounds, strict=True)
             prompt, generation = _median(prompts), _median(generations)
-            rates.append(flops / prompt.limit_seconds)
-            bandwidths.append(walked / generation.limit_seconds)
-            limits = bandwidths[-1], rates[-1]
+            rates.append(flops / prompt.roofline_seconds)
+            bandwidths.append(walked / generation.roofline_seconds)
+            peaks = bandwidths[-1], rates[-1]
             work = prefill_cost(model.decoder, batch, length)
-            row = _row(model, prompt, work, *limits) | _load_balance(model, prompt)
+            row = _row(model, prompt, work, *peaks) | _load_balance(model, prompt)
             speeds.append(row | _moe_layers(model, prompt, rates[-1]))
             work = decode_cost(model.decoder, batch, length, length + max_tokens)
-            speeds.append(_row(model, generation, work, *limits))
-            # The matrices of the limits were there all the time, and are none of the model's.
+            speeds.append(_row(model, generation, work, *peaks))
+            # The matrices of the probes were there all the time, and are none of the model's.
             peak = max(warmed_up, model.peak_memory() - walked)
             arrays = memory_of(model, batch, length, max_tokens)
             memory.append({"prompt_tokens": length, "batch": batch, **arrays, "peak_bytes": peak})
@@ -148,11 +148,11 @@ def _check(
         raise UserError(
             f"{both}, but {model.path} has only {positions}; --max-model-len {needed} allows them"
         )
-    if model.decoder.uses_dynamic_rope(needed):
+    if model.decoder.rope_lengths(needed) != model.decoder.rope_lengths(longest):
         trained = model.config.rope.original_positions
         raise UserError(
-            f"{both}, but beyond {trained} the dynamic rope of {model.path} takes the whole "
-            f"sequence again for every token, which is not measured; use at most {trained}"
+            f"{both}, but beyond {trained} the {model.config.rope.kind} rope of {model.path} takes "
+            f"the whole sequence in again, which is not measured; use at most {trained}"
         )
 
 
@@ -165,25 +165,25 @@ def _run(
     walk: Callable[[], None],
 ) -> tuple[Run, Run]:
     """One prompt step of `batch` sequences and the `max_tokens` generation steps after it, each
-    followed by the work that measures its limit: `multiply` and `walk`."""
+    followed by the probe of its roofline: `multiply` and `walk`."""
     decoder, mesh = model.decoder, model.mesh
     caches = [
         decoder.allocate_cache(prompt_tokens + max_tokens, prompt_tokens) for _ in range(batch)
     ]
 
     def timed(
-        phase: str, decoder: Decoder, ids_BS: np.ndarray, steps: int, limit: Callable[[], None]
+        phase: str, decoder: Decoder, ids_BS: np.ndarray, steps: int, probe: Callable[[], None]
     ) -> tuple[Run, np.ndarray]:
         mesh.ledger.clear()
-        seconds, limit_seconds = [], []
+        seconds, roofline_seconds = [], []
         for _ in range(steps):
             started = start_together(mesh.world)
             ids_BS = _feed(decoder, caches, ids_BS)
             seconds.append(perf_counter() - started)
-            for _ in range(math.ceil(LIMITS_PER_RUN / steps)):
+            for _ in range(math.ceil(PROBES_PER_RUN / steps)):
                 started = start_together(mesh.world)
-                limit()
-                limit_seconds.append(perf_counter() - started)
+                probe()
+                roofline_seconds.append(perf_counter() - started)
         arithmetic_seconds = (sum(seconds) - mesh.ledger.seconds) / steps
         entries = [(what, group, _per_step(e, steps)) for what, group, e in mesh.ledger]
         slowest = float(all_reduce(np.array(np.median(seconds)), mesh.world, MAX))
@@ -193,7 +193,7 @@ def _run(
             batch=batch,
             steps=steps,
             seconds=slowest,
-            limit_seconds=float(np.median(limit_seconds)),
+            roofline_seconds=float(np.median(roofline_seconds)),
             arithmetic_seconds=arithmetic_seconds,
             entries=entries,
         ), ids_BS
@@ -227,10 +227,10 @@ def start_together(world: Group) -> float:
 
 
 def _median(runs: Sequence[Run]) -> Run:
-    """The run of median seconds, with the median of what the limit took in all of them."""
+    """The run of median seconds, with the median of what the probe took in all of them."""
     middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
-    limit_seconds = float(np.median([run.limit_seconds for run in runs]))
-    return replace(middle, limit_seconds=limit_seconds)
+    roofline_seconds = float(np.median([run.roofline_seconds for run in runs]))
+    return replace(middle, roofline_seconds=roofline_seconds)
 
 
 def nothing() -> None:
@@ -251,8 +251,8 @@ def _row(model: Model, run: Run, work: StepCost, bandwidth: float, rate: float) 
     world = model.mesh.world
     figures = [work.product_flops, work.attention_flops, work.cache_bytes]
     flops, attention_flops, read = (int(n) for n in all_reduce(np.array(figures), world, MAX))
-    limits = [work.seconds(bandwidth, rate), work.seconds_with_attention(bandwidth, rate)]
-    least, with_attention = (float(s) for s in all_reduce(np.array(limits), world, MAX))
+    rooflines = [work.seconds(bandwidth, rate), work.seconds_with_attention(bandwidth, rate)]
+    least, with_attention = (float(s) for s in all_reduce(np.array(rooflines), world, MAX))
     tokens = model.mesh.dp.size * run.tokens
     communication = sum(entry.seconds for _, _, entry in run.entries)
     return {
@@ -261,10 +261,10 @@ def _row(model: Model, run: Run, work: StepCost, bandwidth: float, rate: float) 
         "batch": run.batch,
         "seconds_per_step": run.seconds,
         "tokens_per_second": tokens / run.seconds,
-        "limit_tokens_per_second": tokens / least,
-        "share_of_limit": least / run.seconds,
-        "limit_with_attention_tokens_per_second": tokens / with_attention,
-        "share_of_limit_with_attention": with_attention / run.seconds,
+        "roofline_tokens_per_second": tokens / least,
+        "fraction_of_roofline": least / run.seconds,
+        "roofline_with_attention_tokens_per_second": tokens / with_attention,
+        "fraction_of_roofline_with_attention": with_attention / run.seconds,
         "bandwidth_bytes_per_second": bandwidth,
         "product_flops_per_second": rate,
         "product_flops": flops,
@@ -311,7 +311,7 @@ def _moe_layers(model: Model, prompt: Run, rate: float) -> dict[str, Any]:
     rows = prompt.tokens / layout.replica_size * config.moe.top_k * sum(config.moe.layers)
     return {
         "moe_seconds": float(most[0]),
-        "moe_limit_seconds": float(most[1]),
+        "moe_roofline_seconds": float(most[1]),
         "fewest_expert_rows": int(fewest),
         "most_expert_rows": int(most[2]),
         "expert_rows_sent": int(most[3]),

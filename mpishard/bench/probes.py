@@ -30,7 +30,7 @@ from mpishard.parallel.tensor import FeedForward
 NODE_WORKING_SET = 512 * 2**20
 RANK_WORKING_SET = 64 * 2**20
 # Rows of `x` in the product whose rate is measured, however long the prompt: with more the rate
-# hardly rises, and the limit of a prompt of minutes is still taken in a second.
+# hardly rises, and the roofline of a prompt of minutes is still taken in a second.
 PRODUCT_ROWS = 512
 
 
@@ -86,7 +86,7 @@ class TimedDecoder(Decoder):
     def _counted(self, w: FeedForward) -> FeedForward:
         def count(rows: int) -> None:
             self.expert_rows += rows
-            sizes = [linear.weight.size for linear in (w.gate, w.up, w.down)]
+            sizes = [linear.weight.size for linear in w.linears]
             self.expert_flops += 2 * rows * sum(sizes)
 
         return replace(w, down=CountedLinear(**vars(w.down), count=count))
@@ -131,7 +131,7 @@ def gemm_probe(layer: Layer) -> tuple[Callable[[], None], int]:
     attention, ffn = layer.attention, layer.ffn
     if isinstance(ffn, MoELayer):
         ffn = next(iter(ffn.experts.values()))
-    weights = [linear.weight for linear in (*attention.linears, ffn.gate, ffn.up, ffn.down)]
+    weights = [linear.weight for linear in (*attention.linears, *ffn.linears)]
     widths = {w_OI.shape[1] for w_OI in weights}
     x_by_width = {width: np.ones((PRODUCT_ROWS, width), weights[0].dtype) for width in widths}
 

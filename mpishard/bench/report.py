@@ -28,7 +28,7 @@ def _heading(report: dict[str, Any]) -> str:
 
 def _machine_lines(report: dict[str, Any]) -> list[str]:
     return [
-        "limits of each rank, all at work: GEMV reads "
+        "roofline of each rank, all at work: GEMV reads "
         f"{report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, GEMM makes "
         f"{report['product_flops_per_second'] / 1e9:.1f} Gflop/s",
         f"weights of each rank: {report['weight_bytes'] / 1e6:.1f} MB, of which a step reads "
@@ -47,7 +47,7 @@ def _title(row: dict[str, Any], report: dict[str, Any]) -> str:
 
 def _speed_lines(report: dict[str, Any]) -> list[str]:
     rows = [
-        ("", "batch", "tokens/s", "limit", "share", "with attention", "share", "ms/step")
+        ("", "batch", "tokens/s", "roofline", "fraction", "with attention", "fraction", "ms/step")
         + ("communication",)
     ]
     for row in report["speeds"]:
@@ -56,10 +56,10 @@ def _speed_lines(report: dict[str, Any]) -> list[str]:
                 _title(row, report),
                 f"{row['batch']}",
                 f"{row['tokens_per_second']:.1f}",
-                f"{row['limit_tokens_per_second']:.1f}",
-                _percent(row["share_of_limit"]),
-                f"{row['limit_with_attention_tokens_per_second']:.1f}",
-                _percent(row["share_of_limit_with_attention"]),
+                f"{row['roofline_tokens_per_second']:.1f}",
+                _percent(row["fraction_of_roofline"]),
+                f"{row['roofline_with_attention_tokens_per_second']:.1f}",
+                _percent(row["fraction_of_roofline_with_attention"]),
                 f"{1e3 * row['seconds_per_step']:.2f}",
                 f"{100 * row['share_in_communication']:.1f} %",
             )
@@ -102,7 +102,7 @@ def _moe_lines(report: dict[str, Any]) -> list[str]:
     for row in report["speeds"]:
         if row["phase"] != "prefill":
             continue
-        least = row["moe_limit_seconds"]
+        least = row["moe_roofline_seconds"]
         rows.append(
             (
                 _title(row, report),

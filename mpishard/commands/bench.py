@@ -10,7 +10,7 @@ from mpi4py import MPI
 from mpishard import bench, options
 from mpishard.commands.common import load_model, tracked_expert_load
 
-SUMMARY = "Measure speed, against this machine's limits, and memory."
+SUMMARY = "Measure speed, against this machine's roofline, and memory."
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

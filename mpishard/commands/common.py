@@ -42,7 +42,6 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.tp,
         args.dp,
         args.compute_dtype,
-        args.line,
         cp=args.cp,
         max_model_len=args.max_model_len,
         watch=args.watch,

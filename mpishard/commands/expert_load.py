@@ -74,8 +74,8 @@ def _load_lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def read_loads(path: Path) -> dict[int, list[int]]:
-    """The rows of each expert, by layer, prompts and generation together, from a file of a load;
-    UserError if it is none."""
+    """The rows of each expert in prefill and decode together, by layer, from a file that
+    --expert-load wrote; UserError if it is none."""
     content = read_json(path)
     if content.get("format") != LOAD_FORMAT:
         raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from mpishard.config.layout import LAYOUT_OPTIONS, Layout
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig, MoEConfig
-from mpishard.errors import UserError
+from mpishard.errors import UserError, WrongRanks
 
 
 def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
@@ -55,23 +55,18 @@ def check_degrees(tp: int | None, dp: int | None, cp: int) -> None:
             raise UserError(f"{flag} {value} must be at least 1")
 
 
-# The command to type for this number of ranks and this `tp`.
-Line = Callable[[int, int], str]
-
-
 def make_layout(
     world_size: int,
     tp: int = 1,
     dp: int | None = None,
     cp: int = 1,
-    line: Line = lambda ranks, tp: f"mpirun -n {ranks} …",
     **layout_options: bool | float | str | None,
 ) -> Layout:
     """The layout of `world_size` ranks. Without `dp` there are ``world_size / (cp * tp)`` replicas.
     `layout_options` are other fields of `Layout`; None is the default.
 
-    Raises UserError for a value out of range, for an option without effect and, with the command
-    `line` to type, if ``dp * cp * tp`` is not `world_size`.
+    Raises UserError for a value out of range and for an option without effect, and WrongRanks if
+    ``dp * cp * tp`` is not `world_size`.
     """
     check_degrees(tp, dp, cp)
     given = {name: value for name, value in layout_options.items() if value is not None}
@@ -89,7 +84,7 @@ def make_layout(
     else:
         replica_size = f"--tp {tp} --cp {cp} makes replicas of {layout.replica_size} ranks"
         problem = f"{replica_size}, which do not divide the {_ranks_were(world_size)} started"
-    raise UserError(f"{problem}: run `{line(layout.world_size, tp)}`")
+    raise WrongRanks(f"{problem}: run `{{command}}`", layout.world_size, tp)
 
 
 # The properties that an option may need, and the end of the sentence that refuses the option where

@@ -199,8 +199,7 @@ def partial_experts(rows_BD: np.ndarray, expert_B: np.ndarray, w: MoELayer) -> n
         own = _rows_of(expert_B, number)
         if len(expert_B[own]):
             rows = rows_BD[own]
-            hidden_Bf = expert.act_and_mul(expert.gate(rows), expert.up(rows))
-            partial_BD[own] = expert.down.partial(hidden_Bf)
+            partial_BD[own] = expert.down.partial(expert.hidden(rows))
     return partial_BD
 
 

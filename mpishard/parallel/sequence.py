@@ -57,9 +57,9 @@ def attention(
 
 
 def feed_forward(x_nD: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np.ndarray:
-    """The gated feed-forward network (Shazeer 2020, arXiv 2002.05202): (n, D)."""
+    """The feed-forward network, gated or not: (n, D)."""
     x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
-    hidden_Nf = w.act_and_mul(w.gate(x_ND), w.up(x_ND))  # column-parallel: D is whole
+    hidden_Nf = w.hidden(x_ND)  # column-parallel: D is whole
     partial_ND = w.down.partial(hidden_Nf)  # row-parallel: f is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
     return w.down.add_bias(y_nD)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -32,13 +32,45 @@ from mpishard.sequences.step import Step
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """The feed-forward weights of one layer on this rank."""
+class GatedFeedForward:
+    """The weights of one layer's gated feed-forward network (Shazeer 2020, arXiv 2002.05202) on
+    this rank: ``down(activation(gate(x)) * up(x))``."""
 
     gate: Linear  # (f, D)
     up: Linear  # (f, D)
     down: Linear  # (D, f)
     act_and_mul: Callable[[Any, Any], Any]  # (gate, up) -> hidden
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The weights that tokens are multiplied with."""
+        return [self.gate, self.up, self.down]
+
+    def hidden(self, x_ND: np.ndarray) -> Any:
+        """This rank's columns of what `down` is applied to: (N, f)."""
+        return self.act_and_mul(self.gate(x_ND), self.up(x_ND))
+
+
+@dataclass(frozen=True)
+class UngatedFeedForward:
+    """The weights of one layer's plain feed-forward network (Vaswani et al. 2017, arXiv 1706.03762)
+    on this rank: ``down(activation(up(x)))``."""
+
+    up: Linear  # (f, D)
+    down: Linear  # (D, f)
+    act: Callable[[Any], Any]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The weights that tokens are multiplied with."""
+        return [self.up, self.down]
+
+    def hidden(self, x_ND: np.ndarray) -> Any:
+        """This rank's columns of what `down` is applied to: (N, f)."""
+        return self.act(self.up(x_ND))
+
+
+FeedForward: TypeAlias = GatedFeedForward | UngatedFeedForward
 
 
 def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int, mesh: Mesh) -> np.ndarray:
@@ -69,8 +101,8 @@ def attention(
 
 
 def feed_forward(x_ND: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np.ndarray:
-    """The gated feed-forward network (Shazeer 2020, arXiv 2002.05202): (N, D)."""
-    hidden_Nf = w.act_and_mul(w.gate(x_ND), w.up(x_ND))  # column-parallel: D is whole
+    """The feed-forward network, gated or not: (N, D)."""
+    hidden_Nf = w.hidden(x_ND)  # column-parallel: D is whole
     partial_ND = w.down.partial(hidden_Nf)  # row-parallel: f is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return w.down.add_bias(y_ND)

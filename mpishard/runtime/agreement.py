@@ -16,13 +16,13 @@ from mpishard.errors import UserError
 def raise_on_all(comm: MPI.Comm, calls: CallTracker | None = None) -> Iterator[None]:
     """A UserError that any rank of `comm` raises within is raised on all of them at the end: the
     lowest rank's. `calls` tracks the collectives of this rank."""
-    mine = None
+    mine: UserError | None = None
     try:
         yield
     except UserError as error:
-        mine = str(error)
+        mine = error
     with CollectiveCall("agreement", Group(comm, "world", Ledger(), calls or CallTracker())):
         everyones = comm.allgather(mine)
-    messages = [message for message in everyones if message is not None]
-    if messages:
-        raise UserError(messages[0])
+    errors = [error for error in everyones if error is not None]
+    if errors:
+        raise errors[0]

@@ -2,7 +2,7 @@
 
 The safetensors library checks the files. Slices come from memory maps at the offsets in the headers
 of the files, which reads columns several times faster and can convert on the way. Weights have the
-names of `mpishard.config.weight_specs`, also if one tensor holds all experts of a layer.
+names of `mpishard.config.weight_specs`, also if one tensor holds several of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpishard.errors import UserError, brief
 from mpishard.storage.arrays import DTYPES, StoredArray
 from mpishard.storage.model_dir import read_config, read_json
 from mpishard.storage.mxfp4 import SCALE, dequantize
-from mpishard.storage.tensor_locations import TensorLocation, locate_weights
+from mpishard.storage.tensor_locations import Part, TensorLocation, locate_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,7 +37,6 @@ PAIRS_OF_FP4 = {"U8": np.dtype(np.uint8)}
 SCALES = {"U8": SCALE, "F8_E8M0": SCALE}
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 Header = tuple[Path, int, dict[str, Any]]  # file, offset of its data, entry of the tensor
 
@@ -72,8 +71,10 @@ class Checkpoint:
         locations = locate_weights(config, headers)
         _refuse_unknown(config, headers, {name for p in locations.values() for name in p.tensors})
         checkpoint = cls(path, config, locations, _find_arrays(path, locations, headers))
-        if config.tied and HEAD in headers:
-            _check_tied(checkpoint.arrays[EMBEDDING], _stored(HEAD, *headers[HEAD]))
+        head = f"{config.stored_names.head}.weight"
+        if config.tied and head in headers:
+            stored = _stored(head, *headers[head])
+            _check_tied(locations[EMBEDDING].name, checkpoint.arrays, head, stored)
         return checkpoint
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -92,14 +93,21 @@ class Checkpoint:
         return np.array(self.view(name, slices), dtype, order="C")
 
     def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """``weight[slices]`` as a view of the file or, of a quantized weight, dequantized."""
-        location = self.locations[name]
-        stored = [self.arrays[tensor].map() for tensor in location.tensors]
+        """``weight[slices]``: a view of the file, where it is one piece and not quantized."""
+        location, shape = self.locations[name], self._shapes[name]
+        bounds = [part.indices(length) for part, length in zip(slices, shape, strict=True)]
+        part = tuple(slice(start, stop) for start, stop, _ in bounds)
+        pieces = [self._numbers(location, piece) for piece in location.parts(part)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _numbers(self, location: TensorLocation, part: Part) -> np.ndarray:
+        """The numbers in `part` of the matrix in which a weight is located."""
+        stored = [self.arrays[tensor].map()[location.index] for tensor in location.tensors]
         if location.quantized:
-            blocks, scales = (array[location.index] for array in stored)
-            return dequantize(blocks, scales, *slices)
-        whole = stored[0].swapaxes(-2, -1) if location.transposed else stored[0]
-        return whole[location.index][slices]
+            blocks, scales = stored
+            return dequantize(blocks, scales, *part)
+        (matrix,) = stored
+        return (matrix.swapaxes(-2, -1) if location.transposed else matrix)[part]
 
 
 def _read_headers(directory: Path) -> dict[str, Header]:
@@ -197,7 +205,9 @@ def _refuse_unknown(config: ModelConfig, headers: dict[str, Header], known: Cont
 
 def _harmless(config: ModelConfig, name: str) -> bool:
     # Old checkpoints store the rotary frequencies, which follow from the configuration.
-    if name.endswith("rotary_emb.inv_freq") or (config.tied and name == HEAD):
+    names = config.stored_names
+    buffers = ("rotary_emb.inv_freq", *names.buffers)
+    if name.endswith(buffers) or (config.tied and name == f"{names.head}.weight"):
         return True
     # The layers that predict several tokens are stored after the last decoder layer, and not used.
     more = config.raw.get("num_nextn_predict_layers")
@@ -213,11 +223,14 @@ def _listed(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
 
 
-def _check_tied(embedding: StoredArray, head: StoredArray) -> None:
+def _check_tied(
+    embedding_name: str, arrays: dict[str, StoredArray], head_name: str, head: StoredArray
+) -> None:
     """Refuse a stored head that config.json ties to the embedding, but that differs from it. Every
     64th row is compared: a head that was trained separately differs everywhere."""
+    embedding = arrays[embedding_name]
     if head.shape != embedding.shape or (embedding.map()[::64] != head.map()[::64]).any():
         raise UserError(
-            f"{head.path}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
+            f"{head.path}: {head_name} differs from {embedding_name}, but config.json ties them; "
             "set tie_word_embeddings to false to use both"
         )

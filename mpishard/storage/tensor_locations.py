@@ -1,36 +1,73 @@
 """The locations of weights in a checkpoint.
 
-Most weights are tensors of the names that `mpishard.config.weight_specs` has. But one tensor may
-also hold all experts of a layer. In it gate and up are halves or alternate, and it may be
-quantized. A `TensorLocation` says where in it a weight is, so that all other code sees one weight
-for each expert."""
+Most weights are tensors of their own. But one tensor may also hold several weights: q, k and v of a
+layer, its gate and up, or those of all its experts. It may be transposed, and quantized. A
+`TensorLocation` says which elements of which tensor make up a weight, so that all other code sees
+one weight for each projection and each expert. How the stored elements become numbers is another
+matter, of `mpishard.storage.checkpoint`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from mpishard.config.model_config import ModelConfig, MoEConfig
 from mpishard.config.weight_specs import WeightSpec, weight_specs
 from mpishard.storage.mxfp4 import BLOCK_SIZE
 
-Index: TypeAlias = tuple[int | slice, ...]
+Part = tuple[slice, ...]  # of a matrix or a vector, one slice for each axis
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a stored matrix that are the rows of a weight: from `start` on, `run` consecutive
+    ones in every `period`.
+
+    Of three heads with two rows of q, k and v each, k is:
+
+    >>> Rows(start=2, run=2, period=6).slices(1, 6)
+    [slice(3, 4, 1), slice(8, 10, 1), slice(14, 16, 1)]
+
+    And of rows of gate and up in turns, up is:
+
+    >>> Rows(start=1, run=1, period=2).slices(1, 6)
+    [slice(3, 13, 2)]
+    """
+
+    start: int
+    run: int
+    period: int
+
+    def slices(self, first: int, stop: int) -> list[slice]:
+        """Where the rows `first` to `stop` - 1 of the weight are stored; at least one slice."""
+        if self.run == 1 or first >= stop:
+            begin = self.start + first * self.period
+            return [slice(begin, begin + max(0, stop - first) * self.period, self.period)]
+        pieces = []
+        while first < stop:
+            number, within = divmod(first, self.run)
+            end = min(stop, (number + 1) * self.run)
+            begin = self.start + number * self.period + within
+            pieces.append(slice(begin, begin + end - first, 1))
+            first = end
+        return pieces
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """The location of a weight in the tensor `name`: ``tensor[index]``, or
-    ``tensor.swapaxes(-2, -1)[index]`` if `transposed`.
+    """The location of a weight: some `rows` of a matrix, or elements of a vector.
 
-    A `quantized` tensor is stored as two tensors, blocks and their scales: see
-    `mpishard.storage.mxfp4`.
+    The matrix is the tensor `name`, or ``tensor[index]`` of a tensor of all experts, and its
+    transpose if `transposed`. A `quantized` tensor is stored as two tensors, blocks and their
+    scales: see `mpishard.storage.mxfp4`.
     """
 
     name: str
     shape: tuple[int, ...]  # of the tensor as stored or, if quantized, as dequantized
-    index: Index = ()
+    index: tuple[int, ...] = ()
     transposed: bool = False
+    rows: Rows | None = None  # None: all
     quantized: bool = False
 
     @property
@@ -41,54 +78,116 @@ class TensorLocation:
         groups = (*self.shape[:-1], self.shape[-1] // BLOCK_SIZE)
         return {f"{self.name}_blocks": (*groups, BLOCK_SIZE // 2), f"{self.name}_scales": groups}
 
+    def parts(self, part: Part) -> Iterator[Part]:
+        """The parts of the matrix that, one below the other, are this `part` of the weight."""
+        if self.rows is None:
+            yield part
+            return
+        rows, *columns = part
+        for piece in self.rows.slices(rows.start, rows.stop):
+            yield (piece, *columns)
+
 
 def locate_weights(config: ModelConfig, stored: Container[str]) -> dict[str, TensorLocation]:
     """The location of each weight of a model, by its name, in a checkpoint with the tensors
     `stored`. A missing weight has the location at which its family stores it."""
-    locations = {}
+    locations, prefix = {}, _prefix(config, stored)
     for weight in weight_specs(config):
-        possible = _possible_locations(config, weight)
+        possible = _possible_locations(config, weight, prefix)
         there = (one for one in possible if any(name in stored for name in one.tensors))
         locations[weight.name] = next(there, possible[0])
     return locations
 
 
-def _possible_locations(config: ModelConfig, weight: WeightSpec) -> list[TensorLocation]:
-    locations = [TensorLocation(weight.name, weight.shape)]
-    if config.moe is None or weight.layer is None:
+def _prefix(config: ModelConfig, stored: Container[str]) -> str:
+    """What the names of all tensors but the head begin with in this checkpoint."""
+    names = config.stored_names
+    embedding = names.modules.get("model.embed_tokens", "embed_tokens")
+    there = (one for one in names.prefixes if f"{one}{embedding}.weight" in stored)
+    return next(there, names.prefixes[0])
+
+
+def _possible_locations(
+    config: ModelConfig, weight: WeightSpec, prefix: str
+) -> list[TensorLocation]:
+    names = config.stored_names
+    if weight.layer is None:
+        return [TensorLocation(_model_tensor(config, weight.name, prefix), weight.shape)]
+    of_layer = f"{prefix}{names.layers}.{weight.layer}."
+    name = weight.name.removeprefix(f"model.layers.{weight.layer}.")
+    locations = [_in_layer(config, weight, name, of_layer)]
+    if config.moe is None:
         return locations
-    names, prefix = config.moe.names, f"model.layers.{weight.layer}."
+    stacked = config.moe.names.stacked
     if weight.field == "router":
-        locations.append(TensorLocation(prefix + names.stacked.router, weight.shape))
+        locations.append(TensorLocation(of_layer + stacked.router, weight.shape))
+    if weight.field == "e_score_correction_bias" and stacked.e_score_correction_bias:
+        stored = of_layer + stacked.e_score_correction_bias
+        locations.append(TensorLocation(stored, weight.shape))
     if weight.expert is not None:
-        together = _stacked_locations(config.moe, weight, weight.expert, prefix)
-        locations = locations + together if names.separate else together
+        together = _stacked_locations(config.moe, weight, weight.expert, of_layer)
+        locations = locations + together if config.moe.names.separate else together
     return locations
 
 
+def _model_tensor(config: ModelConfig, name: str, prefix: str) -> str:
+    names, (module, _, kind) = config.stored_names, name.rpartition(".")
+    if module == "lm_head":
+        return f"{names.head}.{kind}"
+    return f"{prefix}{names.modules.get(module, module.removeprefix('model.'))}.{kind}"
+
+
+def _in_layer(config: ModelConfig, weight: WeightSpec, name: str, of_layer: str) -> TensorLocation:
+    """The location of the weight that is called `name` in its layer."""
+    names, (module, _, kind) = config.stored_names, name.rpartition(".")
+    rows, total = None, weight.shape[0]
+    part, _, _ = weight.field.partition("_")
+    if names.qkv and module in _QKV:
+        module, (rows, total) = names.qkv, _qkv_rows(config, part)
+    elif names.gate_up and module in ("mlp.gate_proj", "mlp.up_proj"):
+        width, total = weight.shape[0], 2 * weight.shape[0]
+        module, rows = names.gate_up, Rows(width * (part == "up"), width, total)
+    shape = (total, *weight.shape[1:])
+    transposed = names.transposed and len(shape) == 2
+    name = f"{of_layer}{names.modules.get(module, module)}.{kind}"
+    return TensorLocation(name, shape[::-1] if transposed else shape, (), transposed, rows)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def _qkv_rows(config: ModelConfig, part: str) -> tuple[Rows, int]:
+    """The rows of "q", "k" or "v" in a module of all three, and how many it has together."""
+    heads, kv_heads, K = config.heads, config.kv_heads, config.head_dim
+    total = (heads + 2 * kv_heads) * K
+    groups = kv_heads if config.stored_names.qkv_by_kv_head else 1
+    q, kv = heads // groups * K, kv_heads // groups * K
+    start, run = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}[part]
+    return Rows(start, run, total // groups), total
+
+
 def _stacked_locations(
-    moe: MoEConfig, weight: WeightSpec, expert: int, prefix: str
+    moe: MoEConfig, weight: WeightSpec, expert: int, of_layer: str
 ) -> list[TensorLocation]:
     """The possible locations of a weight of an expert in tensors of all experts of its layer."""
     stacked, F = moe.names.stacked, moe.moe_intermediate_size
-    if stacked.transposed:  # then the outputs of gate and up alternate
-        halves = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
-    else:
-        halves = {"gate": slice(0, F), "up": slice(F, 2 * F)}
     part, _, bias = weight.field.partition("_")
-    if part in halves:
-        name = stacked.gate_up_bias if bias else stacked.gate_up
-        shape = (moe.num_experts, 2 * F, *weight.shape[1:])
-        index: Index = (expert, halves[part])
-    else:
+    rows = None
+    if part == "down":
         name = stacked.down_bias if bias else stacked.down
         shape = (moe.num_experts, *weight.shape)
-        index = (expert,)
-    name = f"{prefix}{name}"
+    else:
+        name = stacked.gate_up_bias if bias else stacked.gate_up
+        shape = (moe.num_experts, 2 * F, *weight.shape[1:])
+        if stacked.transposed:  # then the outputs of gate and up alternate
+            rows = Rows(start=int(part == "up"), run=1, period=2)
+        else:
+            rows = Rows(start=F * (part == "up"), run=F, period=2 * F)
+    name = f"{of_layer}{name}"
     if bias or not stacked.transposed:
-        return [TensorLocation(name, shape, index)]
+        return [TensorLocation(name, shape, (expert,), rows=rows)]
     swapped = (shape[0], shape[2], shape[1])
-    locations = [TensorLocation(name, swapped, index, transposed=True)]
+    locations = [TensorLocation(name, swapped, (expert,), transposed=True, rows=rows)]
     if shape[-1] % BLOCK_SIZE == 0:
-        locations.append(TensorLocation(name, shape, index, quantized=True))
+        locations.append(TensorLocation(name, shape, (expert,), rows=rows, quantized=True))
     return locations

@@ -108,12 +108,12 @@ def test_speeds_and_limits_agree_with_each_other(report):
         tokens, speed = tokens_of(row), row["tokens_per_second"]
         bandwidth, rate = row["bandwidth_bytes_per_second"], row["product_flops_per_second"]
         assert speed * row["seconds_per_step"] == pytest.approx(tokens)
-        limit = row["limit_tokens_per_second"]
-        assert row["share_of_limit"] == pytest.approx(speed / limit)
+        limit = row["roofline_tokens_per_second"]
+        assert row["fraction_of_roofline"] == pytest.approx(speed / limit)
         least = max(report["read_bytes"] / bandwidth, row["product_flops"] / rate)
         assert tokens / limit == pytest.approx(least)
-        limit = row["limit_with_attention_tokens_per_second"]
-        assert row["share_of_limit_with_attention"] == pytest.approx(speed / limit)
+        limit = row["roofline_with_attention_tokens_per_second"]
+        assert row["fraction_of_roofline_with_attention"] == pytest.approx(speed / limit)
         read = report["read_bytes"] + row["kv_cache_bytes_read"]
         flops = row["product_flops"] + row["attention_flops"]
         assert tokens / limit == pytest.approx(max(read / bandwidth, flops / rate))
@@ -222,7 +222,7 @@ def test_a_mixture_computes_a_row_for_each_expert_of_each_token(tmp_path):
     rows = 2 * PROMPT * moe.top_k * sum(moe.layers)
     assert prompt["fewest_expert_rows"] == prompt["most_expert_rows"] == rows
     assert prompt["expert_rows_sent"] == prompt["expert_rows_sent_if_even"] == 0
-    flops = prompt["moe_limit_seconds"] * prompt["product_flops_per_second"]
+    flops = prompt["moe_roofline_seconds"] * prompt["product_flops_per_second"]
     assert flops == pytest.approx(rows * 2 * 3 * hidden * moe.moe_intermediate_size)
     assert prompt["moe_seconds"] > 0 and "moe_seconds" not in generation
     assert "MoE layers of a step" in table(report)
@@ -385,10 +385,10 @@ def test_the_table_shows_every_speed_with_its_limit_and_share(report):
         shown = [
             f"{row['batch']}",
             f"{row['tokens_per_second']:.1f}",
-            f"{row['limit_tokens_per_second']:.1f}",
-            f"{100 * row['share_of_limit']:.0f} %",
-            f"{row['limit_with_attention_tokens_per_second']:.1f}",
-            f"{100 * row['share_of_limit_with_attention']:.0f} %",
+            f"{row['roofline_tokens_per_second']:.1f}",
+            f"{100 * row['fraction_of_roofline']:.0f} %",
+            f"{row['roofline_with_attention_tokens_per_second']:.1f}",
+            f"{100 * row['fraction_of_roofline_with_attention']:.0f} %",
             f"{1e3 * row['seconds_per_step']:.2f}",
         ]
         assert line_of(lines, title, " ".join(shown)), f"{title}: {shown} is not in\n{text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -40,7 +41,7 @@ from mpishard.config.weight_specs import (
     specs_of_shard,
     weight_specs,
 )
-from mpishard.errors import UserError
+from mpishard.errors import UserError, WrongRanks
 
 # (query heads, key/value heads): all, groups, one; powers of two and not
 HEADS = [(h, g) for h in range(1, 13) for g in range(1, h + 1) if h % g == 0]
@@ -484,10 +485,13 @@ def test_sequence_parallelism_needs_tensor_parallelism():
 def test_a_wrong_number_of_ranks_is_refused_with_the_command_to_type(world, tp, cp, dp, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         make_layout(world, tp, dp, cp)
-    with pytest.raises(UserError) as refusal:
-        make_layout(world, tp, dp, cp, lambda ranks, tp: f"srun -n {ranks} mpishard --tp {tp}")
-    line = re.escape(f" mpishard --tp {tp}`")
-    assert re.search(f": run `srun -n [0-9]+{line}$", str(refusal.value))
+    with pytest.raises(WrongRanks) as refusal:
+        make_layout(world, tp, dp, cp)
+    error = pickle.loads(pickle.dumps(refusal.value))  # as ranks tell each other
+    assert str(error) == str(refusal.value)
+    assert error.tp == tp
+    named = error.with_command(f"srun -n {error.ranks} mpishard --tp {error.tp}")
+    assert re.search(f": run `srun -n {error.ranks} mpishard --tp {tp}`$", str(named))
 
 
 def test_a_tp_above_the_query_heads_is_refused():

@@ -1,0 +1,84 @@
+"""Weights that share a tensor, or are stored transposed or under other names: slices of any cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from stored import stored
+from tiny_models import tiny_config, tiny_weights
+
+from mpishard.config.stored_names import StoredNames
+from mpishard.config.weight_sharding import WeightSharding
+from mpishard.config.weight_specs import weight_specs
+from mpishard.storage import checkpoint as checkpoint_module
+from mpishard.storage.arrays import row_blocks
+from mpishard.storage.convert import convert
+from mpishard.storage.inspection import verify
+from mpishard.storage.source import open_source
+from mpishard.storage.weights import load_weights
+
+VARIANT = "llama-bias"  # 6 query heads on 3 key/value heads, and every projection with a bias
+FORMS = {
+    "names": StoredNames(
+        prefixes=("transformer.", ""),
+        layers="h",
+        modules={"model.embed_tokens": "wte", "mlp.down_proj": "mlp.c_proj"},
+        head="embed_out",
+    ),
+    "qkv in blocks, transposed": StoredNames(qkv="attn.c_attn", transposed=True),
+    "qkv by head, gate over up": StoredNames(
+        qkv="self_attn.query_key_value", qkv_by_kv_head=True, gate_up="mlp.gate_up_proj"
+    ),
+}
+
+
+@pytest.fixture(params=FORMS)
+def checkpoint(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint of one of the forms, under the last of its prefixes."""
+    names = FORMS[request.param]
+    config = replace(tiny_config(VARIANT), stored_names=names)
+    monkeypatch.setattr(checkpoint_module, "read_config", lambda path: config)
+    (tmp_path / "config.json").write_text("{}")
+    tensors = stored(config, tiny_weights(VARIANT), names.prefixes[-1])
+    save_file(tensors, tmp_path / "model.safetensors")
+    return open_source(tmp_path)
+
+
+def test_every_cut_of_every_weight(checkpoint):
+    whole = tiny_weights(VARIANT)
+    for weight in weight_specs(checkpoint.config):
+        for tp in (1, 2, 4, 5, 6):
+            for rank in range(tp):
+                part = weight.slices(checkpoint.config, WeightSharding(tp), rank)
+                expected = whole[weight.name][part]
+                np.testing.assert_array_equal(checkpoint.view(weight.name, part), expected)
+        for start in range(weight.shape[0]):  # as a conversion in small blocks reads them
+            for stop in (start, start + 1, start + 9, start + 20):
+                part = (slice(start, stop), *(slice(1, -2) for _ in weight.shape[1:]))
+                read = checkpoint.read(weight.name, part)
+                assert read.flags.c_contiguous
+                np.testing.assert_array_equal(read, whole[weight.name][part])
+
+
+def test_loaded_verified_and_converted(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("mpishard.storage.shards.read_config", lambda path: checkpoint.config)
+    verify(checkpoint)
+    monkeypatch.setattr(
+        "mpishard.storage.convert.row_blocks", lambda shape, _: row_blocks(shape, 1 << 22)
+    )
+    convert(checkpoint, tmp_path / "shards", tp=4)
+    shards = open_source(tmp_path / "shards")
+    verify(shards)
+    for rank in range(4):
+        loaded = load_weights(checkpoint, WeightSharding(4), rank)
+        of_shards = load_weights(shards, WeightSharding(4), rank)
+        assert list(loaded) == list(of_shards)
+        for weight in weight_specs(checkpoint.config):
+            part = weight.slices(checkpoint.config, WeightSharding(4), rank)
+            expected = tiny_weights(VARIANT)[weight.name][part]
+            np.testing.assert_array_equal(loaded[weight.name], expected)
+            np.testing.assert_array_equal(of_shards[weight.name], expected)
