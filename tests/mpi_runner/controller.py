@@ -59,7 +59,7 @@ class Controller:
     def _start_those_that_fit(self) -> None:
         """Start lanes before their turn to be reported, as many as the machine carries."""
         for lane in list(self.pending):
-            running = [other for other in self.lanes if other.runs()]
+            running = [other for other in self.lanes if other.is_running]
             if fits(lane, running, self.is_busy, allowed_cores()):
                 with suppress(FileNotFoundError):  # no mpirun, which is reported in its turn
                     self._start(lane, lane.items[0])
@@ -75,7 +75,7 @@ class Controller:
         """The reports of `item` from the running launch of its lane, or from a new one."""
         if lane.size in self.hopeless:
             return [failed_report(item, self.hopeless[lane.size])]
-        while lane in self.pending and any(other.runs() for other in self.lanes):
+        while lane in self.pending and any(other.is_running for other in self.lanes):
             time.sleep(0.05)  # lanes that started before it leave no room
             self._start_those_that_fit()
         if lane.job is None:

@@ -73,7 +73,8 @@ class Job:
         self.pids: dict[int, int] = {}
         self.begun: set[str] = set()
         self.reports: dict[str, dict[int, list[pytest.TestReport]]] = defaultdict(dict)
-        self.cpu = 0.0  # seconds of processors that the ranks took, of those that ended well
+        self.seconds = 0.0  # that the ranks took until they ended well, and of processors
+        self.cpu = 0.0
         self._bytes_read = [0] * size
 
     def wait(self, item: pytest.Item, ended: Callable[[], str | None] = lambda: None) -> str | None:
@@ -161,6 +162,7 @@ class Job:
             for by, count in event["launches"].items():
                 launches[by] += count
         elif "cpu" in event:
+            self.seconds = max(self.seconds, event["seconds"])
             self.cpu += event["cpu"]
         else:
             data = event["report"]

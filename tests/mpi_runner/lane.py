@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ PLAN = "MPI_RUNNER_PLAN"  # a file, named in the environment of the ranks that a
 
 COMMANDS = ("cluster", "commands")  # folders of serial tests whose ranks are kept warm
 
-# How many lanes of tests that wait may run: they start with a second or two of work each.
-WAITING = 2
+# How many lanes of tests that wait may run at once: together they take about a core.
+WAITING = 3
 
 
 @dataclass
@@ -36,17 +35,12 @@ class Lane:
     items: list[pytest.Item] = field(default_factory=list)
     launch: Launch | None = None
     job: Job | None = None
-    seconds: float = 0.0  # of all its launches, and of processors, of those that ended well
+    seconds: float = 0.0  # that its launches took which ended well, and of processors
     cpu: float = 0.0
-    _begun: float = 0.0
 
-    def runs(self) -> bool:
-        """Whether its launch runs; notes the time when it has ended."""
-        runs = self.launch is not None and self.launch.process.poll() is None
-        if self._begun and not runs:
-            self.seconds += time.monotonic() - self._begun
-            self._begun = 0.0
-        return runs
+    @property
+    def is_running(self) -> bool:
+        return self.launch is not None and self.launch.process.poll() is None
 
     def start(self, first: pytest.Item, options: list[str], directory: Path) -> None:
         """Launch the tests from `first` on. Raises FileNotFoundError without mpirun."""
@@ -63,7 +57,6 @@ class Lane:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self._begun = time.monotonic()
         self.job = Job(first.config, directory, self.size or 1)
 
     def how_ended(self) -> str | None:
@@ -93,9 +86,9 @@ class Lane:
         """End the launch, and add up what it took."""
         if self.launch is not None:
             self.launch.end()
-            assert not self.runs()
         if self.job is not None:
             self.job.read()
+            self.seconds += self.job.seconds
             self.cpu += self.job.cpu
         self.launch = self.job = None
 
@@ -103,20 +96,21 @@ class Lane:
 def divide(items: Iterable[pytest.Item], is_watched: bool) -> tuple[list[pytest.Item], list[Lane]]:
     """The tests that the controller runs itself, and the lanes of all others, in the order in which
     they are to start. Where `is_watched`, it runs all serial tests."""
-    lanes: dict[tuple[int, str], Lane] = {}
+    lanes: dict[tuple[int, float, str], Lane] = {}
     for item in items:
-        size, waits = ranks_of(item), item.get_closest_marker("waits") is not None
+        size, waits = ranks_of(item), item.get_closest_marker("waits")
+        order: tuple[int, float, str]
         if size is not None:
-            order, name = 2 + size, f"np{size}"
+            order = 3, size, f"np{size}"
         elif is_watched:
-            order, name = 0, "serial"
+            order = 0, 0, "serial"
         elif waits:
-            order, name = 2, f"waiting: {item.path.stem}"
+            order = 2, -waits.args[0], f"waiting: {item.path.stem}"
         elif item.path.parent.name in COMMANDS:
-            order, name = 1, "commands"
+            order = 1, 0, "commands"
         else:
-            order, name = 0, "serial"
-        lane = lanes.setdefault((order, name), Lane(name, size, waits))
+            order = 0, 0, "serial"
+        lane = lanes.setdefault(order, Lane(order[-1], size, bool(waits)))
         lane.items.append(item)
     sorted_lanes = [lane for _, lane in sorted(lanes.items(), key=lambda entry: entry[0])]
     if sorted_lanes and sorted_lanes[0].size is None:

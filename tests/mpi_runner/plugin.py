@@ -39,7 +39,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         "by default 1, 2, 3, 4 and 8, within `timeout` seconds",
     )
     config.addinivalue_line(
-        "markers", "waits: the test mostly waits for time to pass, beside tests that compute"
+        "markers",
+        "waits(seconds): the tests of this file mostly wait for time to pass, for about so many "
+        "seconds in all: they do so beside tests that compute, the longest first",
     )
     by_hand = config.getoption("with_mpi", False)  # an option of pytest-mpi
     if PLAN in os.environ or by_hand:

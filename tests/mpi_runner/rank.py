@@ -33,6 +33,7 @@ class Rank:
     def __init__(self, config: pytest.Config, plan: Path | None) -> None:
         self.config = config
         self.plan = json.loads(plan.read_text()) if plan else None
+        self.start = time.monotonic()
         self.world = MPI.COMM_WORLD
         self.rank, self.size = self.world.rank, self.world.size
         started = self.plan["size"] if self.plan else announced_size()
@@ -75,7 +76,7 @@ class Rank:
         end_warm_ranks()
         if self.rank == 0:
             self._write(launches=launches)  # of commands, by tests
-        self._write(cpu=sum(os.times()[:4]))
+        self._write(seconds=time.monotonic() - self.start, cpu=sum(os.times()[:4]))
 
     def pytest_unconfigure(self) -> None:
         if self.speaks:
