@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.weight_specs import weight_specs
 from mpishard.errors import UserError, brief
-from mpishard.storage.arrays import DTYPES, StoredArray
+from mpishard.storage.arrays import DTYPES, StoredArray, row_blocks
 from mpishard.storage.model_dir import read_config, read_json
 from mpishard.storage.quantized.form import FLOATS, Dtypes
 from mpishard.storage.quantized.matrix import CACHE_SCALES, UNREAD, DamagedTensor, canonical
@@ -88,6 +88,17 @@ class Checkpoint:
     ) -> np.ndarray:
         """A copy of ``weight[slices]``, in `dtype` or, without it, in the stored dtype."""
         return np.array(self.view(name, slices), dtype, order="C")
+
+    def copy_to(self, out: np.ndarray, name: str, slices: tuple[slice, ...]) -> None:
+        """Writes ``weight[slices]`` into `out`: a quantized weight by blocks of rows, so that
+        memory holds one block twice, not the weight."""
+        if self.locations[name].quantized is None:
+            out[...] = self.view(name, slices)
+            return
+        rows, columns = slices
+        for part in row_blocks(out.shape, np.dtype(np.float32).itemsize):
+            these = slice(rows.start + part.start, rows.start + part.stop)
+            out[part] = self.view(name, (these, columns))
 
     def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """``weight[slices]``: a view of the file, where it is one piece and not quantized."""

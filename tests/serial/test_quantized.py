@@ -62,7 +62,9 @@ def test_the_logits_are_those_of_the_dequantized_model(form, published):
     assert np.abs(logits_SV - golden_SV).max() < BOUND * golden_SV.std()
 
 
-def test_every_rank_reads_what_its_codes_mean(form, published):
+def test_every_rank_reads_what_its_codes_mean(form, published, monkeypatch):
+    most = 1 << 16  # bytes of an element: blocks of rows then end within words and blocks
+    monkeypatch.setattr(checkpoint_module, "row_blocks", lambda shape, _: row_blocks(shape, most))
     _, numbers = drawn(form)
     experts = published.config.moe is not None
     for sharding in (WeightSharding(), WeightSharding(3), WeightSharding(5)):
@@ -451,6 +453,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "MXFP8"}}},
         '.quantized_layers.a.quant_algo = "MXFP8" is not read: FP8, ',
+    ),
+    (
+        {"quant_method": "fp8", "quant_algo": "MIXED_PRECISION"},
+        f'.quant_algo = "MIXED_PRECISION" is not read beside quant_method fp8: {TAKE}',
     ),
     (
         {"quant_algo": "NVFP4", "group_size": 32},

@@ -30,7 +30,7 @@ def unpack(
     each = 2 * packed.itemsize
     first, last = part.start // each, -(-part.stop // each)
     items = np.ascontiguousarray(packed[:, first:last])
-    elements = table[items.view(np.uint8)].reshape(*items.shape, each)
+    elements = np.take(table, items.view(np.uint8), axis=0).reshape(*items.shape, each)
     if order is not None:
         elements = elements[..., order]
     flat = elements.reshape(len(items), items.shape[1] * each)
@@ -54,6 +54,11 @@ def spread(
     scales: np.ndarray, block: tuple[int | None, int | None], rows: slice, columns: slice
 ) -> np.ndarray:
     """The scale of each element of a part, in float32, to be broadcast over it. `scales` has one
-    for each block of so many rows and columns."""
-    of_rows = scales[blocks_of(rows, block[0])].astype(np.float32)
-    return of_rows[:, blocks_of(columns, block[1])]
+    for each block of so many rows and columns; `columns` are consecutive."""
+    of_rows = scales[blocks_of(rows, block[0])]
+    length = block[1]
+    if length is None or length == 1:
+        return of_rows[:, blocks_of(columns, length)].astype(np.float32)
+    first, last = columns.start // length, -(-columns.stop // length)
+    wide = np.repeat(of_rows[:, first:last].astype(np.float32), length, axis=1)
+    return wide[:, columns.start - first * length : columns.stop - first * length]
