@@ -65,7 +65,10 @@ class Checkpoint:
         config = read_config(path)
         headers = _read_headers(path)
         dtypes = {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
-        locations = locate_weights(config, dtypes)
+        try:
+            locations = locate_weights(config, dtypes)
+        except DamagedTensor as damage:
+            raise UserError(f"{headers[damage.tensor][0]}: {damage}") from None
         _refuse_unknown(config, headers, locations)
         checkpoint = cls(path, config, locations, _find_arrays(path, locations, headers))
         head = f"{config.stored_names.head}.weight"

@@ -19,6 +19,7 @@ class Scheme:
     form: str  # a name in `mpishard.storage.quantized.forms.FORMS`
     block: tuple[int | None, int | None] = (None, None)  # rows, columns of one scale; None: all
     scale: str = "weight_scale"  # the last part of the name of the scales
+    bits: int = 4  # of an element that is packed into words
     symmetric: bool = True  # no zero points
     ordered: bool = False  # the columns' groups are stored (desc_act)
     zeros_less_one: bool = False  # a zero point z is stored as z - 1
