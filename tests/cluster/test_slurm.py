@@ -101,7 +101,7 @@ COMMANDS = {
         "--chunked-prefill-size",
         "4096",
     ]
-    + ["--prompt", "-", "--seed", "1", "some text"],
+    + ["--prompt-file", "{INPUT}", "--seed", "1"],
     "chain": ["batch", "{MODEL}", "--dp", "2", "--tp", "4"]
     + ["--input", "{INPUT}", "--output", "{OUTPUT}", "--seed", "1"],
 }

@@ -147,7 +147,7 @@ def test_weights_that_share_a_quantized_tensor(tmp_path, monkeypatch, by_kv_head
         quantized_models.LLAMA | {"quantization_config": raw, "num_hidden_layers": 1}, None, "it"
     )
     config = replace(config, stored_names=names)
-    monkeypatch.setattr(checkpoint_module, "read_config", lambda path: config)
+    monkeypatch.setattr(checkpoint_module, "read_config", lambda *_: config)
     draw, random = quantized_models.fp8((28, 20), "weight_scale_inv"), np.random.RandomState(2)
     tensors: dict[str, np.ndarray] = {}
     expected: dict[str, np.ndarray] = {}
@@ -536,6 +536,8 @@ SCHEMES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"quant_algo": "NVFP4", "ignore": ["a.0*"]}, "a.0.self_attn.q_proj", None),
     ({"quant_algo": "NVFP4", "ignore": ["a.1.mlp"]}, "a.1.mlp.up_proj", None),
     ({"quant_algo": "NVFP4", "ignore": ["a.1.mlp"]}, "a.10.mlp.up_proj", "nvfp4-modelopt"),
+    ({"quant_algo": "NVFP4", "ignore": ["language_model.model.a*"]}, "model.a.b", None),
+    ({"quant_algo": "NVFP4", "ignore": ["model.language_model.a*"]}, "model.a.b", None),
     (COMPRESSED, "lm_head", None),
     (COMPRESSED, "model.layers.1.mlp.up_proj", None),
     (COMPRESSED, "model.layers.11.mlp.up_proj", "fp8"),

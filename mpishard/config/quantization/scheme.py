@@ -36,14 +36,20 @@ class Quantization:
     method: str  # as quant_method spells it
     schemes: tuple[tuple[Patterns, Scheme], ...]
     ignored: Patterns = ()
+    within: bool = False  # in a multimodal checkpoint, where modules have other names
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of the weight of `module`, None if it is not quantized. Linear modules that no
-        pattern leaves out may be stored unquantized nevertheless: the router and the head often
-        are."""
-        if matches(self.ignored, module):
+        pattern leaves out may be stored unquantized nevertheless: routers and heads often are. A
+        pattern may also have the name that the module has in a multimodal checkpoint."""
+        inner = module.removeprefix("model.")
+        names = (module, f"language_model.{module}", f"model.language_model.{inner}")
+        if any(matches(self.ignored, name) for name in names):
             return None
-        return next((scheme for names, scheme in self.schemes if matches(names, module)), None)
+        for patterns, scheme in self.schemes:
+            if any(matches(patterns, name) for name in names):
+                return scheme
+        return None
 
 
 EVERY = (re.compile(""),)  # matches every name
