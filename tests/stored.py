@@ -46,12 +46,16 @@ def _fused(config: ModelConfig, weights: Weights) -> Weights:
             q, k, v = (left.pop(f"{before}self_attn.{part}_proj.{kind}") for part in "qkv")
             fused[f"{before}{names.qkv}.{kind}"] = _qkv(config, q, k, v)
             continue
-        before, found, kind = name.partition("mlp.gate_proj.")
-        if names.gate_up and found:
-            both = [left.pop(f"{before}mlp.{part}_proj.{kind}") for part in ("gate", "up")]
-            fused[f"{before}{names.gate_up}.{kind}"] = np.concatenate(both)
-            continue
-        fused[name] = left.pop(name)
+        for network, module in (("mlp", names.gate_up), ("shared_mlp", names.shared_gate_up)):
+            before, found, kind = name.partition(f".{network}.gate_proj.")
+            if module and found:
+                both = [
+                    left.pop(f"{before}.{network}.{part}_proj.{kind}") for part in ("gate", "up")
+                ]
+                fused[f"{before}.{module}.{kind}"] = np.concatenate(both)
+                break
+        else:
+            fused[name] = left.pop(name)
     return fused
 
 

@@ -66,6 +66,8 @@ def read_model_config(
         raise UserError(f"{_beside(source)} must hold a JSON object, not {as_json(generation)}")
     answered = Answered(ignore_config)
     family, fields, wrapper = find_family(Fields(raw, source, answered=answered))
+    for name in family.uniform:
+        fields.unlist(name)
     hidden = fields.integer("hidden_size")
     layers = fields.integer("num_hidden_layers")
     if layers > MOST_LAYERS:
@@ -128,6 +130,8 @@ def read_model_config(
         fields.only("use_qk_norm", True)
     for name, value in family.fixed.items():
         fields.fixed(name, value, family.name)
+    for name, other in family.same.items():
+        fields.fixed(name, fields.get(other), family.name)
     fields.reject_unknown(family.name, family.ignored)
     answered.refuse_needless(raw, source)
     return config

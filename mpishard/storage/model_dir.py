@@ -69,23 +69,21 @@ def read_config(directory: Path, ignore_config: Iterable[str] = ()) -> ModelConf
     return read_model_config(read_json(path), generation, str(path), ignore_config, quantization)
 
 
-def named_templates(directory: Path) -> dict[str, Path]:
-    """The files of chat templates in folders of a directory, by the templates' names."""
-    return {
-        path.stem: path
-        for folder in reversed(CHAT_TEMPLATES)
-        for path in sorted((directory / folder).glob("*.jinja"))
-    }
+def named_templates(directory: Path) -> list[Path]:
+    """The files of chat templates in folders of a directory; of two with a name the latter
+    counts."""
+    folders = [directory / folder for folder in reversed(CHAT_TEMPLATES)]
+    return [path for folder in folders for path in sorted(folder.glob("*.jinja"))]
 
 
-def companions(directory: Path) -> list[Path]:
-    """Those of the `COMPANIONS` that a directory has, and its chat templates, relative to it."""
-    paths = [*(directory / name for name in COMPANIONS), *named_templates(directory).values()]
-    return [path.relative_to(directory) for path in paths if path.is_file()]
+def companions(directory: Path) -> list[str]:
+    """The names of those of the `COMPANIONS` that a directory has, and of its chat templates."""
+    templates = [str(path.relative_to(directory)) for path in named_templates(directory)]
+    return [name for name in (*COMPANIONS, *templates) if (directory / name).is_file()]
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copies the `companions` of a directory to another."""
-    for path in companions(source):
-        (target / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / path, target / path)
+    for name in companions(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)

@@ -96,7 +96,7 @@ class TensorLocation:
 def locate_weights(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, TensorLocation]:
     """The location of each weight of a model, by its name, in a checkpoint with the tensors
     `stored`, which have these dtypes. A missing weight has the location at which its family stores
-    it. Raises UserError as `find_matrix` does."""
+    it. Raises DamagedTensor as `find_matrix` does."""
     locations, prefix = {}, _prefix(config, stored)
     for weight in weight_specs(config):
         possible = [
@@ -163,13 +163,22 @@ def _in_layer(config: ModelConfig, weight: WeightSpec, name: str, of_layer: str)
     part, _, _ = weight.field.partition("_")
     if names.qkv and module in _QKV:
         module, (rows, total) = names.qkv, _qkv_rows(config, part)
-    elif names.gate_up and module in ("mlp.gate_proj", "mlp.up_proj"):
+    elif part in ("gate", "up") and (fused := _gate_up(config, module)):
         width, total = weight.shape[0], 2 * weight.shape[0]
-        module, rows = names.gate_up, Rows(width * (part == "up"), width, total)
+        module, rows = fused, Rows(width * (part == "up"), width, total)
     shape = (total, *weight.shape[1:])
     transposed = names.transposed and len(shape) == 2
     name = f"{of_layer}{names.modules.get(module, module)}.{kind}"
     return TensorLocation(name, shape[::-1] if transposed else shape, (), transposed, rows)
+
+
+def _gate_up(config: ModelConfig, module: str) -> str | None:
+    """The module of gate and up together that has this one, if there is such a one."""
+    network, _, _ = module.rpartition(".")
+    if network == "mlp":
+        return config.stored_names.gate_up
+    shared = config.moe.names.shared if config.moe else None
+    return config.stored_names.shared_gate_up if network == shared else None
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import processors
 
 from mpishard.errors import UserError, brief
+from mpishard.storage.downloads import refuse_placeholder
 from mpishard.tokenizer.chat_template import ChatTemplate
 from mpishard.tokenizer.length_bound import LengthBound
 from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
@@ -167,7 +168,7 @@ def _read_tokenizer(
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any], str]:
     """The tokenizer, the settings with the defaults that belong to it, and where it comes from."""
     path = directory / TOKENIZER
-    if not path.is_file():
+    if not path.is_file() and not path.is_symlink():
         found = find_vocabulary(directory, settings)
         if callable(found):
             tokenizer, defaults = found()
@@ -178,6 +179,7 @@ def _read_tokenizer(
             f"{path} does not exist: text needs the model's tokenizer; "
             f"give token ids instead, or copy {TOKENIZER} there"
         )
+    refuse_placeholder(path)
     try:
         return tokenizers.Tokenizer.from_file(str(path)), settings, TOKENIZER
     except Exception as error:  # the library raises plain Exception
