@@ -1,15 +1,17 @@
 """Typed access to the fields of a JSON object, with one error sentence for each kind of defect.
 
 `Fields` keeps the names that its readers asked for. `Fields.reject_unknown` then refuses every
-other field that could change the logits.
+other field that could change the logits, unless the user answers for it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from mpishard.config.known_fields import COMMON_FIELDS, KNOWN_FIELDS
 from mpishard.config.unsupported import IGNORED_FIELDS, UNSUPPORTED_FIELDS
 from mpishard.errors import UserError, brief
 
@@ -17,16 +19,54 @@ from mpishard.errors import UserError, brief
 MOST = 2**31 - 1
 
 
+class Answered:
+    """The fields that the user answers for (``--ignore-config``), and those of them that were in
+    the way. A nested field has the name of its object before it: ``rope_scaling.some_field``."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self.needed: set[str] = set()
+
+    def refuse_needless(self, raw: dict[str, Any], source: str) -> None:
+        """Raise UserError for a field that is not in `raw` or that nothing would have refused."""
+        for name in self.names:
+            if name not in self.needed:
+                there = _has(raw, name.split("."))
+                problem = (
+                    "is implemented, or changes nothing" if there else "is not a field of the file"
+                )
+                raise UserError(
+                    f"{source}: --ignore-config {brief(name)} has no effect, because it {problem}: "
+                    "leave it out"
+                )
+
+
+def _has(values: Any, path: list[str]) -> bool:
+    for name in path:
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
 class Fields:
     """The fields of one JSON object. Each method reads a field by name and checks its type; a null
     counts as no value. A defect raises UserError with `source`, the field and its value.
 
-    `within` is the prefix of field names in errors: the name of the object if it is nested."""
+    `within` is the prefix of field names in errors: the name of the object if it is nested. The
+    user answers for the fields in `answered`."""
 
-    def __init__(self, values: dict[str, Any], source: str, within: str = "") -> None:
+    def __init__(
+        self,
+        values: dict[str, Any],
+        source: str,
+        within: str = "",
+        answered: Answered | None = None,
+    ) -> None:
         self.values = values
         self.source = source
         self.within = within
+        self.answered = answered or Answered()
         self.asked: set[str] = set()
 
     def get(self, name: str, absent: Any = None) -> Any:
@@ -123,21 +163,39 @@ class Fields:
         value = self.get(name)
         if value is not None and type(value) is not dict:
             self.refuse(name, "must be an object")
-        return Fields(value, self.source, within=f"{name}.") if value else None
+        within = f"{self.within}{name}."
+        return Fields(value, self.source, within, self.answered) if value else None
 
     def reject_unknown(self, reader: str, ignored: frozenset[str] = frozenset()) -> None:
         """Raise UserError for a field that was not read, is not `ignored` and may change the
-        logits. `reader` names the reader in the error: a family or a kind of rope."""
+        logits. `reader` names the reader in the error: a family or a kind of rope.
+
+        A field that is null, false, 0 or empty changes nothing, unless transformers knows it for
+        this family, or `UNSUPPORTED_FIELDS` do.
+        """
+        known = COMMON_FIELDS | KNOWN_FIELDS.get(reader, frozenset())
         for name, value in self.values.items():
             if name in self.asked | ignored | IGNORED_FIELDS or name.endswith("_token_id"):
                 continue
-            remedy = "remove it from the file if it does not change the mathematics"
-            if value is not None and name not in UNSUPPORTED_FIELDS:
-                self.refuse(name, f"is not a field that is known for {reader}: {remedy}")
-            if value is not None and value != UNSUPPORTED_FIELDS[name][1]:
-                self.refuse(
-                    name, f"asks for {UNSUPPORTED_FIELDS[name][0]}, not implemented: {remedy}"
-                )
+            if name in UNSUPPORTED_FIELDS:
+                needs, harmless = UNSUPPORTED_FIELDS[name]
+                if value is None or value == harmless:
+                    continue
+                problem = f"asks for {needs}, not implemented"
+            elif not value and name not in known:
+                continue
+            else:
+                problem = f"is not a field that is known for {reader}"
+            self._refuse_unanswered(name, problem)
+
+    def _refuse_unanswered(self, name: str, problem: str) -> None:
+        whole = f"{self.within}{name}"
+        if whole not in self.answered.names:
+            remedy = (
+                f"if it does not change the mathematics, give --ignore-config {brief(whole, 60)}"
+            )
+            self.refuse(name, f"{problem}: {remedy}")
+        self.answered.needed.add(whole)
 
 
 def as_json(value: object) -> str:

@@ -166,6 +166,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
+    wrapper: str | None = None  # the multimodal architecture around it: its tensors' names differ
+    ignored_fields: tuple[str, ...] = field(default=(), compare=False)  # the user answers for them
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

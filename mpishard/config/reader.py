@@ -10,11 +10,12 @@ unknown field: a model that is computed almost right writes fluent, wrong text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from mpishard.config.families import FAMILIES
 from mpishard.config.families.family import Family
-from mpishard.config.fields import Fields, as_json
+from mpishard.config.fields import Answered, Fields, as_json
+from mpishard.config.find_family import find_family
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_rope
@@ -41,12 +42,16 @@ _ACTIVATIONS = {
 
 
 def read_model_config(
-    raw: dict[str, Any], generation: dict[str, Any] | None, source: str
+    raw: dict[str, Any],
+    generation: dict[str, Any] | None,
+    source: str,
+    ignore_config: Iterable[str] = (),
 ) -> ModelConfig:
     """The configuration in `raw`, the content of the ``config.json`` that errors call `source`.
 
     `generation` is the content of ``generation_config.json``, or None; its end-of-sequence and
-    beginning-of-sequence ids take precedence.
+    beginning-of-sequence ids take precedence. The user answers for the fields of `ignore_config`,
+    which are in the file, but which nothing implements.
 
     Raises UserError, with `source`, the field and its value, if the file is inconsistent or needs
     something that is not implemented.
@@ -55,8 +60,8 @@ def read_model_config(
         raise UserError(f"{source} must hold a JSON object, not {as_json(raw)}")
     if not isinstance(generation, dict | None):
         raise UserError(f"{_beside(source)} must hold a JSON object, not {as_json(generation)}")
-    fields = Fields(raw, source)
-    family = _family(fields)
+    answered = Answered(ignore_config)
+    family, fields, wrapper = find_family(Fields(raw, source, answered=answered))
     hidden = fields.integer("hidden_size")
     layers = fields.integer("num_hidden_layers")
     if layers > MOST_LAYERS:
@@ -105,20 +110,15 @@ def read_model_config(
         embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
         gated_mlp=family.gated_mlp,
         stored_names=family.stored_names,
+        wrapper=wrapper.name if wrapper else None,
+        ignored_fields=answered.names,
         raw=raw,
     )
+    if config.qk_norm or config.full_width_qk_norm:
+        fields.only("use_qk_norm", True)
     fields.reject_unknown(family.name, family.ignored)
+    answered.refuse_needless(raw, source)
     return config
-
-
-def _family(fields: Fields) -> Family:
-    names = fields.get("architectures")
-    if names not in [[name] for name in FAMILIES]:
-        fields.refuse("architectures", f"must be a list of one of {', '.join(FAMILIES)}")
-    family = FAMILIES[names[0]]
-    if fields.text("model_type", family.name) != family.name:
-        fields.refuse("model_type", f'must be "{family.name}", as architectures is {names[0]}')
-    return family
 
 
 def _refuse_quantized(fields: Fields, family: Family) -> None:

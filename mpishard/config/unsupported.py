@@ -50,10 +50,11 @@ IGNORED_FIELDS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path attn_implementation
-    chunk_size_feed_forward cross_attention_hidden_size dtype ep_size experts_implementation
-    is_decoder is_llama_config max_sequence_length model_max_length name_or_path padding_side
-    pretraining_tp return_dict seq_length tie_encoder_decoder tie_last_hidden_states
-    tokenizer_class tokenizer_model_max_length torch_dtype torchscript transformers.js_config
+    chunk_size_feed_forward cross_attention_hidden_size document_attention dtype ep_size
+    experts_implementation internal_version is_decoder is_llama_config max_sequence_length
+    model_max_length name_or_path padding_side pretraining_tp return_dict seq_length
+    tie_encoder_decoder tie_last_hidden_states tokenizer_class tokenizer_model_max_length
+    torch_dtype torchscript transformers.js_config
     transformers_version unsloth_fixed unsloth_optimized unsloth_version use_bfloat16 use_cache
     use_flash_attention use_flash_attn use_sdpa
 

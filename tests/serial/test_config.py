@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tiny_models import MOE_VARIANTS, VARIANTS, raw_config, tiny_config
 
+from mpishard.config.known_fields import COMMON_FIELDS, KNOWN_FIELDS
 from mpishard.config.model_config import (
     ExpertNames,
     MLAConfig,
@@ -51,6 +53,7 @@ LEAST: dict[str, dict[str, Any]] = {
     | LATENT,
 }
 SOURCE = "model/config.json"
+REMOVE = "if it does not change the mathematics, give --ignore-config"
 ABSENT = object()
 
 
@@ -954,6 +957,13 @@ def test_tiny_models_are_read(variant):
         ("image_token_id", 7),
         ("quantization_config", None),
         ("never_heard_of", None),
+        ("never_heard_of", False),
+        ("never_heard_of", 0.0),
+        ("never_heard_of", ""),
+        ("never_heard_of", []),
+        ("never_heard_of", {}),
+        ("internal_version", "1.0"),
+        ("document_attention", True),
         ("partial_rotary_factor", 1.0),
         ("residual_multiplier", 1.0),
         ("num_local_experts", 0),
@@ -966,6 +976,209 @@ def test_ignored(field, value):
     assert read(**{field: value}) == read()
 
 
+def test_what_published_files_of_qwen3_say_of_no_use():
+    more = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert read("qwen3_moe", **more) == read("qwen3_moe")
+    assert "use_qk_norm = false is not implemented: true is" in refusal("qwen3", use_qk_norm=False)
+
+
+@pytest.mark.parametrize("field", ["rotary_dim", "num_kv_heads", "parallel_attn"])
+def test_a_field_that_transformers_knows_for_the_family_passes_with_no_value(field, monkeypatch):
+    assert read(**{field: False}) == read()
+    known = KNOWN_FIELDS | {"llama": KNOWN_FIELDS["llama"] | {field}}
+    monkeypatch.setattr("mpishard.config.fields.KNOWN_FIELDS", known)
+    nothings: tuple[Any, ...] = (None, False, 0, "", [])
+    for nothing in nothings:
+        assert f"{field} = {json.dumps(nothing)} is not a field that" in refusal(**{field: nothing})
+
+
+@pytest.mark.parametrize("family", FAMILIES | MOE_FAMILIES)
+def test_fields_that_transformers_knows_for_a_family_are_read_or_named(family):
+    """No null is refused, as it would be in a field that no reader asks for and no table has."""
+    known = dict.fromkeys(COMMON_FIELDS | KNOWN_FIELDS[family])
+    needed = {"sliding_window": 4096} if family == "gemma2" else {}
+    read(family, **(known | document(family) | needed))
+
+
+# -- fields that the user answers for
+
+
+def answered(names: list[str], /, **changes: Any) -> ModelConfig:
+    return read_model_config(document(**changes), None, SOURCE, names)
+
+
+def test_the_user_answers_for_fields():
+    config = answered(
+        ["frobnicate", "partial_rotary_factor", "rope_scaling.odd"],
+        frobnicate=3,
+        partial_rotary_factor=0.5,
+        rope_scaling={"type": "linear", "factor": 2.0, "odd": [1]},
+    )
+    assert config == read(rope_scaling={"type": "linear", "factor": 2.0})
+    assert config.ignored_fields == ("frobnicate", "partial_rotary_factor", "rope_scaling.odd")
+    with pytest.raises(UserError, match="odd_too = 1 is not a field that is known for llama"):
+        answered(["frobnicate"], frobnicate=3, odd_too=1)
+
+
+@pytest.mark.parametrize(
+    "name, changes, problem",
+    [
+        ("frobnicate", {}, "is not a field of the file"),
+        ("rope_scaling.odd", {"rope_scaling": {"type": "default"}}, "is not a field of the file"),
+        ("odd", {"rope_scaling": {"type": "default", "odd": 0}}, "is not a field of the file"),
+        ("hidden_size", {}, "is implemented, or changes nothing"),
+        ("hidden_act", {"hidden_act": "silu"}, "is implemented, or changes nothing"),
+        ("use_cache", {"use_cache": True}, "is implemented, or changes nothing"),
+        ("frobnicate", {"frobnicate": 0}, "is implemented, or changes nothing"),
+    ],
+)
+def test_an_answer_without_effect_is_refused(name, changes, problem):
+    with pytest.raises(UserError) as caught:
+        answered([name], **changes)
+    assert str(caught.value) == (
+        f"{SOURCE}: --ignore-config {name} has no effect, because it {problem}: leave it out"
+    )
+
+
+# -- multimodal files
+
+
+def wrapped(text: dict[str, Any] | None = None, /, **outer: Any) -> dict[str, Any]:
+    """The file of Mistral 3 around a mistral model."""
+    text = document("mistral", architectures=ABSENT) if text is None else text
+    least = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 12, "model_type": "pixtral"},
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "image_token_index": 10,
+    }
+    return {name: value for name, value in (least | outer).items() if value is not ABSENT}
+
+
+def unwrapped(text: dict[str, Any] | None = None, /, **outer: Any) -> ModelConfig:
+    return read_model_config(wrapped(text, **outer), None, SOURCE)
+
+
+def test_the_text_half_of_a_multimodal_file():
+    raw = wrapped()
+    config = read_model_config(raw, None, SOURCE)
+    assert config == replace(read("mistral", tie_word_embeddings=True), wrapper="mistral3")
+    assert config.raw == raw
+    assert unwrapped(architectures=ABSENT) == unwrapped(model_type=ABSENT) == config
+    assert unwrapped(tie_word_embeddings=False) == replace(config, tied=False)
+    text = document("mistral", tie_word_embeddings=False)
+    assert unwrapped(text) == replace(config, tied=False)
+    assert unwrapped(text, tie_word_embeddings=True) == config
+
+
+def test_fields_beside_the_text_half():
+    config = unwrapped(eos_token_id=[1, 6], bos_token_id=4)
+    assert (config.eos_ids, config.bos_id) == ((1, 6), 4)
+    text = document("mistral", eos_token_id=9)
+    assert unwrapped(text, eos_token_id=[1, 6]).eos_ids == (9,)
+
+
+def test_sizes_that_a_text_config_omits_are_those_of_its_class():
+    config = unwrapped({"model_type": "mistral", "hidden_size": 1024})
+    sizes = (config.hidden, config.ffn, config.layers, config.heads, config.vocab)
+    assert sizes == (1024, 14336, 32, 32, 32000)
+
+
+def qwen_vl(name: str, text: dict[str, Any], /, **outer: Any) -> ModelConfig:
+    architecture = {
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    }[name]
+    raw = {"architectures": [architecture], "model_type": name, "vision_config": {"depth": 2}}
+    return read_model_config(raw | outer | text, None, SOURCE)
+
+
+MROPE = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+
+
+@pytest.mark.parametrize("family, name", [("qwen3", "qwen3_vl"), ("qwen3_moe", "qwen3_vl_moe")])
+def test_qwen3_vl(family, name):
+    text = document(family, model_type=f"{name}_text", architectures=ABSENT)
+    least = {"rope_theta": 500000.0, "max_position_embeddings": 128000}
+    if name == "qwen3_vl_moe":
+        least |= {"norm_topk_prob": True, "num_key_value_heads": 16, "head_dim": 128}
+    right = replace(read(family, tie_word_embeddings=True, **least), wrapper=name)
+    for rope in ({"rope_type": "default"} | MROPE, {"rope_theta": 500000.0} | MROPE, MROPE, None):
+        for field in ("rope_scaling", "rope_parameters"):
+            assert qwen_vl(name, {"text_config": text | {field: rope}}) == right
+    if name == "qwen3_vl_moe":
+        with pytest.raises(UserError, match="text_config.norm_topk_prob = false is not implem"):
+            qwen_vl(name, {"text_config": text | {"norm_topk_prob": False}})
+
+
+def test_qwen2_5_vl_with_its_text_half_within_and_beside():
+    rope = {"type": "mrope", "mrope_section": [2, 1, 1]}
+    text = document("qwen2", rope_scaling=rope, num_key_value_heads=4, architectures=ABSENT)
+    least = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    right = replace(read("qwen2", num_key_value_heads=4, **least), wrapper="qwen2_5_vl")
+    nested = {"text_config": text | {"model_type": "qwen2_5_vl_text"}}
+    assert qwen_vl("qwen2_5_vl", nested) == right
+    assert qwen_vl("qwen2_5_vl", text | {"model_type": "qwen2_5_vl"}) == right
+
+
+def test_the_text_half_of_kimi():
+    text = document("deepseek_v3", model_type="kimi_k2")
+    raw = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "auto_map": {"AutoModel": "modeling_kimi_k25.KimiK25ForConditionalGeneration"},
+        "use_unified_vision_chunk": True,
+        "text_config": text,
+    }
+    right = read("deepseek_v3", tie_word_embeddings=True)
+    assert read_model_config(raw, None, SOURCE) == replace(right, wrapper="kimi_k25")
+
+
+@pytest.mark.parametrize(
+    "raw, problem",
+    [
+        (wrapped(text_config=ABSENT), "text_config is missing: it must hold the fields of the lan"),
+        (wrapped(text_config=None), "text_config = null is missing: it must hold the fields"),
+        (wrapped(text_config={}), "text_config = {} is missing: it must hold the fields"),
+        (wrapped(text_config=[1]), "text_config = [1] must be an object"),
+        (wrapped(text_config="mistral"), 'text_config = "mistral" must be an object'),
+        (
+            wrapped(document("mistral", model_type="llama")),
+            'text_config.model_type = "llama" is not implemented in mistral3; the README lists',
+        ),
+        (wrapped(document("mistral", model_type=["x"])), 'text_config.model_type = ["x"] is not'),
+        (
+            wrapped(document("mistral", hidden_size="64")),
+            'text_config.hidden_size = "64" must be a positive whole number',
+        ),
+        (
+            wrapped(document("mistral", odd=1)),
+            f"text_config.odd = 1 is not a field that is known for mistral: {REMOVE} "
+            "text_config.odd",
+        ),
+        (
+            wrapped(document("mistral", rope_scaling={"type": "linear", "factor": 2.0, "odd": 1})),
+            "text_config.rope_scaling.odd = 1 is not a field that is known for rope type linear",
+        ),
+        (wrapped(odd=1), f"odd = 1 is not a field that is known for mistral3: {REMOVE} odd"),
+        (wrapped(is_causal=False), "is_causal = false asks for attention to later tokens"),
+        (wrapped(model_type="llava"), 'model_type = "llava" must be "mistral3", as architectures'),
+        (wrapped(model_type=3), "model_type = 3 must be a string"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_multimodal_files_that_are_refused(raw, problem):
+    with pytest.raises(UserError) as caught:
+        read_model_config(raw, None, SOURCE)
+    assert str(caught.value).startswith(f"{SOURCE}: {problem}")
+
+
 # -- refusals
 
 
@@ -975,15 +1188,34 @@ def refusal(family: str = "llama", generation: Any = None, /, **changes: Any) ->
     return str(caught.value)
 
 
+@pytest.mark.parametrize("architectures", [[], None, ABSENT])
+def test_model_type_names_the_family_where_there_are_no_architectures(architectures):
+    assert read(architectures=architectures) == read()
+    assert read("mistral", architectures=architectures) == read("mistral")
+    sentence = refusal(architectures=architectures, model_type="no_such_model")
+    assert sentence.startswith(f'{SOURCE}: model_type = "no_such_model" is not implemented')
+    sentence = refusal(architectures=architectures, model_type=ABSENT)
+    assert "is missing, and so is model_type: one must name the family" in sentence
+
+
 @pytest.mark.parametrize(
-    "architectures", [["GPT2LMHeadModel"], [], [[]], None, ABSENT, "LlamaForCausalLM"]
+    "architectures, problem",
+    [
+        (["NoSuchForCausalLM"], "is not implemented; the README lists those that are"),
+        ([[]], "must be a list of one name"),
+        ("LlamaForCausalLM", "must be a list of one name"),
+        (["LlamaForCausalLM", "LlamaModel"], "must be a list of one name"),
+    ],
 )
-def test_unknown_architecture(architectures):
+def test_unknown_architecture(architectures, problem):
     sentence = refusal(architectures=architectures)
-    assert sentence.startswith(f"{SOURCE}: architectures")
-    assert all(known in sentence for known in FAMILIES.values())
-    if architectures == ["GPT2LMHeadModel"]:
-        assert "GPT2LMHeadModel" in sentence
+    value = json.dumps(architectures)
+    assert sentence == f"{SOURCE}: architectures = {value} {problem}"
+
+
+def test_other_spellings_of_model_type():
+    assert read("deepseek_v3", model_type="kimi_k2") == read("deepseek_v3")
+    assert read("deepseek_v3", model_type="kimi_k2", architectures=None) == read("deepseek_v3")
 
 
 def test_not_an_object():
@@ -991,7 +1223,6 @@ def test_not_an_object():
         read_model_config([1], None, SOURCE)  # type: ignore[arg-type]
 
 
-REMOVE = "remove it from the file if it does not change the mathematics"
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
@@ -1046,8 +1277,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"hidden_act": "mish"},
-        'hidden_act = "mish" is not implemented: silu, swish, gelu_pytorch_tanh, gelu_new, gelu_fast, '
-        "gelu, relu, relu2",
+        'hidden_act = "mish" is not implemented: silu, swish, gelu_pytorch_tanh, gelu_new, '
+        "gelu_fast, gelu, relu, relu2",
     ),
     ("mistral", {"attention_bias": True}, "attention_bias = true contradicts the family"),
     ("qwen2", {"attention_bias": False}, "attention_bias = false contradicts the family"),

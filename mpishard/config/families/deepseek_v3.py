@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and R1 (arXiv 2412.19437): sigmoid scores with a bias that balances the choice of
-experts."""
+"""DeepSeek-V3, R1 and Kimi-K2 (arXiv 2412.19437, 2507.20534): sigmoid scores with a bias that
+balances the choice of experts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ DEEPSEEK_V3 = Family(
             shared="mlp.shared_experts",
         ),
     ),
+    aliases=("kimi_k2",),
     # The layers that predict several tokens come after the last decoder layer; they are not loaded.
     ignored=frozenset({"num_nextn_predict_layers", "num_mtp_layers", "auto_map"}),
 )

@@ -45,6 +45,7 @@ class Family:
     architecture: str  # as `architectures` spells it
     name: str  # as `model_type` spells it
     max_position_embeddings: int
+    aliases: tuple[str, ...] = ()  # other spellings of `model_type`
     kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden / heads
     bos_id: int | None = None
