@@ -3,29 +3,73 @@ distance of the key, for each head by its own slope, in place of an embedding of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 
 @dataclass(frozen=True)
-class Alibi:
-    """The biases between queries at `q_pos_S` and keys at `k_pos_T`, of heads with these slopes."""
+class LinearBiases:
+    """The biases of some query heads' scores: ``scale * slope * (key's position - query's)``.
 
-    slopes_gX: np.ndarray  # by key/value head, of its query heads
+    Falcon computes ``slope * position`` in bfloat16, which `rounded` does as well."""
+
+    slopes_h: np.ndarray
+    scale: float = 1.0
+    rounded: bool = False
+
+    def of_heads(self, heads: slice) -> LinearBiases:
+        """Those of some of the heads."""
+        return LinearBiases(self.slopes_h[heads], self.scale, self.rounded)
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """The biases between queries at `q_pos_S` and keys at `k_pos_T`, in the heads of `biases`; g of
+    them are key/value heads that serve X query heads each."""
+
+    biases: LinearBiases
+    g: int
     q_pos_S: np.ndarray
     k_pos_T: np.ndarray
 
     def select(self, heads: slice, queries: slice) -> Alibi:
         """Those of some of the key/value heads and of the queries."""
-        return Alibi(self.slopes_gX[heads], self.q_pos_S[queries], self.k_pos_T)
+        start, stop, _ = heads.indices(self.g)
+        X = len(self.biases.slopes_h) // self.g
+        own = self.biases.of_heads(slice(start * X, stop * X))
+        return Alibi(own, stop - start, self.q_pos_S[queries], self.k_pos_T)
 
     def add(self, scores_gPT: np.ndarray, queries: slice, keys: slice) -> None:
-        """Add ``slope * (key's position - query's position)`` to the scores of these queries and
-        keys."""
-        dtype = scores_gPT.dtype
-        behind_ST = self.k_pos_T[keys] - self.q_pos_S[queries, np.newaxis]
-        (g, X), (S, T) = self.slopes_gX.shape, behind_ST.shape
-        scores_gSXT = scores_gPT.reshape(g, S, X, T)  # a view
-        slopes_g1X1 = self.slopes_gX[:, np.newaxis, :, np.newaxis]
-        scores_gSXT += slopes_g1X1 * behind_ST[:, np.newaxis].astype(dtype)
+        """Add the biases to the scores of these queries and keys."""
+        q_pos_S, k_pos_T, dtype = self.q_pos_S[queries], self.k_pos_T[keys], scores_gPT.dtype
+        S, T = len(q_pos_S), len(k_pos_T)
+        slopes_g1X1 = self.biases.slopes_h.reshape(self.g, 1, -1, 1)
+        if self.biases.rounded:
+            q_S11, k_T = (_bfloat16(at) for at in (q_pos_S[:, np.newaxis, np.newaxis], k_pos_T))
+            slopes_g1X1 = _bfloat16(slopes_g1X1)
+            biases_gSXT = _bfloat16(slopes_g1X1 * k_T) - _bfloat16(slopes_g1X1 * q_S11)
+        else:
+            biases_gSXT = slopes_g1X1 * (k_pos_T - q_pos_S[:, np.newaxis])[:, np.newaxis]
+        biases_gSXT = (biases_gSXT * self.biases.scale).astype(dtype)
+        scores_gPT.reshape(self.g, S, -1, T)[...] += biases_gSXT
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """The slopes of all heads, as the paper has them: a geometric sequence that ends with 1/256
+    and, if the number of heads is no power of two, every second one of the sequence twice as long.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    longer = _geometric(2 * power)[::2]
+    return np.concatenate([_geometric(power), longer[: heads - power]])
+
+
+def _geometric(length: int) -> np.ndarray:
+    return 2.0 ** (-8 * np.arange(1, length + 1) / length)
+
+
+def _bfloat16(x: np.ndarray) -> np.ndarray:
+    """`x` rounded to bfloat16, in float32."""
+    return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mpishard.arithmetic.alibi import Alibi
+from mpishard.arithmetic.alibi import Alibi, LinearBiases
 from mpishard.arithmetic.gemm import SMALL_GEMM_SIZE
 from mpishard.arithmetic.ops import sigmoid, softcap
 
@@ -47,25 +47,25 @@ class AttentionSpec:
     `apply_sinks` adds them once all keys are merged. `values_in_keys` says that values are the
     first Y numbers of the keys (MLA), and need not be cached or sent beside them.
 
-    `slopes_h` are the slopes by which a score falls with the distance of its key (ALiBi), of this
-    rank's query heads, and `group_slopes_H` those of all ranks that share its key/value heads and
-    the cache (flash decoding)."""
+    `alibi` adds biases that fall with the distance of a key, of this rank's query heads, and
+    `group_alibi` those of all ranks that share its key/value heads and the cache (flash
+    decoding)."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks_h: np.ndarray | None = None
     values_in_keys: bool = False
-    slopes_h: np.ndarray | None = None
-    group_slopes_H: np.ndarray | None = None
+    alibi: LinearBiases | None = None
+    group_alibi: LinearBiases | None = None
 
     def of_heads(self, heads: slice) -> AttentionSpec:
         """The same for some of the query heads."""
-        return self if self.slopes_h is None else replace(self, slopes_h=self.slopes_h[heads])
+        return self if self.alibi is None else replace(self, alibi=self.alibi.of_heads(heads))
 
     def of_group(self) -> AttentionSpec:
         """The same for the query heads of all ranks that share this rank's key/value heads."""
-        return self if self.slopes_h is None else replace(self, slopes_h=self.group_slopes_H)
+        return self if self.alibi is None else replace(self, alibi=self.group_alibi)
 
 
 def attend(
@@ -85,9 +85,7 @@ def attend(
     S, h, K = q_ShK.shape
     g = len(k_gTK)
     q_SgXK = q_ShK.reshape(S, g, h // g, K)
-    alibi = None
-    if spec.slopes_h is not None:
-        alibi = Alibi(spec.slopes_h.reshape(g, h // g), q_pos_S, k_pos_T)
+    alibi = Alibi(spec.alibi, g, q_pos_S, k_pos_T) if spec.alibi is not None else None
     if S == 1:
         seen = _seen_by_one(q_pos_S[0], k_pos_T, spec.window)
         out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK, v_gTY, seen, spec, alibi)
