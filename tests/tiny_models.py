@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from stored import stored
+from tiny_layer_norm_models import LAYER_NORM_VARIANTS
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.reader import read_model_config
@@ -369,6 +371,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         rope_theta=200.0,
     ),
 }
+
+VARIANTS |= LAYER_NORM_VARIANTS
 
 # Mixtures of experts. Their numbers, the number that a token goes to and the width of one differ
 # too, and few divide.
@@ -907,6 +911,8 @@ def write_checkpoint(
     (directory / "config.json").write_text(json.dumps(config | {spelling: dtype}, indent=2))
 
     weights = (stacked_weights if stacked else tiny_weights)(variant, DTYPES[dtype])
+    if variant in LAYER_NORM_VARIANTS:
+        weights = stored(tiny_config(variant), weights)
     if shards == 1:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
@@ -942,11 +948,11 @@ def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> n
     below zero and those of the groups left out must be put below them."""
     if name.endswith("e_score_correction_bias"):
         return random.randint(-89, 90, shape) / 256 - 1
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         return 1 + random.randint(-42, 43, shape) / 128
     return random.randint(-89, 90, shape) / 256
 
 
 def _draw_offset(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The same, norms as their distance from 1, which is what a Gemma stores."""
-    return _draw(random, name, shape) - ("norm" in name)
+    return _draw(random, name, shape) - ("norm" in name and not name.endswith("bias"))

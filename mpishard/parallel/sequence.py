@@ -10,7 +10,7 @@ attention       x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY
                 -> reduce_scatter(tp) -> y_nD
 feed_forward    x_nD -> all_gather(tp) -> x_ND -> hidden_Nf -> partial_ND
                 -> reduce_scatter(tp) -> y_nD
-parallel_block  x_nD -> all_gather(tp) -> x_ND -> out_NhY and hidden_Nf -> partial_ND
+parallel_layer  x_nD -> all_gather(tp) -> x_ND -> out_NhY and hidden_Nf -> partial_ND
                 -> reduce_scatter(tp) -> y_nD
 
 The functions differ from those of `mpishard.parallel.tensor` in their first and their last
@@ -26,7 +26,7 @@ from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block
 from mpishard.parallel.attention import AttendCache
 from mpishard.parallel.qkv import MLA, Attention, Rope
-from mpishard.parallel.tensor import Embedding, FeedForward, ParallelBlock
+from mpishard.parallel.tensor import Embedding, FeedForward, ParallelLayer
 from mpishard.sequences.step import Step
 
 
@@ -67,9 +67,9 @@ def feed_forward(x_nD: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     return w.down.add_bias(y_nD)
 
 
-def parallel_block(
+def parallel_layer(
     x_nD: np.ndarray,
-    w: ParallelBlock,
+    w: ParallelLayer,
     layer: int,
     step: Step,
     rope: Rope,

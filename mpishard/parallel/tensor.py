@@ -9,7 +9,7 @@ yields a partial sum of the whole stream, which an all_reduce completes.
 embed           ids_N -> partial_ND -> all_reduce(tp) -> x_ND
 attention       x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND -> all_reduce(tp) -> y_ND
 feed_forward    x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
-parallel_block  x_ND -> out_NhY and hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
+parallel_layer  x_ND -> out_NhY and hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
 logits          x_MD -> logits_Mv
 
 `mpishard.parallel.sequence` has the same functions for a residual stream that is sharded by tokens.
@@ -75,11 +75,12 @@ FeedForward: TypeAlias = GatedFeedForward | UngatedFeedForward
 
 
 @dataclass(frozen=True)
-class ParallelBlock:
-    """The weights on this rank of a layer whose attention and feed-forward network read the same
-    residual stream. If their norms differ, `attention_affine` and `ffn_affine` have the difference,
-    and what the norms share comes before: it is the same for both."""
+class ParallelLayer:
+    """A decoder layer on this rank whose attention and feed-forward network read the same residual
+    stream. `norm` comes first, of this rank's tokens. Where the two have norms of their own, `norm`
+    is what these share, and `attention_affine` and `ffn_affine` are what they differ in."""
 
+    norm: Callable[[np.ndarray], np.ndarray]
     attention_affine: Callable[[np.ndarray], np.ndarray]
     attention: Attention
     ffn_affine: Callable[[np.ndarray], np.ndarray]
@@ -142,9 +143,9 @@ def feed_forward(x_ND: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     return w.down.add_bias(y_ND)
 
 
-def parallel_block(
+def parallel_layer(
     x_ND: np.ndarray,
-    w: ParallelBlock,
+    w: ParallelLayer,
     layer: int,
     step: Step,
     rope: Rope,

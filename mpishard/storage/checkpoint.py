@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ class Checkpoint:
     def dtype(self, name: str) -> np.dtype:
         """The stored dtype of a weight; float32 for a quantized one, which `read` dequantizes."""
         location = self.locations[name]
-        return DTYPES["float32"] if location.quantized else self.arrays[location.name].dtype
+        if location.quantized:
+            return DTYPES["float32"]
+        return self.arrays[next(iter(location.tensors))].dtype
 
     def read(
         self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
@@ -97,16 +100,18 @@ class Checkpoint:
         location, shape = self.locations[name], self._shapes[name]
         bounds = [part.indices(length) for part, length in zip(slices, shape, strict=True)]
         part = tuple(slice(start, stop) for start, stop, _ in bounds)
-        pieces = [self._numbers(location, piece) for piece in location.parts(part)]
+        pieces = [self._numbers(location, *piece) for piece in location.pieces(part)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _numbers(self, location: TensorLocation, part: Part) -> np.ndarray:
-        """The numbers in `part` of the matrix in which a weight is located."""
-        stored = [self.arrays[tensor].map()[location.index] for tensor in location.tensors]
+    def _numbers(self, location: TensorLocation, tensors: list[str], part: Part) -> np.ndarray:
+        """The numbers in `part` of the matrix in which a weight is located, stored in `tensors`."""
+        stored = [self.arrays[tensor].map()[location.index] for tensor in tensors]
         if location.quantized:
             blocks, scales = stored
             return dequantize(blocks, scales, *part)
         (matrix,) = stored
+        if location.heads:
+            matrix = matrix[np.newaxis]
         return (matrix.swapaxes(-2, -1) if location.transposed else matrix)[part]
 
 
@@ -160,8 +165,9 @@ def _find_arrays(
     """The stored arrays of all `locations`, by the names of the tensors."""
     arrays: dict[str, StoredArray] = {}
     for location in locations.values():
-        dtypes = (PAIRS_OF_FP4, SCALES) if location.quantized else (FLOATS,)
-        for (name, shape), known in zip(location.tensors.items(), dtypes, strict=True):
+        dtypes: Iterator[Mapping[str, np.dtype]]
+        dtypes = iter((PAIRS_OF_FP4, SCALES)) if location.quantized else repeat(FLOATS)
+        for (name, shape), known in zip(location.tensors.items(), dtypes, strict=False):
             if name in arrays:  # it also holds the weight of another expert
                 continue
             if name not in headers:

@@ -59,8 +59,9 @@ class TensorLocation:
     """The location of a weight: some `rows` of a matrix, or elements of a vector.
 
     The matrix is the tensor `name`, or ``tensor[index]`` of a tensor of all experts, and its
-    transpose if `transposed`. A `quantized` tensor is stored as two tensors, blocks and their
-    scales: see `mpishard.storage.mxfp4`.
+    transpose if `transposed`. If there are `heads`, so many rows are tensors of their own, whose
+    names have the number of a head in place of ``{}``. A `quantized` tensor is stored as two
+    tensors, blocks and their scales: see `mpishard.storage.mxfp4`.
     """
 
     name: str
@@ -68,24 +69,34 @@ class TensorLocation:
     index: tuple[int, ...] = ()
     transposed: bool = False
     rows: Rows | None = None  # None: all
+    heads: int = 0
     quantized: bool = False
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the stored tensors."""
+        if self.heads:
+            return {self.name.format(head): self.shape for head in range(self.heads)}
         if not self.quantized:
             return {self.name: self.shape}
         groups = (*self.shape[:-1], self.shape[-1] // BLOCK_SIZE)
         return {f"{self.name}_blocks": (*groups, BLOCK_SIZE // 2), f"{self.name}_scales": groups}
 
-    def parts(self, part: Part) -> Iterator[Part]:
-        """The parts of the matrix that, one below the other, are this `part` of the weight."""
-        if self.rows is None:
-            yield part
+    def pieces(self, part: Part) -> Iterator[tuple[list[str], Part]]:
+        """The pieces that, one below the other, are this `part` of the weight: the stored tensors
+        that have a piece, and the part of their matrix that it is."""
+        tensors = list(self.tensors)
+        if self.rows is None and not self.heads:
+            yield tensors, part
             return
         rows, *columns = part
-        for piece in self.rows.slices(rows.start, rows.stop):
-            yield (piece, *columns)
+        if self.heads:
+            for head in range(rows.start, max(rows.stop, rows.start + 1)):
+                row = slice(0, int(rows.start < rows.stop))
+                yield [tensors[head % self.heads]], (row, *columns)
+        elif self.rows is not None:
+            for piece in self.rows.slices(rows.start, rows.stop):
+                yield tensors, (piece, *columns)
 
 
 def locate_weights(config: ModelConfig, stored: Container[str]) -> dict[str, TensorLocation]:
@@ -142,6 +153,9 @@ def _in_layer(config: ModelConfig, weight: WeightSpec, name: str, of_layer: str)
     names, (module, _, kind) = config.stored_names, name.rpartition(".")
     rows, total = None, weight.shape[0]
     part, _, _ = weight.field.partition("_")
+    if module in names.each_head:
+        name = f"{of_layer}{names.each_head[module]}.{kind}"
+        return TensorLocation(name, weight.shape[1:], heads=weight.shape[0])
     if names.qkv and module in _QKV:
         module, (rows, total) = names.qkv, _qkv_rows(config, part)
     elif names.gate_up and module in ("mlp.gate_proj", "mlp.up_proj"):
