@@ -675,7 +675,7 @@ _SEEDS = {
     "olmo3-yarn": 1,
     "granite-plain": 1,
     "smollm3-nope": 2,
-    "exaone4-hybrid": 1,
+    "exaone4-hybrid": 2,
     "dots1-groups": 3,
     "glm4_moe-partial": 3,
     "gemma2-capped": 75,

@@ -211,8 +211,8 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
         yield "no sinks", replace(config, sinks=False), weights
     for mistake, changes in scale_mistakes(config):
         yield mistake, replace(config, **changes), weights
-    for mistake, norms in norm_mistakes(config):
-        yield mistake, replace(config, norms=norms), weights
+    for mistake, names in norm_mistakes(config):
+        yield mistake, replace(config, norms=names), weights
     for rope in dict.fromkeys(config.ropes):
         if not config.mla:
             ropes = tuple(NO_ROPE if one == rope else one for one in config.ropes)
@@ -340,7 +340,8 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
         value = getattr(rope, name)
         default = next(field.default for field in fields(rope) if field.name == name)
         if value != default:
-            yield f"{name} ignored", replace(rope, **{name: default})
+            changes: dict[str, Any] = {name: default}
+            yield f"{name} ignored", replace(rope, **changes)
     if rope.kind == "yarn":
         yield "truncate the other way", replace(rope, truncate=not rope.truncate)
         yield "no attention factor", replace(rope, attention_factor=1.0)

@@ -1,5 +1,5 @@
-"""MiniMax-M2: sigmoid scores of experts, a norm over all heads of q and of k together, and a part of
-each head rotated."""
+"""MiniMax-M2 (MiniMax): experts by sigmoid scores, a norm over all heads of q and of k together,
+and a part of each head rotated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ MINIMAX_M2 = Family(
         "attn_type_list": 1,
         "qk_norm_type": "per_layer",
         "shared_intermediate_size": 0,
-        "use_qk_norm": True,
         "use_routing_bias": True,
     },
     # The layers that predict several tokens are not loaded.
