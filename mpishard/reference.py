@@ -371,7 +371,7 @@ def alibi_biases(config: ModelConfig, head: int, length: int) -> np.ndarray:
         slope = 2 ** (-4 * (2 * (head - power) + 1) / power)
     position_S = np.arange(length)
     if config.alibi == "in bfloat16":
-        product_S = bfloat16(bfloat16(np.float32(slope)) * bfloat16(position_S))
+        product_S = bfloat16(bfloat16(np.array(slope)) * bfloat16(position_S))
         return product_S.astype(np.float64) / math.sqrt(config.head_dim)
     return slope * position_S
 

@@ -53,7 +53,7 @@ class Alibi:
             biases_gSXT = _bfloat16(slopes_g1X1 * k_T) - _bfloat16(slopes_g1X1 * q_S11)
         else:
             biases_gSXT = slopes_g1X1 * (k_pos_T - q_pos_S[:, np.newaxis])[:, np.newaxis]
-        biases_gSXT = (biases_gSXT * self.biases.scale).astype(dtype)
+        biases_gSXT = biases_gSXT.astype(dtype) * dtype.type(self.biases.scale)
         scores_gPT.reshape(self.g, S, -1, T)[...] += biases_gSXT
 
 

@@ -267,10 +267,9 @@ def test_slopes_of_heads_that_are_a_power_of_two_and_of_others():
 
 
 def test_biases_of_some_heads_are_those_of_the_whole():
-    *case, spec = arrays(range(9), range(9), h=6, g=3)
+    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = arrays(range(9), range(9), h=6, g=3)
     spec = replace(spec, alibi=LinearBiases(alibi_slopes(6)))
-    whole, _ = attend(*case, spec)
-    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T = case
+    whole, _ = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
     part, _ = attend(
         q_ShK[:, 2:4], q_pos_S, k_gTK[1:2], v_gTK[1:2], k_pos_T, spec.of_heads(slice(2, 4))
     )
@@ -279,13 +278,14 @@ def test_biases_of_some_heads_are_those_of_the_whole():
 
 def test_rounded_biases_do_not_depend_on_how_the_keys_are_cut():
     """Of a bfloat16 product of slope and position, positions beyond 256 are rounded too."""
-    *case, spec = arrays(range(250, 260), range(260), h=4, g=2)
+    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = arrays(range(250, 260), range(260), h=4, g=2)
     spec = replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4, rounded=True))
-    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T = case
+    whole = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
     cuts = [slice(0, None, 2), slice(1, None, 2)]
     parts = [
         attend(q_ShK, q_pos_S, k_gTK[:, cut], v_gTK[:, cut], k_pos_T[cut], spec) for cut in cuts
     ]
-    assert_close(merge_attn_states(*parts[0], *parts[1]), attend(*case, spec))
-    exact, _ = attend(*case, replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4)))
-    assert np.abs(exact - attend(*case, spec)[0]).max() > 1e-3
+    assert_close(merge_attn_states(*parts[0], *parts[1]), whole)
+    spec = replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4))
+    exact, _ = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
+    assert np.abs(exact - whole[0]).max() > 1e-3

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, and matrices that are stored (inputs, outputs)."""
+"""GPT-2 (Radford et al. 2019): learned positions, and matrices stored as (inputs, outputs)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StarCoder and SantaCoder (arXiv 2305.06161): GPT-2 with one key/value head for all query heads."""
+"""StarCoder and SantaCoder (arXiv 2305.06161): GPT-2 with one key/value head."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""GPT-J (Wang and Komatsuzaki 2021): attention and feed-forward network side by side after one norm,
-and a rotation of neighbours in part of each head."""
+"""GPT-J (Wang and Komatsuzaki 2021): attention and feed-forward network side by side after one
+norm, and a rotation of neighbours in part of each head."""
 
 from __future__ import annotations
 
