@@ -117,6 +117,7 @@ LAYER_NORM_VARIANTS: dict[str, dict[str, Any]] = {
         layer_norm_epsilon=1e-2,
         pretraining_tp=2,
         seq_length=64,
+        tie_word_embeddings=False,  # a tiny one that is tied repeats itself
     ),
     "mpt-clipped": _model(
         *("MptForCausalLM", "mpt"),
@@ -162,6 +163,7 @@ LAYER_NORM_VARIANTS: dict[str, dict[str, Any]] = {
         num_kv_heads=2,
         num_ln_in_parallel_attn=1,
         bias=True,
+        tie_word_embeddings=False,
         ffn_hidden_size=33,
     ),
     "starcoder2-window": _plain(
@@ -200,7 +202,7 @@ LAYER_NORM_VARIANTS: dict[str, dict[str, Any]] = {
             "rope_type": "linear",
             "factor": 2.0,
             "rope_theta": 150.0,
-            "partial_rotary_factor": 0.25,
+            "partial_rotary_factor": 0.5,
         },
     ),
     "gptj-partial": _gpt(
@@ -235,7 +237,7 @@ LAYER_NORM_VARIANTS: dict[str, dict[str, Any]] = {
         num_key_value_heads=4,
         hidden_act="silu",
         layer_norm_eps=1e-2,
-        partial_rotary_factor=0.25,
+        partial_rotary_factor=0.5,
         rope_theta=150.0,
     ),
     "cohere-normed": _plain(
@@ -270,4 +272,18 @@ LAYER_NORM_VARIANTS: dict[str, dict[str, Any]] = {
         partial_rotary_factor=0.5,
         rope_theta=200.0,
     ),
+}
+
+# As `tiny_models` has them for its own.
+LAYER_NORM_SEEDS: dict[str, int] = {
+    "gpt_bigcode-mha": 2,
+    "opt-plain": 1,
+    "mpt-clipped": 1,
+    "falcon-mqa": 3,
+    "falcon-new": 1,
+    "falcon-grouped-alibi": 17,
+    "gpt_neox-serial": 5,
+    "gptj-partial": 1,
+    "phi-normed": 1,
+    "nemotron-relu2": 1,
 }

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from stored import stored
-from tiny_layer_norm_models import LAYER_NORM_VARIANTS
+from tiny_layer_norm_models import LAYER_NORM_SEEDS, LAYER_NORM_VARIANTS
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.reader import read_model_config
@@ -681,6 +681,7 @@ _SEEDS = {
     "gemma2-capped": 75,
     "gemma2-plain": 9,
 }
+_SEEDS |= LAYER_NORM_SEEDS
 
 
 def tiny_config(variant: str) -> ModelConfig:
