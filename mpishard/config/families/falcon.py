@@ -81,6 +81,6 @@ FALCON = Family(
         qkv="self_attention.query_key_value",
         qkv_by_kv_head=True,
     ),
-    ignored=frozenset({"auto_map"}),
+    ignored=frozenset({"auto_map", "ff_factor"}),
     fixed={"apply_residual_connection_post_layernorm": False},
 )

@@ -49,4 +49,5 @@ GPT_NEOX = Family(
         qkv_by_kv_head=True,
         buffers=(".attention.bias", ".attention.masked_bias"),
     ),
+    ignored=frozenset({"num_steps"}),
 )

@@ -24,10 +24,7 @@ def _variant(fields: Fields) -> Family:
 STABLELM = Family(
     architecture="StableLmForCausalLM",
     name="stablelm",
-    spellings={
-        "rms_norm_eps": ("layer_norm_eps", "norm_eps"),
-        "partial_rotary_factor": ("partial_rotary_factor", "rope_pct"),
-    },
+    spellings={"rms_norm_eps": ("layer_norm_eps",)},
     variant=_variant,
     max_position_embeddings=4096,
     kv_heads=32,
@@ -46,5 +43,5 @@ STABLELM = Family(
             "self_attn.k_norm": "self_attn.k_layernorm.norms.{}",
         }
     ),
-    ignored=frozenset({"auto_map", "rotary_scaling_factor"}),
+    ignored=frozenset({"auto_map"}),
 )
