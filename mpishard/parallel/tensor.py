@@ -4,7 +4,8 @@ Every rank of the ``tp`` group has the whole residual stream and a shard of ever
 query heads with the key/value heads they need, a block of the feed-forward width, a block of the
 vocabulary. The first product of a sub-layer is column-parallel: it reads the whole stream and
 yields this rank's heads or columns. The second is row-parallel: it reads what this rank has and
-yields a partial sum of the whole stream, which an all_reduce completes.
+yields a partial sum of the whole stream, which an all_reduce completes. Where attention and
+feed-forward network read the same stream, one all_reduce completes the sum of both.
 
 embed           ids_N -> partial_ND -> all_reduce(tp) -> x_ND
 attention       x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND -> all_reduce(tp) -> y_ND

@@ -54,5 +54,3 @@ FAMILIES: dict[str, Family] = {
         *(DOTS1, GLM4_MOE, MINIMAX_M2),
     )
 }
-# What the first files of a family, with code of their own, call the same model.
-FAMILIES["MPTForCausalLM"] = MPT

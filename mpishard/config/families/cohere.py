@@ -19,6 +19,7 @@ COHERE = Family(
     name="cohere",
     spellings={"rms_norm_eps": ("layer_norm_eps",)},
     variant=_variant,
+    forms="norms with weights for each head",
     max_position_embeddings=8192,
     bos_id=5,
     eos_id=255001,

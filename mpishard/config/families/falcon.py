@@ -60,6 +60,10 @@ FALCON = Family(
         "rms_norm_eps": ("layer_norm_epsilon",),
     },
     variant=_variant,
+    forms=(
+        "a parallel residual with one norm or two, or none; one key/value head, several, or as "
+        "many as query heads; ALiBi"
+    ),
     max_position_embeddings=2048,
     bos_id=11,
     eos_id=11,

@@ -50,10 +50,12 @@ class Family:
     name: str  # as `model_type` spells it
     max_position_embeddings: int
     aliases: tuple[str, ...] = ()  # other spellings of `model_type`
+    architecture_aliases: tuple[str, ...] = ()  # and of `architectures`
     # How the family spells fields that others have as well, the first one in transformers.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # The family as the fields of one configuration have it, where they choose among forms.
     variant: Callable[[Fields], Family] | None = None
+    forms: str = ""  # what `variant` decides, in words
     kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden / heads
     bos_id: int | None = None

@@ -53,6 +53,7 @@ GPT2 = Family(
     name="gpt2",
     spellings=GPT_SPELLINGS,
     variant=_variant,
+    forms="scores not scaled, or divided by the number of the layer",
     max_position_embeddings=1024,
     bos_id=50256,
     eos_id=50256,

@@ -23,6 +23,7 @@ GPT_BIGCODE = Family(
     name="gpt_bigcode",
     spellings=GPT_SPELLINGS,
     variant=_variant,
+    forms="one key/value head, or as many as query heads; scores not scaled",
     max_position_embeddings=1024,
     bos_id=50256,
     eos_id=50256,

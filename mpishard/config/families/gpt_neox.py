@@ -23,6 +23,7 @@ GPT_NEOX = Family(
         "partial_rotary_factor": ("rotary_pct", "partial_rotary_factor"),
     },
     variant=_variant,
+    forms="a parallel residual, with two norms, unless a field says no",
     max_position_embeddings=2048,
     bos_id=0,
     eos_id=2,

@@ -23,6 +23,7 @@ GPTJ = Family(
     name="gptj",
     spellings=GPT_SPELLINGS,
     variant=_variant,
+    forms="rope on a part of each head",
     max_position_embeddings=2048,
     bos_id=50256,
     eos_id=50256,

@@ -37,6 +37,7 @@ def _variant(fields: Fields) -> Family:
 MPT = Family(
     architecture="MptForCausalLM",
     name="mpt",
+    architecture_aliases=("MPTForCausalLM",),  # in its first files, with code of their own
     spellings={
         "hidden_size": ("d_model", "hidden_size"),
         "num_hidden_layers": ("n_layers", "num_hidden_layers"),
@@ -45,6 +46,7 @@ MPT = Family(
         "rms_norm_eps": ("layer_norm_epsilon",),
     },
     variant=_variant,
+    forms="queries, keys and values cut off, another scale of scores",
     max_position_embeddings=2048,
     norm_eps=1e-5,
     tied=True,

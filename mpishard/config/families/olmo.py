@@ -17,6 +17,7 @@ OLMO = Family(
     name="olmo",
     spellings={"rms_norm_eps": ()},  # there is no such field
     variant=_variant,
+    forms="queries, keys and values cut off",
     max_position_embeddings=2048,
     eos_id=50279,
     norm_eps=1e-5,

@@ -22,6 +22,7 @@ OPT = Family(
     name="opt",
     spellings={"intermediate_size": ("ffn_dim",), "hidden_act": ("activation_function",)},
     variant=_variant,
+    forms="norms without weight and bias, if a field says so",
     max_position_embeddings=2048,
     bos_id=2,
     eos_id=2,

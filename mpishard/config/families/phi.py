@@ -20,6 +20,7 @@ PHI = Family(
     name="phi",
     spellings={"rms_norm_eps": ("layer_norm_eps",)},
     variant=_variant,
+    forms="norms of each head of q and k, if a field says so",
     max_position_embeddings=2048,
     bos_id=1,
     eos_id=2,

@@ -26,6 +26,7 @@ STABLELM = Family(
     name="stablelm",
     spellings={"rms_norm_eps": ("layer_norm_eps",)},
     variant=_variant,
+    forms="a parallel residual with one norm, norms with weights for each head",
     max_position_embeddings=4096,
     kv_heads=32,
     bos_id=0,
