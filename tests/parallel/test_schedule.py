@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from test_memory import cache_bytes, heads_of, residual_bytes, weight_bytes
+from tiny_models import tiny_config
 from toys import Recorder, mesh_of, meshes, toy
 
 from mpishard.communication.mesh import Mesh
