@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 
@@ -48,9 +47,13 @@ class Alibi:
         S, T = len(q_pos_S), len(k_pos_T)
         slopes_g1X1 = self.biases.slopes_h.reshape(self.g, 1, -1, 1)
         if self.biases.rounded:
-            q_S11, k_T = (_bfloat16(at) for at in (q_pos_S[:, np.newaxis, np.newaxis], k_pos_T))
-            slopes_g1X1 = _bfloat16(slopes_g1X1)
-            biases_gSXT = _bfloat16(slopes_g1X1 * k_T) - _bfloat16(slopes_g1X1 * q_S11)
+            q_S11, k_T = (
+                round_to_bfloat16(at) for at in (q_pos_S[:, np.newaxis, np.newaxis], k_pos_T)
+            )
+            slopes_g1X1 = round_to_bfloat16(slopes_g1X1)
+            biases_gSXT = round_to_bfloat16(slopes_g1X1 * k_T) - round_to_bfloat16(
+                slopes_g1X1 * q_S11
+            )
         else:
             biases_gSXT = slopes_g1X1 * (k_pos_T - q_pos_S[:, np.newaxis])[:, np.newaxis]
         biases_gSXT = biases_gSXT.astype(dtype) * dtype.type(self.biases.scale)
@@ -70,6 +73,7 @@ def _geometric(length: int) -> np.ndarray:
     return 2.0 ** (-8 * np.arange(1, length + 1) / length)
 
 
-def _bfloat16(x: np.ndarray) -> np.ndarray:
-    """`x` rounded to bfloat16, in float32."""
-    return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """`x` rounded to the 8 significant bits of bfloat16, halves to even."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 256), exponent - 8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpishard.config.quantization.scheme import Quantization
 from mpishard.config.stored_names import StoredNames
 
 # No sequence has more positions. Products of positions with sizes then fit into 64 bits.
@@ -221,6 +222,7 @@ class ModelConfig:
     rope_interleaved: bool = False  # rope rotates pairs of neighbours, not of the two halves
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
+    quantization: Quantization | None = None  # of the weights in a checkpoint
     wrapper: str | None = None  # the multimodal architecture around it: its tensors' names differ
     ignored_fields: tuple[str, ...] = field(default=(), compare=False)  # the user answers for them
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

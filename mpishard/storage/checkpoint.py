@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from itertools import repeat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,12 @@ from mpishard.config.weight_specs import weight_specs
 from mpishard.errors import UserError, brief
 from mpishard.storage.arrays import DTYPES, StoredArray
 from mpishard.storage.model_dir import read_config, read_json
-from mpishard.storage.mxfp4 import SCALE, dequantize
+from mpishard.storage.quantized.form import FLOATS, Dtypes
+from mpishard.storage.quantized.matrix import CACHE_SCALES, UNREAD, DamagedTensor, canonical
 from mpishard.storage.tensor_locations import Part, TensorLocation, locate_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = {
-    "F32": DTYPES["float32"],
-    "F16": DTYPES["float16"],
-    "BF16": DTYPES["bfloat16"],
-}
-PAIRS_OF_FP4 = {"U8": np.dtype(np.uint8)}
-SCALES = {"U8": SCALE, "F8_E8M0": SCALE}
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -64,13 +59,14 @@ class Checkpoint:
         its shape, and no other tensor.
 
         Raises UserError for damaged, truncated or missing files, for missing, misshapen or unknown
-        tensors, and for dtypes other than float32, float16 and bfloat16, and MXFP4 for experts.
+        tensors, and for dtypes and storage forms that cannot be read.
         """
         path = Path(path)
         config = read_config(path)
         headers = _read_headers(path)
-        locations = locate_weights(config, headers)
-        _refuse_unknown(config, headers, {name for p in locations.values() for name in p.tensors})
+        dtypes = {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
+        locations = locate_weights(config, dtypes)
+        _refuse_unknown(config, headers, locations)
         checkpoint = cls(path, config, locations, _find_arrays(path, locations, headers))
         head = f"{config.stored_names.head}.weight"
         if config.tied and head in headers:
@@ -103,16 +99,37 @@ class Checkpoint:
         pieces = [self._numbers(location, *piece) for piece in location.pieces(part)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _numbers(self, location: TensorLocation, tensors: list[str], part: Part) -> np.ndarray:
-        """The numbers in `part` of the matrix in which a weight is located, stored in `tensors`."""
-        stored = [self.arrays[tensor].map()[location.index] for tensor in tensors]
+    def _numbers(self, location: TensorLocation, tensor: str, part: Part) -> np.ndarray:
+        """The numbers in `part` of the matrix in which a weight is located, which has `tensor`."""
         if location.quantized:
-            blocks, scales = stored
-            return dequantize(blocks, scales, *part)
-        (matrix,) = stored
+            with self._naming_files():
+                return location.quantized.part(self._stored(location), *part)
+        matrix = self.arrays[tensor].map()[location.index]
         if location.heads:
             matrix = matrix[np.newaxis]
         return (matrix.swapaxes(-2, -1) if location.transposed else matrix)[part]
+
+    def check_quantized(self) -> None:
+        """Refuse stored indices and sizes of quantized weights that are wrong (UserError)."""
+        with self._naming_files():
+            for location in self.locations.values():
+                if location.quantized:
+                    location.quantized.check(self._stored(location))
+
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        """A tensor with impossible values becomes a UserError with its file."""
+        try:
+            yield
+        except DamagedTensor as damage:
+            raise UserError(f"{self.arrays[damage.tensor].path}: {damage}") from None
+
+    def _stored(self, location: TensorLocation) -> dict[str, np.ndarray]:
+        """The stored tensors of a quantized matrix, by the names that its form has for them."""
+        return {
+            tensor.name: self.arrays[name].map()[location.index]
+            for name, tensor in location.tensors.items()
+        }
 
 
 def _read_headers(directory: Path) -> dict[str, Header]:
@@ -165,23 +182,23 @@ def _find_arrays(
     """The stored arrays of all `locations`, by the names of the tensors."""
     arrays: dict[str, StoredArray] = {}
     for location in locations.values():
-        dtypes: Iterator[Mapping[str, np.dtype]]
-        dtypes = iter((PAIRS_OF_FP4, SCALES)) if location.quantized else repeat(FLOATS)
-        for (name, shape), known in zip(location.tensors.items(), dtypes, strict=False):
+        experts = location.shape[: len(location.index)] if location.quantized else ()
+        for name, tensor in location.tensors.items():
             if name in arrays:  # it also holds the weight of another expert
                 continue
+            shape = (*experts, *tensor.shape)
             if name not in headers:
                 raise UserError(
                     f"{directory} lacks the tensor {name}, "
                     f"which its config.json calls for in shape {shape}"
                 )
-            array = _stored(name, *headers[name], known)
-            if array.shape != shape:
+            array = _stored(name, *headers[name], tensor.dtypes)
+            if array.shape != shape and not (location.quantized and canonical(array.shape, shape)):
                 raise UserError(
                     f"{array.path}: {name} has shape {array.shape}, "
                     f"but config.json calls for {shape}"
                 )
-            arrays[name] = array
+            arrays[name] = replace(array, shape=shape)
     return arrays
 
 
@@ -190,7 +207,7 @@ def _stored(
     path: Path,
     data_start: int,
     entry: dict[str, Any],
-    dtypes: Mapping[str, np.dtype] = FLOATS,
+    dtypes: Dtypes = FLOATS,
 ) -> StoredArray:
     dtype = dtypes.get(entry["dtype"])
     if dtype is None:
@@ -200,13 +217,30 @@ def _stored(
     return StoredArray(path, data_start + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
 
-def _refuse_unknown(config: ModelConfig, headers: dict[str, Header], known: Container[str]) -> None:
-    unknown = [name for name in headers if name not in known and not _harmless(config, name)]
+def _refuse_unknown(
+    config: ModelConfig, headers: dict[str, Header], locations: dict[str, TensorLocation]
+) -> None:
+    known = {name for location in locations.values() for name in location.tensors}
+    modules = {where.quantized.module for where in locations.values() if where.quantized}
+    unknown = [
+        name
+        for name in headers.keys() - known
+        if not _harmless(config, name) and not _of_quantized(name, modules, headers)
+    ]
     if unknown:
         raise UserError(
             f"{headers[unknown[0]][0]} holds {_listed(unknown)}, "
             f"which a {config.family} model with this config.json does not have"
         )
+
+
+def _of_quantized(name: str, modules: set[str], headers: dict[str, Header]) -> bool:
+    """Whether a tensor is left unread because it belongs to quantized modules: to one of them, or
+    to a cache in FP8."""
+    module, _, end = name.rpartition(".")
+    if module in modules and end == "bias":  # GPTQ's tools write one that is zero
+        return not _stored(name, *headers[name]).map().any()
+    return bool(modules) and (end in CACHE_SCALES or (module in modules and end in UNREAD))
 
 
 def _harmless(config: ModelConfig, name: str) -> bool:

@@ -14,9 +14,11 @@ from mpishard.storage.parsing import parse_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+QUANTIZATION_CONFIG = "hf_quant_config.json"
 COMPANIONS = (
     CONFIG,
     GENERATION_CONFIG,
+    QUANTIZATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -50,12 +52,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The model configuration of a directory, with the token ids of ``generation_config.json`` if
-    there is one. Raises UserError as `read_json` and `read_model_config` do."""
+    """The model configuration of a directory, with the token ids of ``generation_config.json`` and
+    the quantization of ``hf_quant_config.json`` if there are such files. Raises UserError as
+    `read_json` and `read_model_config` do."""
     path = directory / CONFIG
-    generation_path = directory / GENERATION_CONFIG
-    generation = read_json(generation_path) if generation_path.exists() else None
-    return read_model_config(read_json(path), generation, str(path))
+    beside = [
+        read_json(directory / name) if (directory / name).exists() else None
+        for name in (GENERATION_CONFIG, QUANTIZATION_CONFIG)
+    ]
+    return read_model_config(read_json(path), beside[0], str(path), quantization=beside[1])
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -7,10 +7,11 @@ import tracemalloc
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from mpishard.arithmetic import attention
+from mpishard.arithmetic import alibi, attention
 from mpishard.arithmetic.alibi import LinearBiases, alibi_slopes
 from mpishard.arithmetic.attention import AttentionSpec, attend, merge_attn_states, merge_weights
 
@@ -274,6 +275,12 @@ def test_biases_of_some_heads_are_those_of_the_whole():
         q_ShK[:, 2:4], q_pos_S, k_gTK[1:2], v_gTK[1:2], k_pos_T, spec.of_heads(slice(2, 4))
     )
     np.testing.assert_allclose(part, whole[:, 2:4], rtol=0, atol=1e-12)
+
+
+def test_rounding_is_that_of_bfloat16():
+    x = np.concatenate([np.arange(600), 0.7 ** np.arange(40), [0.0, -3.14159, 2.0**-100]])
+    expected = x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(float)
+    np.testing.assert_array_equal(alibi.round_to_bfloat16(x.astype(np.float32)), expected)
 
 
 def test_rounded_biases_do_not_depend_on_how_the_keys_are_cut():

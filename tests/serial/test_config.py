@@ -1387,7 +1387,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     *[
         ("llama", {name: value}, f"asks for {what}, not implemented: {REMOVE}")
         for name, value, what in [
-            ("quantization_config", {"quant_method": "awq"}, "quantized weights"),
             ("auto_map", {"AutoModel": "modeling.Model"}, "code of its own"),
             ("partial_rotary_factor", 0.5, "a rotation of part of each head"),
             ("final_logit_softcapping", 30.0, "soft-capped logits"),
@@ -1436,12 +1435,12 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "gpt_oss",
         {"quantization_config": {"quant_method": "awq"}},
-        'quantization_config = {"quant_method": "awq"} is not implemented: mxfp4 is',
+        'quantization_config.quant_method = "awq" must be one of mxfp4: take the model',
     ),
     (
         "mixtral",
         {"quantization_config": {"quant_method": "mxfp4"}},
-        'quantization_config = {"quant_method": "mxfp4"} asks for quantized weights',
+        'quantization_config.quant_method = "mxfp4" must be one of fp8, fbgemm_fp8, ',
     ),
     ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not implemented: 1 is"),
     (
