@@ -44,20 +44,17 @@ class Alibi:
     def add(self, scores_gPT: np.ndarray, queries: slice, keys: slice) -> None:
         """Add the biases to the scores of these queries and keys."""
         q_pos_S, k_pos_T, dtype = self.q_pos_S[queries], self.k_pos_T[keys], scores_gPT.dtype
-        S, T = len(q_pos_S), len(k_pos_T)
+        q_pos_S11 = q_pos_S[:, np.newaxis, np.newaxis]
         slopes_g1X1 = self.biases.slopes_h.reshape(self.g, 1, -1, 1)
         if self.biases.rounded:
-            q_S11, k_T = (
-                round_to_bfloat16(at) for at in (q_pos_S[:, np.newaxis, np.newaxis], k_pos_T)
-            )
-            slopes_g1X1 = round_to_bfloat16(slopes_g1X1)
-            biases_gSXT = round_to_bfloat16(slopes_g1X1 * k_T) - round_to_bfloat16(
-                slopes_g1X1 * q_S11
-            )
+            rounded = round_to_bfloat16
+            slopes_g1X1 = rounded(slopes_g1X1)
+            biases_gSXT = rounded(slopes_g1X1 * rounded(k_pos_T))
+            biases_gSXT = biases_gSXT - rounded(slopes_g1X1 * rounded(q_pos_S11))
         else:
-            biases_gSXT = slopes_g1X1 * (k_pos_T - q_pos_S[:, np.newaxis])[:, np.newaxis]
+            biases_gSXT = slopes_g1X1 * (k_pos_T - q_pos_S11)
         biases_gSXT = biases_gSXT.astype(dtype) * dtype.type(self.biases.scale)
-        scores_gPT.reshape(self.g, S, -1, T)[...] += biases_gSXT
+        scores_gPT.reshape(self.g, len(q_pos_S), -1, len(k_pos_T))[...] += biases_gSXT
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -29,6 +29,7 @@ TESTS = {
 # The variants that are tried, in which each option that a mistake concerns is in use.
 TRIED = {
     *("llama-bias", "gemma3-old", "granite-plain", "smollm3-nope", "ministral3-scaled"),
+    *("gpt2-layers", "bloom-six", "gpt_neox-parallel", "falcon-new"),
 }
 OTHERS = sorted(set(VARIANTS) - TRIED)
 
@@ -176,6 +177,49 @@ MISTAKES = {
         "from mpishard.rope import RotaryEmbedding\n"
         "right = RotaryEmbedding.__call__\n"
         "RotaryEmbedding.__call__ = lambda self, step: [right(self, step)[0]] * len(self.ropes)",
+        "model",
+        "test_float64_agrees_with_the_reference",
+    ),
+    "a parallel residual without its feed-forward network": (
+        "from dataclasses import replace\n"
+        "from mpishard import layers\n"
+        "right = layers._parallel_layer\n"
+        "def wrong(*args):\n"
+        "    layer = right(*args)\n"
+        "    down = replace(layer.ffn.down, weight=0 * layer.ffn.down.weight)\n"
+        "    return replace(layer, ffn=replace(layer.ffn, down=down))\n"
+        "layers._parallel_layer = wrong",
+        "model",
+        "test_float64_agrees_with_the_reference",
+    ),
+    "biases of a parallel residual that are added twice": (
+        "from mpishard.arithmetic.linear import Linear\nLinear.partial = lambda self, x: self(x)",
+        "model",
+        "test_float64_agrees_with_the_reference",
+    ),
+    "positions off by one": (
+        "from dataclasses import replace\n"
+        "from mpishard import model\n"
+        "right = model.make_embedding\n"
+        "def wrong(*args):\n"
+        "    embedding = right(*args)\n"
+        "    return replace(embedding, position_offset=embedding.position_offset + 1)\n"
+        "model.make_embedding = wrong",
+        "model",
+        "test_float64_agrees_with_the_reference",
+    ),
+    "slopes of the heads of another rank": (
+        "from mpishard import layers\n"
+        "right = layers.query_heads_of\n"
+        "layers.query_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
+        "model",
+        "test_float64_agrees_with_the_reference",
+    ),
+    "norms that keep the mean": (
+        "import numpy as np\n"
+        "from mpishard.arithmetic import layer_norm\n"
+        "from mpishard.arithmetic.ops import rms_norm\n"
+        "layer_norm.standardize = lambda x, eps: rms_norm(x, np.ones(1), eps)",
         "model",
         "test_float64_agrees_with_the_reference",
     ),
