@@ -71,11 +71,13 @@ from mpishard.parallel.router_replay import RoutingRecorder, replay_layer
 from mpishard.runtime.agreement import raise_on_all
 from mpishard.runtime.launch import launcher
 from mpishard.runtime.malloc import keep_freed_memory
+from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
+from mpishard.storage.fingerprint import fingerprint
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
-from mpishard.storage.source import fingerprint, open_source
+from mpishard.storage.source import notices, open_source
 from mpishard.storage.weights import load_weights
 from mpishard.tokenizer import (
     IncrementalDetokenizer,
@@ -114,6 +116,7 @@ class Model:
     decoder: Decoder
     routing_recorder: RoutingRecorder | None = None
     routing_trace: RoutingTrace | None = None
+    notices: tuple[str, ...] = ()  # what a user should know of the checkpoint, a sentence each
 
     @cached_property
     def text(self) -> Tokenizer:
@@ -300,6 +303,7 @@ class Model:
             self.config.max_position_embeddings,
             self.mesh.world.calls,
             chat,
+            self.config.ignored_fields,
         ) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
@@ -348,6 +352,7 @@ def load(
     *,
     cp: int = 1,
     max_model_len: int | None = None,
+    ignore_config: Sequence[str] = (),
     watch: Watchdog | None = None,
     **layout_options: bool | float | str | None,
 ) -> Model:
@@ -357,13 +362,16 @@ def load(
     the communicator. `layout_options` are the other fields of `mpishard.config.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``cp_prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
-    positions that the configuration allows, whatever the model was trained for. `watch` watches
-    over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The process keeps
-    memory that it frees from then on (`mpishard.runtime.malloc`).
+    positions that the configuration allows, whatever the model was trained for. `ignore_config`
+    names fields of config.json that would be refused, but do not change the mathematics, as the
+    caller knows. `watch` watches over everything that the model does: see
+    `mpishard.runtime.watchdog.Watchdog`. The process keeps memory that it frees from then on
+    (`mpishard.runtime.malloc`).
 
-    Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
-    not fit it: WrongRanks, whose message has the command to type, where another number of ranks
-    would do. Raises TypeError for an option that does not exist or is of another type.
+    Raises UserError, on all ranks if on one, where the directory cannot be read, where it is not
+    the same on all hosts, or where the layout does not fit it: WrongRanks, whose message has the
+    command to type, where another number of ranks would do. Raises TypeError for an option that
+    does not exist or is of another type.
     """
     check_arguments(layout_options)
     if compute_dtype not in DTYPES:
@@ -372,8 +380,8 @@ def load(
         raise UserError(f"max_model_len {max_model_len} must be 1 to {MAX_POSITIONS}")
     keep_freed_memory()
     calls = watch.calls if watch else CallTracker()
+    source = open_on_all(path, comm, ignore_config, calls)
     with raise_on_all(comm, calls):
-        source = open_source(path)
         try:
             layout = resolve_layout(source, comm.size, tp, dp, cp, layout_options)
         except WrongRanks as error:
@@ -390,7 +398,8 @@ def load(
         weights = load_weights(
             source, mesh.weight_sharding, mesh.shard_index, DTYPES[compute_dtype]
         )
-    return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
+    decoder = Decoder(config, weights, mesh)
+    return Model(Path(path), config, mesh, decoder, notices=tuple(notices(source)))
 
 
 @contextmanager
@@ -404,6 +413,7 @@ def open_batch(
     max_model_len: int | None,
     calls: CallTracker | None = None,
     chat: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
@@ -411,10 +421,11 @@ def open_batch(
     task = None
     with raise_on_all(comm, calls):
         if comm.rank == 0:
+            source = open_source(path, ignore_config)
             metadata = {
-                "model": fingerprint(path),
+                "model": fingerprint(source),
                 "compute_dtype": compute_dtype,
-                "max_model_len": max_model_len or open_source(path).config.max_position_embeddings,
+                "max_model_len": max_model_len or source.config.max_position_embeddings,
             }
             task = BatchJob(Path(input), Path(output), params, metadata, chat)
     with task or nullcontext():

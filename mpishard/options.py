@@ -111,6 +111,11 @@ def number(text: str) -> float:
 def add_model(command: argparse.ArgumentParser) -> None:
     """The model, which most commands are given first."""
     command.add_argument("model", metavar="MODEL", help="a Hugging Face or a shard directory")
+    command.add_argument(
+        "--ignore-config", action="append", default=[], metavar="FIELD",
+        help="a field of config.json that mpishard refuses, but that does not change the "
+        "mathematics, as you know; may be given several times",
+    )  # fmt: skip
 
 
 def add_layout(command: argparse.ArgumentParser) -> None:

@@ -90,7 +90,8 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     )
     args.stop_request.listen()  # MPI may have taken these signals for itself
     files = Path(args.model), args.input, args.output, params, args.compute_dtype
-    with open_batch(world, *files, args.max_model_len, args.watch.calls, args.chat) as task:
+    more = args.max_model_len, args.watch.calls, args.chat, args.ignore_config
+    with open_batch(world, *files, *more) as task:
         if task and task.journal.damaged:
             say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
         model = load_model(args, world)

@@ -44,6 +44,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.compute_dtype,
         cp=args.cp,
         max_model_len=args.max_model_len,
+        ignore_config=args.ignore_config,
         watch=args.watch,
         **{name: getattr(args, name) for name in LAYOUT_OPTIONS},
     )
@@ -52,6 +53,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         say(
             f"{model.path}: {model.mesh.layout}, {args.compute_dtype}, threads per rank: "
             f"{threads_per_rank()}, {vendor} {'.'.join(map(str, version))}"
+            f"{''.join(f'; {notice}' for notice in model.notices)}"
         )
     return model
 

@@ -11,6 +11,7 @@ unknown field: a model that is computed almost right writes fluent, wrong text.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from mpishard.config.families.family import Family
@@ -84,6 +85,9 @@ def read_model_config(
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
     bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
+    quantized = read_quantization(fields, quantization, family.quantization)
+    if quantized and wrapper:
+        quantized = replace(quantized, within=True)
     config = ModelConfig(
         family=family.name,
         hidden=hidden,
@@ -137,7 +141,7 @@ def read_model_config(
         rope_interleaved=bool(family.rope_interleaved_pairs) and not mla,
         gated_mlp=family.gated_mlp,
         stored_names=family.stored_names,
-        quantization=read_quantization(fields, quantization, family.quantization),
+        quantization=quantized,
         wrapper=wrapper.name if wrapper else None,
         ignored_fields=answered.names,
         raw=raw,

@@ -7,8 +7,6 @@ names of `mpishard.config.weight_specs`, also if one tensor holds several of the
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,23 +16,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.weight_specs import weight_specs
 from mpishard.errors import UserError, brief
-from mpishard.storage.arrays import DTYPES, StoredArray
-from mpishard.storage.model_dir import read_config, read_json
+from mpishard.storage.arrays import DTYPES, StoredArray, row_blocks
+from mpishard.storage.model_dir import read_config
 from mpishard.storage.quantized.form import FLOATS, Dtypes
 from mpishard.storage.quantized.matrix import CACHE_SCALES, UNREAD, DamagedTensor, canonical
 from mpishard.storage.tensor_locations import Part, TensorLocation, locate_weights
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from mpishard.storage.text_half import text_half
+from mpishard.storage.weight_files import Header, read_headers
 
 EMBEDDING = "model.embed_tokens.weight"
-
-Header = tuple[Path, int, dict[str, Any]]  # file, offset of its data, entry of the tensor
+HEAD = "lm_head.weight"
 
 
 class Checkpoint:
@@ -51,28 +46,55 @@ class Checkpoint:
         self.config = config
         self.locations = locations  # by the name of the weight
         self.arrays = arrays  # by the name of the tensor in the files
+        self.unread: list[str] = []  # tensors of other parts of a multimodal model
         self._shapes = {weight.name: weight.shape for weight in weight_specs(config)}
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, ignore_config: Iterable[str] = ()) -> Checkpoint:
         """The checkpoint in a directory. It is checked that every weight of the model is there with
-        its shape, and no other tensor.
+        its shape, and no other tensor. The user answers for fields of the configuration in
+        `ignore_config`.
+
+        A head that config.json ties to the embedding, but that is stored and differs from it, is
+        used as it is stored; a head that is stored alone is the embedding, too. transformers 5 does
+        the same.
 
         Raises UserError for damaged, truncated or missing files, for missing, misshapen or unknown
         tensors, and for dtypes and storage forms that cannot be read.
         """
         path = Path(path)
-        config = read_config(path)
-        headers = _read_headers(path)
-        dtypes = {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
-        locations = locate_weights(config, dtypes)
-        _refuse_unknown(config, headers, locations)
-        checkpoint = cls(path, config, locations, _find_arrays(path, locations, headers))
+        config = read_config(path, ignore_config)
+        headers = read_headers(path)
+        headers, unread = text_half(headers) if config.wrapper else (headers, [])
+        if config.wrapper:
+            config = _transposed_as_stored(config, headers)
         head = f"{config.stored_names.head}.weight"
         if config.tied and head in headers:
-            stored = _stored(head, *headers[head])
-            _check_tied(locations[EMBEDDING].name, checkpoint.arrays, head, stored)
+            embedding = locate_weights(config, _dtypes(headers))[EMBEDDING].name
+            if embedding not in headers:
+                headers[embedding] = headers.pop(head)
+            else:
+                untied = replace(config, tied=False, head_differs=True)
+                if cls._of(path, untied, headers).has_other_head():
+                    config = untied
+        checkpoint = cls._of(path, config, headers)
+        checkpoint.unread = unread
         return checkpoint
+
+    @classmethod
+    def _of(cls, path: Path, config: ModelConfig, headers: dict[str, Header]) -> Checkpoint:
+        locations = locate_weights(config, _dtypes(headers))
+        _refuse_unknown(config, headers, locations)
+        return cls(path, config, locations, _find_arrays(path, locations, headers))
+
+    def has_other_head(self) -> bool:
+        """Whether a head that is a weight of its own differs from the embedding."""
+        for rows in row_blocks(self.shape(HEAD), 4):
+            embedding, head = (self.view(name, (rows, slice(None))) for name in (EMBEDDING, HEAD))
+            if embedding.dtype != head.dtype or embedding.tobytes() != head.tobytes():
+                if (embedding.astype(np.float64) != head.astype(np.float64)).any():  # 0 is -0
+                    return True
+        return False
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of a weight."""
@@ -132,48 +154,25 @@ class Checkpoint:
         }
 
 
-def _read_headers(directory: Path) -> dict[str, Header]:
-    if (directory / SINGLE).exists():
-        return _read_header(directory / SINGLE)
-    if not (directory / INDEX).exists():
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: no weights to read")
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UserError(f"{directory / INDEX} has no weight_map from tensor names to file names")
-    files: dict[str, dict[str, Header]] = {}
-    for name, file in weight_map.items():
-        if file not in files:
-            _check_file(directory, file, name)
-            files[file] = _read_header(directory / file)
-        if name not in files[file]:
-            raise UserError(f"{directory / file} lacks {brief(name)}, which {INDEX} places in it")
-    unlisted = {name: header for headers in files.values() for name, header in headers.items()}
-    return unlisted | {name: files[file][name] for name, file in weight_map.items()}
+def _dtypes(headers: dict[str, Header]) -> dict[str, str]:
+    return {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
 
 
-def _check_file(directory: Path, file: str, name: str) -> None:
-    """Refuse a file of the index that is not there, or not below the directory (UserError)."""
-    if Path(file).is_absolute() or ".." in Path(file).parts:
-        raise UserError(
-            f"{directory / INDEX} places {brief(name)} in {brief(file)}, outside of the directory: "
-            "copy that file into it and name it there"
-        )
-    if not os.path.isfile(directory / file):
-        raise UserError(f"{directory / brief(file)} is missing: {INDEX} places {brief(name)} in it")
-
-
-def _read_header(path: Path) -> dict[str, Header]:
-    try:
-        with safe_open(path, "np"), open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-    except SafetensorError as error:
-        size, problem = path.stat().st_size, brief(str(error), 300)
-        raise UserError(f"{path} ({size} bytes) is truncated or damaged: {problem}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    entries.pop("__metadata__", None)
-    return {name: (path, 8 + length, entry) for name, entry in entries.items()}
+def _transposed_as_stored(config: ModelConfig, headers: dict[str, Header]) -> ModelConfig:
+    """The configuration for the experts of qwen3_vl_moe as they are stored: the Hub has them
+    transposed, and transformers 5 writes them as other families do."""
+    if config.moe is None or not config.moe.names.stacked.transposed:
+        return config
+    names, (D, F) = config.moe.names, (config.hidden, config.moe.moe_intermediate_size)
+    shapes = [
+        tuple(entry["shape"][-2:])
+        for name, (_, _, entry) in headers.items()
+        if name.endswith(names.stacked.gate_up)
+    ]
+    if (2 * F, D) not in shapes or 2 * F == D:
+        return config
+    names = replace(names, stacked=replace(names.stacked, transposed=False))
+    return replace(config, moe=replace(config.moe, names=names))
 
 
 def _find_arrays(
@@ -250,7 +249,7 @@ def _harmless(config: ModelConfig, name: str) -> bool:
     if name.endswith(buffers) or (config.tied and name == f"{names.head}.weight"):
         return True
     # The layers that predict several tokens are stored after the last decoder layer, and not used.
-    more = config.raw.get("num_nextn_predict_layers")
+    more = config.text_fields.get("num_nextn_predict_layers")
     layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     return (
         isinstance(more, int) and layer is not None and int(layer[1]) - config.layers in range(more)
@@ -261,16 +260,3 @@ def _listed(names: Iterable[str]) -> str:
     first, *others = sorted(names)
     first = brief(first)
     return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
-
-
-def _check_tied(
-    embedding_name: str, arrays: dict[str, StoredArray], head_name: str, head: StoredArray
-) -> None:
-    """Refuse a stored head that config.json ties to the embedding, but that differs from it. Every
-    64th row is compared: a head that was trained separately differs everywhere."""
-    embedding = arrays[embedding_name]
-    if head.shape != embedding.shape or (embedding.map()[::64] != head.map()[::64]).any():
-        raise UserError(
-            f"{head.path}: {head_name} differs from {embedding_name}, but config.json ties them; "
-            "set tie_word_embeddings to false to use both"
-        )

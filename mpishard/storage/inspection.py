@@ -18,7 +18,7 @@ from mpishard.storage.checkpoint import Checkpoint
 from mpishard.storage.quantized.forms import describe_scheme
 from mpishard.storage.rank_file import Part
 from mpishard.storage.shards import ShardDirectory
-from mpishard.storage.source import Source
+from mpishard.storage.source import Source, notices
 
 
 def describe(source: Source) -> list[str]:
@@ -26,6 +26,7 @@ def describe(source: Source) -> list[str]:
     shards does not hold the slices of its rank."""
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
     lines += _quantized_lines(source)
+    lines += [f"note          {notice}" for notice in notices(source)]
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
         lines.append(f"shards        {manifest.sharding}, made from {manifest.source}")
@@ -39,7 +40,7 @@ def _model_lines(config: ModelConfig) -> list[str]:
     sizes = " and ".join(map(str, sorted(set(windows))))
     reach = f", window {sizes} in {len(windows)} of {config.layers} layers" if windows else ""
     return [
-        f"family        {config.family}",
+        f"family        {config.family}{f', in {config.wrapper}' if config.wrapper else ''}",
         f"layers        {config.layers}",
         f"hidden        {config.hidden}",
         f"heads         {config.heads} query, {config.kv_heads} key/value, width {config.head_dim}",

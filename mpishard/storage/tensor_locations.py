@@ -211,7 +211,7 @@ def _stacked_locations(
     else:
         name = stacked.gate_up_bias if bias else stacked.gate_up
         shape = (moe.num_experts, 2 * F, *weight.shape[1:])
-        if stacked.transposed:  # then the outputs of gate and up alternate
+        if stacked.alternating:
             rows = Rows(start=int(part == "up"), run=1, period=2)
         else:
             rows = Rows(start=F * (part == "up"), run=F, period=2 * F)

@@ -27,6 +27,7 @@ def test_what_a_command_does_unless_told_otherwise():
     assert generate == {
         "command": "generate",
         "model": "M",
+        "ignore_config": [],
         "prompt": ["a"],
         "chat": False,
         "json": False,

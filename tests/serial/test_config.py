@@ -268,6 +268,7 @@ def test_defaults_of_gpt_oss():
             gate_up_bias="mlp.experts.gate_up_proj_bias",
             down_bias="mlp.experts.down_proj_bias",
             transposed=True,
+            alternating=True,
         ),
     )
 
@@ -1112,6 +1113,11 @@ def test_qwen3_vl(family, name):
     if name == "qwen3_vl_moe":
         least |= {"norm_topk_prob": True, "num_key_value_heads": 16, "head_dim": 128}
     right = replace(read(family, tie_word_embeddings=True, **least), wrapper=name)
+    if right.moe:
+        stacked = replace(right.moe.names.stacked, transposed=True)
+        right = replace(
+            right, moe=replace(right.moe, names=replace(right.moe.names, stacked=stacked))
+        )
     for rope in ({"rope_type": "default"} | MROPE, {"rope_theta": 500000.0} | MROPE, MROPE, None):
         for field in ("rope_scaling", "rope_parameters"):
             assert qwen_vl(name, {"text_config": text | {field: rope}}) == right

@@ -145,7 +145,7 @@ def test_weights_that_share_a_quantized_tensor(tmp_path, monkeypatch, by_kv_head
         quantized_models.LLAMA | {"quantization_config": raw, "num_hidden_layers": 1}, None, "it"
     )
     config = replace(config, stored_names=names)
-    monkeypatch.setattr(checkpoint_module, "read_config", lambda path: config)
+    monkeypatch.setattr(checkpoint_module, "read_config", lambda *_: config)
     draw, random = quantized_models.fp8((28, 20), "weight_scale_inv"), np.random.RandomState(2)
     tensors: dict[str, np.ndarray] = {}
     expected: dict[str, np.ndarray] = {}

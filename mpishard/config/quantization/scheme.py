@@ -35,14 +35,34 @@ class Quantization:
     method: str  # as quant_method spells it
     schemes: tuple[tuple[Patterns, Scheme], ...]
     ignored: Patterns = ()
+    within: bool = False  # in a multimodal checkpoint, where modules have other names
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of the weight of `module`, None if it is not quantized. Linear modules that no
         pattern leaves out may be stored unquantized nevertheless: the router and the head often
         are."""
-        if matches(self.ignored, module):
+        names = names_within(module) if self.within else (module,)
+        if any(matches(self.ignored, name) for name in names):
             return None
-        return next((scheme for names, scheme in self.schemes if matches(names, module)), None)
+        return next(
+            (
+                scheme
+                for patterns, scheme in self.schemes
+                if any(matches(patterns, name) for name in names)
+            ),
+            None,
+        )
+
+
+def names_within(module: str) -> tuple[str, ...]:
+    """A module of a language model by all names that it has in multimodal checkpoints and their
+    configurations.
+
+    >>> names_within("model.norm")
+    ('model.norm', 'language_model.model.norm', 'model.language_model.norm')
+    """
+    newer = module.replace("model.", "model.language_model.", 1)
+    return tuple(dict.fromkeys((module, f"language_model.{module}", newer)))
 
 
 EVERY = (re.compile(""),)  # matches every name
