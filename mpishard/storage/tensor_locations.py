@@ -106,7 +106,7 @@ class TensorLocation:
 def locate_weights(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, TensorLocation]:
     """The location of each weight of a model, by its name, in a checkpoint with the tensors
     `stored`, which have these dtypes. A missing weight has the location at which its family stores
-    it. Raises UserError as `find_matrix` does."""
+    it. Raises DamagedTensor as `find_matrix` does."""
     locations, prefix = {}, _prefix(config, stored)
     for weight in weight_specs(config):
         possible = [
