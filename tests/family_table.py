@@ -67,6 +67,8 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "qk_norm_after_rope": "these after rope",
         "full_width_qk_norm": "norms over all heads of q and of k",
         "sinks": "attention sinks",
+        "output_gate": "gated attention: its output times sigmoid(gate x)",
+        "linear_attention": "gated delta nets in the layers of linear_attention",
         "mla": "multi-head latent attention",
         "sliding": f"sliding window: {str(value).replace('nth', nth)}",
         "rope_interleaved_pairs": "rope on pairs of neighbours" + ("" if value else " (a field)"),

@@ -19,6 +19,7 @@ from mpishard.config.fields import Answered, Fields, as_json
 from mpishard.config.find_family import find_family
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.quantization.read import read_quantization
+from mpishard.config.read_linear_attention import read_linear_attention
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
 from mpishard.config.read_windows import read_windows
@@ -74,7 +75,8 @@ def read_model_config(
         fields.refuse("num_hidden_layers", f"must be at most {MOST_LAYERS}")
     heads = fields.integer("num_attention_heads")
     rope_dim = _rope_dim(fields, family, hidden, heads)
-    windows = read_windows(fields, family, layers)
+    linear = read_linear_attention(fields, layers) if family.linear_attention else None
+    windows = (None,) * layers if linear else read_windows(fields, family, layers)
     ropes, max_position_embeddings, rotary_dim = read_ropes(fields, family, rope_dim, windows)
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
@@ -112,6 +114,8 @@ def read_model_config(
         attn_logit_softcapping=_softcap(fields, family, "attn_logit_softcapping"),
         final_logit_softcapping=_softcap(fields, family, "final_logit_softcapping"),
         attention_scale=_attention_scale(fields, family),
+        linear_attention=linear,
+        output_gate=family.output_gate,
         embedding_scale=(hidden**0.5 if family.scaled_embedding else 1.0)
         * _multiplier(fields, family, "embedding_multiplier"),
         residual_scale=_multiplier(fields, family, "residual_multiplier"),

@@ -282,7 +282,7 @@ def gate_for_up(weights: Weights, layer: str) -> Weights:
         if name.startswith(layer) and name.endswith("moe.input_linear.weight"):
             changed[name] = np.roll(weights[name], weights[name].shape[1] // 2, axis=1)
         for gate, up in twins.items():
-            if name.startswith(layer) and name.endswith(gate):
+            if name.startswith(layer) and name.endswith(gate) and "self_attn" not in name:
                 other = name.removesuffix(gate) + up
                 changed |= {name: weights[other], other: weights[name]}
     return changed
@@ -368,7 +368,7 @@ def window_mistakes(config):
 def weight_mistakes(config, weights):
     layer = f"model.layers.{config.layers - 1}."
     for name in weights:
-        if name.endswith("bias"):
+        if name.endswith("bias") and weights[name].any():
             yield f"no {name}", {name: np.zeros_like(weights[name])}
         if "norm" in name:
             yield f"no {name}", {name: np.ones_like(weights[name])}
@@ -382,6 +382,40 @@ def weight_mistakes(config, weights):
 
     heads = latent_mistakes if config.mla else head_mistakes
     yield from heads(config, weights, layer)
+    if config.linear_attention:
+        yield from linear_mistakes(config.linear_attention, weights)
+
+
+def linear_mistakes(linear, weights):
+    """Of the first gated delta net."""
+    layer = f"model.layers.{linear.layers.index(True)}.linear_attn."
+
+    def changed(name, array):
+        return {layer + name: array.reshape(weights[layer + name].shape)}
+
+    def by_head(name, heads):
+        return weights[layer + name].reshape(heads, -1)
+
+    for part, heads in (("q", linear.kv_heads), ("k", linear.kv_heads), ("v", linear.heads)):
+        name = f"{part}_proj.weight"
+        turned = [1, 0, *range(2, heads)]
+        yield f"heads 0 and 1 of linear {part} swapped", changed(name, by_head(name, heads)[turned])
+        taps = weights[f"{layer}{part}_conv1d.weight"]
+        yield f"taps of {part} reversed", changed(f"{part}_conv1d.weight", taps[..., ::-1])
+    # As if value head h had key head h % G in place of h // (H / G).
+    order = np.arange(linear.heads).reshape(-1, linear.kv_heads).T.ravel()
+    dealt: Weights = {}
+    for name in ("v_proj.weight", "b_proj.weight", "a_proj.weight", "A_log", "dt_bias"):
+        dealt |= changed(name, by_head(name, linear.heads)[order])
+    yield "value heads dealt in turn", dealt
+    yield (
+        "decay and rate swapped",
+        {
+            f"{layer}a_proj.weight": weights[f"{layer}b_proj.weight"],
+            f"{layer}b_proj.weight": weights[f"{layer}a_proj.weight"],
+        },
+    )
+    yield "no decay of a head's own", changed("A_log", np.zeros(linear.heads))
 
 
 def head_mistakes(config, weights, layer):

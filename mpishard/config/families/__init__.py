@@ -35,6 +35,7 @@ from mpishard.config.families.qwen2 import QWEN2
 from mpishard.config.families.qwen2_moe import QWEN2_MOE
 from mpishard.config.families.qwen3 import QWEN3
 from mpishard.config.families.qwen3_moe import QWEN3_MOE
+from mpishard.config.families.qwen3_next import QWEN3_NEXT
 from mpishard.config.families.seed_oss import SEED_OSS
 from mpishard.config.families.smollm3 import SMOLLM3
 
@@ -46,5 +47,6 @@ FAMILIES: dict[str, Family] = {
         *(HUNYUAN_V1_DENSE, MIMO, INTERNLM2),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3),
         *(DOTS1, GLM4_MOE, MINIMAX_M2, GRANITEMOE, GRANITEMOESHARED, HUNYUAN_V1_MOE),
+        *(QWEN3_NEXT,),
     )
 }

@@ -71,6 +71,9 @@ class Family:
     sinks: bool = False
     mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
 
+    output_gate: bool = False
+    linear_attention: bool = False  # the layers that layer_types says are gated delta nets
+
     # The sliding window is in use in these layers: "never", "everywhere", "everywhere by a switch"
     # (use_sliding_window), "from a layer" (max_window_layers) with that switch or "from a layer
     # without a switch", "alternating", the first layer included, "alternating before a layer",
