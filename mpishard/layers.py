@@ -28,10 +28,11 @@ from mpishard.arithmetic.ops import (
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block, kv_replica_ranks, query_heads_of
-from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig
+from mpishard.config.model_config import LinearAttentionConfig, MLAConfig, ModelConfig, MoEConfig
 from mpishard.config.weight_specs import experts_by_ep_rank, weight_specs
 from mpishard.parallel import expert
 from mpishard.parallel.expert import MoELayer
+from mpishard.parallel.linear_attention import GatedDeltaNet
 from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.parallel.qkv import MLA, Attention, FullWidthNorm
 from mpishard.parallel.tensor import (
@@ -52,7 +53,7 @@ class Layer:
     after a sub-layer the factor of what the sub-layer adds to the residual stream."""
 
     attention_norm: Norm
-    attention: Attention | MLA
+    attention: Attention | MLA | GatedDeltaNet
     attention_post_norm: Norm
     ffn_norm: Norm
     ffn: FeedForward | MoELayer
@@ -107,14 +108,11 @@ def make_layer(
     else:
         ffn = _feed_forward(w, config)
     names = config.norms
-    attention: Attention | MLA
-    if config.mla:
-        attention = _mla(config, config.mla, number, w)
-    else:
-        attention = _attention(config, number, w, mesh)
-        if config.parallel_residual:
-            assert not isinstance(ffn, MoELayer), "no family has experts beside attention"
-            return _parallel_layer(config, w, attention, ffn)
+    attention = _any_attention(config, number, w, mesh)
+    if config.parallel_residual:
+        assert isinstance(attention, Attention), "no family has another attention beside it"
+        assert not isinstance(ffn, MoELayer), "no family has experts beside attention"
+        return _parallel_layer(config, w, attention, ffn)
     return Layer(
         attention_norm=_norm_if(names.attention, config, w, "attention_norm"),
         attention=attention,
@@ -164,6 +162,38 @@ def _linear(w: Fields, field: str) -> Linear:
     return Linear(w[field], w.get(f"{field}_bias"))
 
 
+def _any_attention(
+    config: ModelConfig, number: int, w: Fields, mesh: Mesh
+) -> Attention | MLA | GatedDeltaNet:
+    if config.linear_attention and config.linear_attention.layers[number]:
+        return _gated_delta_net(config, config.linear_attention, w)
+    if config.mla:
+        return _mla(config, config.mla, number, w)
+    return _attention(config, number, w, mesh)
+
+
+def _gated_delta_net(
+    config: ModelConfig, linear: LinearAttentionConfig, w: Fields
+) -> GatedDeltaNet:
+    g, h = len(w["k"]) // linear.key_width, len(w["rate"])
+    return GatedDeltaNet(
+        q=_linear(w, "q"),
+        k=_linear(w, "k"),
+        v=_linear(w, "v"),
+        o_gate=_linear(w, "o_gate"),
+        rate=_linear(w, "rate"),
+        decay=_linear(w, "decay"),
+        taps_XT=np.concatenate([w[f"{part}_taps"][:, 0] for part in ("q", "k", "v")]),
+        log_a_h=w["log_a"],
+        dt_bias_h=w["dt_bias"],
+        norm=RMSNorm(w["o_norm"], config.norm_eps),  # without the offset of the other norms
+        o=_linear(w, "o"),
+        key_head_h=np.arange(h) // (h // g),
+        key_width=linear.key_width,
+        value_width=linear.value_width,
+    )
+
+
 def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Attention:
     scale = config.attention_scale or config.head_dim**-0.5
     if config.inverse_layer_scale:
@@ -191,6 +221,7 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         k_norm=k_norm,
         norm_after_rope=config.qk_norm_after_rope,
         full_width_norm=_full_width_norm(config, w, mesh) if config.full_width_qk_norm else None,
+        o_gate=_linear(w, "o_gate") if config.output_gate else None,
         interleaved=config.rope_interleaved,
     )
 

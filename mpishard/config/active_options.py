@@ -58,6 +58,15 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         yield f"queries, keys and values cut off at {config.clip_qkv:g}"
     if config.full_width_qk_norm:
         yield "norms of q and k over all heads"
+    if config.linear_attention:
+        linear = config.linear_attention
+        yield (
+            f"gated delta nets in {sum(linear.layers)} of {config.layers} layers: "
+            f"{linear.heads} value heads of {linear.value_width}, {linear.kv_heads} key heads of "
+            f"{linear.key_width}, convolution of {linear.taps}"
+        )
+    if config.output_gate:
+        yield "gated attention"
     if config.sinks:
         yield "attention sinks"
     if config.attn_logit_softcapping is not None:

@@ -261,7 +261,11 @@ def _harmless(config: ModelConfig, name: str) -> bool:
     # Old checkpoints store the rotary frequencies, which follow from the configuration.
     names = config.stored_names
     buffers = ("rotary_emb.inv_freq", *names.buffers)
-    if name.endswith(buffers) or (config.tied and name == f"{names.head}.weight"):
+    if (
+        name.startswith(names.unused)
+        or name.endswith(buffers)
+        or (config.tied and name == f"{names.head}.weight")
+    ):
         return True
     # The layers that predict several tokens are stored after the last decoder layer, and not used.
     more = config.text_fields.get("num_nextn_predict_layers")
