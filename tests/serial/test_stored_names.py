@@ -109,8 +109,9 @@ def test_checkpoints_of_the_families_are_read_under_each_of_their_names(tmp_path
     assert shards.config == config
     verify(shards)
     for rank in range(sharding.ranks):
+        loaded = load_weights(source, sharding, rank)
         for name, part in load_weights(shards, sharding, rank).items():
-            np.testing.assert_array_equal(part, load_weights(source, sharding, rank)[name])
+            np.testing.assert_array_equal(part, loaded[name])
 
 
 def test_a_missing_tensor_has_the_name_of_the_checkpoint(tmp_path):
