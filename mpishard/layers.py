@@ -118,6 +118,8 @@ def _linear(w: Fields, field: str) -> Linear:
 def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Attention:
     scale = config.attention_scale or config.head_dim**-0.5
     q_norm = k_norm = None
+    if config.qk_l2_norm and config.ropes[number].kind != "none":
+        q_norm = k_norm = RMSNorm(np.ones(config.head_dim, w["q"].dtype), config.norm_eps)
     if config.qk_norm:
         q_norm, k_norm = _rms_norm(config, w["q_norm"]), _rms_norm(config, w["k_norm"])
     return Attention(
@@ -127,7 +129,11 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         o=_linear(w, "o"),
         head_dim=config.head_dim,
         spec=AttentionSpec(
-            scale, config.windows[number], config.attn_logit_softcapping, w.get("sinks")
+            scale,
+            config.windows[number],
+            config.attn_logit_softcapping,
+            w.get("sinks"),
+            chunk=config.chunks[number],
         ),
         q_norm=q_norm,
         k_norm=k_norm,
@@ -212,6 +218,7 @@ def _moe_layer(
             moe.topk_group,
             moe.group_score,
         ),
+        scale_inputs=moe.scale_inputs,
         experts={expert: _gated(own, of_experts) for expert, own in experts.items()},
         shared_expert=_gated(w, dense) if moe.shared_expert_intermediate_size else None,
         shared_expert_gate=Linear(w["shared_gate"]) if "shared_gate" in w else None,

@@ -93,14 +93,15 @@ class TimedDecoder(Decoder):
 
 
 class LayerSample(Decoder):
-    """The first layer of each kind of a model, of which it has as many as it has windows."""
+    """The first layer of each kind of a model, of which it has as many as it has windows
+    and chunks."""
 
     def __init__(self, model: Decoder) -> None:
         model = model.map_moe_layers(lambda _, w: replace(w, hooks=()))
         self.__dict__.update(model.__dict__)
-        windows = model.config.windows
-        self.layer_numbers = range(len(set(windows)))
-        self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
+        kinds = list(zip(model.config.windows, model.config.chunks, strict=True))
+        self.layer_numbers = range(len(set(kinds)))
+        self.layers = [model.layers[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
 
 
 def arithmetic_clock(ledger: Ledger) -> float:

@@ -21,7 +21,7 @@ from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.quantization.read import read_quantization
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
-from mpishard.config.read_windows import read_windows
+from mpishard.config.read_windows import read_chunks, read_windows
 from mpishard.errors import UserError
 
 # No model has so many layers. A damaged number must not fill the memory with lists of layers before
@@ -89,7 +89,7 @@ def read_model_config(
         heads=heads,
         kv_heads=1 if mla else kv_heads,
         head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else rope_dim,
-        ffn=fields.integer("intermediate_size"),
+        ffn=fields.integer(family.ffn_field, family.ffn),
         vocab=fields.integer("vocab_size"),
         norm_eps=fields.number("rms_norm_eps", family.norm_eps),
         activation=_activation(fields, family),
@@ -100,6 +100,7 @@ def read_model_config(
         qk_norm=_qk_norm(fields, family),
         ropes=ropes,
         windows=windows,
+        chunks=read_chunks(fields, family, layers),
         max_position_embeddings=max_position_embeddings,
         eos_ids=_eos_ids(fields, generation, family),
         bos_id=_bos_id(fields, generation, family),
@@ -116,7 +117,8 @@ def read_model_config(
         * _multiplier(fields, family, "embedding_multiplier"),
         residual_scale=_multiplier(fields, family, "residual_multiplier"),
         logits_scale=1 / _multiplier(fields, family, "logits_scaling"),
-        qk_norm_after_rope=family.qk_norm_after_rope,
+        qk_l2_norm=family.qk_l2_norm and fields.flag("use_qk_norm", True),
+        qk_norm_after_rope=family.qk_norm_after_rope or family.qk_l2_norm,
         partial_rotary_dim=None if rotary_dim == rope_dim else rotary_dim,
         rope_interleaved=bool(family.rope_interleaved_pairs) and not mla,
         gated_mlp=family.gated_mlp,
