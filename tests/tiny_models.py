@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from stored import stored
+from tiny_layer_norm_models import LAYER_NORM_SEEDS, LAYER_NORM_VARIANTS
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.reader import read_model_config
@@ -103,6 +104,7 @@ _FAMILIES = {
     "dots1": "Dots1ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
@@ -450,6 +452,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 
+VARIANTS |= LAYER_NORM_VARIANTS
+
 # Mixtures of experts. Their numbers, the number that a token goes to and the width of one differ
 # too, and few divide.
 MOE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -704,6 +708,29 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         routed_scaling_factor=1.6,
         rope_theta=100.0,
     ),
+    "qwen3_next-mixed": _family(
+        *("qwen3_next", 6, 2, 34, 27, 95),
+        head_dim=12,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=8,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=3,
+        num_experts=7,
+        num_experts_per_tok=2,
+        moe_intermediate_size=13,
+        shared_expert_intermediate_size=11,
+        mlp_only_layers=[2],
+        norm_topk_prob=True,
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "minimax_m2-partial": _family(
         *("minimax_m2", 6, 2, 33, 15, 93),
         head_dim=10,
@@ -817,9 +844,11 @@ _SEEDS = {
     "granitemoeshared-plain": 2,
     "dots1-groups": 3,
     "glm4_moe-partial": 3,
+    "qwen3_next-mixed": 0,
     "gemma2-capped": 75,
     "gemma2-plain": 9,
 }
+_SEEDS |= LAYER_NORM_SEEDS
 
 
 def tiny_config(variant: str) -> ModelConfig:
@@ -846,8 +875,11 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
             for weight in weight_specs(config)
         }
     wide = ("e_score_correction_bias",)  # as in every checkpoint
+    offset = config.norm_offset != 0  # which the norms of linear attention do not have
     return {
-        name: _draw(random, name, shape).astype(np.float32 if name.endswith(wide) else dtype)
+        name: (_draw_offset if offset and "linear_attn" not in name else _draw)(
+            random, name, shape
+        ).astype(np.float32 if name.endswith(wide) else dtype)
         for name, shape in _moe_shapes(config).items()
     }
 
@@ -918,7 +950,8 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, V = config.hidden, config.vocab
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config.layers):
-        of_layer = _attention_shapes(config) | {
+        attention = _linear_shapes if config.is_linear(layer) else _attention_shapes
+        of_layer = attention(config) | {
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
@@ -963,6 +996,10 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["o_proj.weight"] = (D, q)
     if config.o_bias:
         shapes["o_proj.bias"] = (D,)
+    if config.output_gate:
+        shapes["gate_proj.weight"] = (q, D)
+        if config.qkv_bias:
+            shapes["gate_proj.bias"] = (q,)
     if config.qk_norm:
         shapes |= {f"{part}_norm.weight": (config.head_dim,) for part in "qk"}
     if config.full_width_qk_norm:
@@ -970,6 +1007,22 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.sinks:
         shapes["sinks"] = (config.heads,)
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, linear = config.hidden, config.linear_attention
+    assert linear is not None
+    H, Y = linear.heads, linear.value_width
+    keys, values = linear.kv_heads * linear.key_width, H * Y
+    shapes: dict[str, tuple[int, ...]] = {"A_log": (H,), "dt_bias": (H,), "norm.weight": (Y,)}
+    for part, rows in (("q", keys), ("k", keys), ("v", values)):
+        shapes[f"{part}_proj.weight"] = (rows, D)
+        shapes[f"{part}_conv1d.weight"] = (rows, 1, linear.taps)
+    shapes |= {
+        f"{part}_proj.weight": (rows, D) for part, rows in (("z", values), ("b", H), ("a", H))
+    }
+    shapes["out_proj.weight"] = (D, values)
+    return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
 
 
 def _latent_shapes(config: ModelConfig, mla: MLAConfig) -> dict[str, tuple[int, ...]]:
@@ -1107,11 +1160,11 @@ def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> n
     below zero and those of the groups left out must be put below them."""
     if name.endswith("e_score_correction_bias"):
         return random.randint(-89, 90, shape) / 256 - 1
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         return 1 + random.randint(-42, 43, shape) / 128
     return random.randint(-89, 90, shape) / 256
 
 
 def _draw_offset(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The same, norms as their distance from 1, which is what a Gemma stores."""
-    return _draw(random, name, shape) - ("norm" in name)
+    return _draw(random, name, shape) - ("norm" in name and not name.endswith("bias"))

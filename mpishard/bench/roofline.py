@@ -137,9 +137,11 @@ def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray)
     ascending, in which the query sees the key: those of all layers together."""
     earlier_S = np.searchsorted(keys_T, queries_S, side="right")
     pairs = 0
-    for window, chunk in zip(config.windows, config.chunks, strict=True):
-        left_S = np.searchsorted(keys_T, first_visible(queries_S, window, chunk))
-        pairs += int((earlier_S - left_S).sum())
+    for layer in range(config.layers):
+        if config.is_linear(layer):
+            continue
+        first_S = first_visible(queries_S, config.windows[layer], config.chunks[layer])
+        pairs += int((earlier_S - np.searchsorted(keys_T, first_S)).sum())
     return pairs
 
 

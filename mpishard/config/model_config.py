@@ -165,6 +165,27 @@ class MLAConfig:
 
 
 @dataclass(frozen=True)
+class LinearAttentionConfig:
+    """The layers whose attention is a gated delta net (arXiv 2412.06464). In place of keys and
+    values they keep one matrix of `key_width` x `value_width` numbers for each value head.
+
+    The heads are divided over ranks as those of attention are: value heads as query heads, and the
+    key heads that they share, each with its queries, as key/value heads."""
+
+    layers: tuple[bool, ...]  # whether each layer has it
+    heads: int  # H, value heads
+    kv_heads: int  # G, key heads
+    key_width: int  # K
+    value_width: int  # Y
+    taps: int  # of the convolution of queries, keys and values over positions
+
+    @property
+    def channels(self) -> int:
+        """The channels of the convolution, of all heads."""
+        return 2 * self.kv_heads * self.key_width + self.heads * self.value_width
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The configuration of a decoder. `raw` is the ``config.json`` that it was read from."""
 
@@ -182,7 +203,7 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool  # RMSNorm over each head of q and k
+    qk_norm: bool  # a norm over each head of q and k
     ropes: tuple[Rope, ...]  # the rotary embedding of each layer
     # The sliding window of each layer: the number of keys that a query sees, its own included.
     windows: tuple[int | None, ...]
@@ -196,11 +217,29 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     norms: LayerNormNames = LayerNormNames()
-    norm_offset: float = 0.0  # added to the weight of every RMSNorm
+    norm_offset: float = 0.0  # added to the weight of every norm
+    layer_norm: bool = False  # norms are LayerNorm, not RMSNorm
+    norm_weight: bool = True  # norms have a weight
+    norm_bias: bool = False  # norms have a bias
+    embedding_norm: bool = False  # of the residual stream as it enters the first layer
+    per_head_norm: bool = False  # of each head of q and k, with a weight for each head
+    # Attention and feed-forward network read the same residual stream, and both are added to it.
+    # Without a norm of its own the feed-forward network reads what attention reads.
+    parallel_residual: bool = False
+    learned_positions: int = 0  # rows of the embedding of positions; 0: there is none
+    position_offset: int = 0  # the row of position 0
+    # Scores fall with the distance of a key, for each head by its own slope (ALiBi, arXiv
+    # 2108.12409): "exact", or "in bfloat16" as Falcon computes it; None: they do not.
+    alibi: str | None = None
+    clip_qkv: float | None = None  # queries, keys and values are cut off at this absolute value
+    inverse_layer_scale: bool = False  # scores are divided by the number of the layer, from 1
+    head_bias: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embedding_scale: float = 1.0
+    linear_attention: LinearAttentionConfig | None = None
+    output_gate: bool = False  # attention's output is multiplied by sigmoid(gate x)
     residual_scale: float = 1.0  # of what a sub-layer adds to the residual stream
     logits_scale: float = 1.0
     # The norms of q and k (by head) come after the rotary embedding.
@@ -218,6 +257,10 @@ class ModelConfig:
     # config.json ties the head to the embedding, but the stored one differs and is used.
     head_differs: bool = field(default=False, compare=False)
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether `layer` has linear attention."""
+        return self.linear_attention is not None and self.linear_attention.layers[layer]
 
     @property
     def text_fields(self) -> dict[str, Any]:

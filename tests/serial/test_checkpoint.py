@@ -443,6 +443,15 @@ def test_layers_that_predict_several_tokens_are_let_pass(tmp_path):
     assert "model.layers.9.eh_proj.weight" in refusal(tmp_path)
 
 
+def test_layers_beside_the_decoder_are_let_pass(tmp_path):
+    variant = "qwen3_next-mixed"
+    path = write_checkpoint(variant, tmp_path) / "model.safetensors"
+    more = {"mtp.layers.0.input_layernorm.weight": np.ones(3, np.float32)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    loaded = load_weights(open_source(tmp_path), WeightSharding(), 0)
+    assert loaded.keys() == tiny_weights(variant).keys()
+
+
 # Experts quantized to four bits.
 
 

@@ -247,7 +247,7 @@ def test_every_element_of_an_moe_model_lies_where_it_should(variant):
                 assert part.shape == weight.shard_shape(config, sharding, index)
                 part += 1
         for weight, copies_of_element in copies.items():
-            if weight.split_by == "kv heads":  # which more ranks may share
+            if weight.split_by in ("kv heads", "key heads"):  # which more ranks may share
                 assert copies_of_element.min() >= sharding.ranks // sharding.tp
                 continue
             expected = {

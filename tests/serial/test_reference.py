@@ -187,7 +187,9 @@ def test_a_mistake_shows(variant):
 def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, ModelConfig, Weights]]:
     """What an implementation may get wrong: ``(description, configuration, weights)`` that would
     make a right one compute the same as the wrong one."""
-    yield "epsilon ten times too small", replace(config, norm_eps=config.norm_eps / 10), weights
+    # Some families have no field for it, and always a small one.
+    factor, how = (0.1, "ten times too small") if config.norm_eps > 1e-4 else (1e4, "far too large")
+    yield f"epsilon {how}", replace(config, norm_eps=factor * config.norm_eps), weights
     if config.moe is None or config.moe.alpha is None:
         activation = "silu" if config.activation != "silu" else "gelu_pytorch_tanh"
         yield "another activation", replace(config, activation=activation), weights
@@ -211,7 +213,7 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
         yield "the model's epsilon in latents", with_mla(config, norm_eps=config.norm_eps), weights
     if config.sinks:
         yield "no sinks", replace(config, sinks=False), weights
-    for mistake, changes in scale_mistakes(config):
+    for mistake, changes in [*scale_mistakes(config), *layer_norm_mistakes(config)]:
         yield mistake, replace(config, **changes), weights
     for mistake, names in norm_mistakes(config):
         yield mistake, replace(config, norms=names), weights
@@ -284,7 +286,7 @@ def gate_for_up(weights: Weights, layer: str) -> Weights:
         if name.startswith(layer) and name.endswith("moe.input_linear.weight"):
             changed[name] = np.roll(weights[name], weights[name].shape[1] // 2, axis=1)
         for gate, up in twins.items():
-            if name.startswith(layer) and name.endswith(gate):
+            if name.startswith(layer) and name.endswith(gate) and "self_attn" not in name:
                 other = name.removesuffix(gate) + up
                 changed |= {name: weights[other], other: weights[name]}
     return changed
@@ -317,6 +319,31 @@ def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.partial_rotary_dim and config.rope.kind != "longrope":
         yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
         yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
+
+
+def layer_norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What there is beside LayerNorm in the families that have it."""
+    if config.layer_norm:
+        yield "a mean that stays", {"layer_norm": False}
+    if config.parallel_residual:
+        yield "one sub-layer after the other", {"parallel_residual": False}
+    if config.learned_positions:
+        yield "no positions", {"learned_positions": 0}
+        yield "positions off by one", {"position_offset": config.position_offset + 1}
+    if config.alibi:
+        yield "no biases of scores", {"alibi": None}
+
+    if config.alibi == "in bfloat16" and config.heads & (config.heads - 1):
+        yield "exact biases of scores", {"alibi": "exact"}
+    if config.clip_qkv:
+        yield "nothing clipped", {"clip_qkv": None}
+        yield "clipped a tenth too late", {"clip_qkv": 1.1 * config.clip_qkv}
+    if config.inverse_layer_scale:
+        yield "the same scale in all layers", {"inverse_layer_scale": False}
+    if config.embedding_norm:
+        yield "no norm of the embedding", {"embedding_norm": False}
+    if config.per_head_norm:
+        yield "no norms of heads", {"per_head_norm": False}
 
 
 def norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, LayerNormNames]]:
@@ -387,12 +414,15 @@ def weight_mistakes(config, weights):
         if rope.kind == "none"
     }
     for name in weights:
-        if name.endswith("bias") and name not in unrotated:
+        if name.endswith("bias") and weights[name].any() and name not in unrotated:
             yield f"no {name}", {name: np.zeros_like(weights[name])}
-        if "norm" in name:
+        if "norm" in name and not name.endswith("bias"):
             yield f"no {name}", {name: np.ones_like(weights[name])}
     if config.gated_mlp:
         yield "gate for up", gate_for_up(weights, layer)
+    for part in "qk" if config.per_head_norm and config.kv_heads > 1 else "":
+        norm = f"{layer}self_attn.{part}_norm.weight"
+        yield f"norms of other {part}", {norm: np.roll(weights[norm], 1, axis=0)}
     if config.moe is not None and config.moe.layers[-1]:
         router = layer + router_of(config)
         yield "experts in another order", {router: np.roll(weights[router], 1, axis=0)}
@@ -401,6 +431,40 @@ def weight_mistakes(config, weights):
 
     heads = latent_mistakes if config.mla else head_mistakes
     yield from heads(config, weights, layer)
+    if config.linear_attention:
+        yield from linear_mistakes(config.linear_attention, weights)
+
+
+def linear_mistakes(linear, weights):
+    """Of the first gated delta net."""
+    layer = f"model.layers.{linear.layers.index(True)}.linear_attn."
+
+    def changed(name, array):
+        return {layer + name: array.reshape(weights[layer + name].shape)}
+
+    def by_head(name, heads):
+        return weights[layer + name].reshape(heads, -1)
+
+    for part, heads in (("q", linear.kv_heads), ("k", linear.kv_heads), ("v", linear.heads)):
+        name = f"{part}_proj.weight"
+        turned = [1, 0, *range(2, heads)]
+        yield f"heads 0 and 1 of linear {part} swapped", changed(name, by_head(name, heads)[turned])
+        taps = weights[f"{layer}{part}_conv1d.weight"]
+        yield f"taps of {part} reversed", changed(f"{part}_conv1d.weight", taps[..., ::-1])
+    # As if value head h had key head h % G in place of h // (H / G).
+    order = np.arange(linear.heads).reshape(-1, linear.kv_heads).T.ravel()
+    dealt: Weights = {}
+    for name in ("v_proj.weight", "b_proj.weight", "a_proj.weight", "A_log", "dt_bias"):
+        dealt |= changed(name, by_head(name, linear.heads)[order])
+    yield "value heads dealt in turn", dealt
+    yield (
+        "decay and rate swapped",
+        {
+            f"{layer}a_proj.weight": weights[f"{layer}b_proj.weight"],
+            f"{layer}b_proj.weight": weights[f"{layer}a_proj.weight"],
+        },
+    )
+    yield "no decay of a head's own", changed("A_log", np.zeros(linear.heads))
 
 
 def head_mistakes(config, weights, layer):
@@ -454,6 +518,8 @@ def latent_mistakes(config, weights, layer):
 
 @pytest.mark.parametrize("variant", EVERY_VARIANT)
 def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
+    if tiny_config(variant).rope == NO_ROPE:
+        return
     halves, neighbours = reference.rotate, reference.rotate_neighbours
     monkeypatch.setattr(reference, "rotate", neighbours)
     monkeypatch.setattr(reference, "rotate_neighbours", halves)
@@ -462,6 +528,17 @@ def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
         expected["ids_1"].tolist()
     )
     assert deviation(logits_SV, expected["logits_1"]) > 50 * BOUND
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_other_form_of_gelu_shows(variant):
+    """It differs by little, but by more than the tolerance."""
+    config, expected = tiny_config(variant), golden(variant)
+    others = {"gelu": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu"}
+    if config.activation in others:
+        config = replace(config, activation=others[config.activation])
+        logits_SV, _ = Reference(config, tiny_weights(variant)).forward(expected["ids_1"].tolist())
+        assert deviation(logits_SV, expected["logits_1"]) > 1.5 * BOUND
 
 
 def test_an_older_token_does_not_see_a_newer_one():
