@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from mpishard.errors import UserError, brief
-from mpishard.tokenizer.chat_template import ChatTemplate
 from mpishard.tokenizer.length_bound import LengthBound
 from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
+
+if TYPE_CHECKING:
+    from mpishard.tokenizer.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 
@@ -139,6 +141,9 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template."""
+        # Imported here, because only chats need it and its Jinja.
+        from mpishard.tokenizer.chat_template import ChatTemplate
+
         return ChatTemplate(self.directory, self._settings, self.names)
 
 
