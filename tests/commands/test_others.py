@@ -81,7 +81,7 @@ def on_terminal(n: int | None, *words: object) -> tuple[str, str]:
     return out, shown.decode()
 
 
-@pytest.mark.parametrize("n", [None, 3])
+@pytest.mark.parametrize("n", [None, 2])
 def test_long_work_shows_its_progress_on_a_terminal(model, tmp_path, n):
     _, shown = on_terminal(n, "shard", model, tmp_path / "out", "--tp", 3)
     assert "writing: " in shown and shown.count("B/s") >= 1
