@@ -77,7 +77,12 @@ from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
 from mpishard.storage.source import fingerprint, open_source
 from mpishard.storage.weights import load_weights
-from mpishard.tokenizer import TOKENIZER, IncrementalDetokenizer, Tokenizer, finish_output
+from mpishard.tokenizer import (
+    IncrementalDetokenizer,
+    Tokenizer,
+    finish_output,
+    has_tokenizer,
+)
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
 
@@ -118,7 +123,7 @@ class Model:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the model can take and give text."""
-        return (self.path / TOKENIZER).is_file()
+        return has_tokenizer(self.path)
 
     def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
         """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
@@ -221,21 +226,19 @@ class Model:
         self._check_routing(encoded, params.max_tokens - 1)
         mine = assign_requests(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
-        text = self.text if self.has_tokenizer or params.stop or on_text else None
+        needs_text = params.stop or on_text or not params.skip_special_tokens
+        text = self.text if self.has_tokenizer or needs_text else None
         texts = {
-            place: IncrementalDetokenizer(
-                text, encoded[place], params.stop, _writer(on_text, place)
-            )
+            place: IncrementalDetokenizer(text, encoded[place], params, _writer(on_text, place))
             for place in mine
             if text
         }
-        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
         requests = [
             Request(
                 index=place,
                 ids=encoded[place],
                 params=params,
-                eos_ids=eos,
+                eos_ids=params.end_ids(self.config.eos_ids),
                 stop_fn=texts[place].update if params.stop or on_text else None,
             )
             for place in mine

@@ -83,6 +83,11 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+def token_ids(text: str) -> tuple[int, ...]:
+    """Token ids, with commas between them, from the command line."""
+    return tuple(integer(token) for token in text.split(","))
+
+
 def size(text: str) -> int:
     """A number of bytes, at least 1, from the command line."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?((?:[KMGT]i?)?)B?", text, re.ASCII)
@@ -212,5 +217,17 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
         help="end the answer before this text; may be given several times",
     )  # fmt: skip
     sampling.add_argument(
+        "--stop-token-ids", type=token_ids, default=(), metavar="ID,ID",
+        help="end the answer with any of these tokens",
+    )  # fmt: skip
+    sampling.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
     )
+    sampling.add_argument(
+        "--include-stop-str-in-output", action="store_true",
+        help="the text has what ended the answer: the text of --stop, or a token",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--skip-special-tokens", action=argparse.BooleanOptionalAction, default=True,
+        help="leave special tokens out of the text (default: yes)",
+    )  # fmt: skip

@@ -221,7 +221,7 @@ class ReplicaClient:
         if not self._leads:
             return
         if growing is None and self._text:
-            growing = IncrementalDetokenizer(self._text, request.ids)
+            growing = IncrementalDetokenizer(self._text, request.ids, request.params)
         result = finish_output(answer.ids, answer.finish_reason, growing)
         self._say({"answer": {"place": answer.index, "refused": answer.error, **result}})
 
@@ -270,12 +270,12 @@ class ReplicaClient:
         params = SamplingParams(**fields["params"])
         stopped = None
         if params.stop and self._text:
-            self._texts[place] = IncrementalDetokenizer(self._text, ids, params.stop)
+            self._texts[place] = IncrementalDetokenizer(self._text, ids, params)
             stopped = self._texts[place].update
         return Request(
             index=place,
             ids=ids,
             params=params,
-            eos_ids=frozenset() if params.ignore_eos else self._eos_ids,
+            eos_ids=params.end_ids(self._eos_ids),
             stop_fn=stopped,
         )

@@ -60,7 +60,7 @@ class BatchJob:
                 f"--output {target} exists already and no job is to be continued there: give "
                 "another name, or remove it"
             )
-        told = asdict(defaults) | {"stop": list(defaults.stop), "chat": chat}
+        told = asdict(defaults) | {"chat": chat}
         own = {"input": f"sha256 {digest}", "lines": len(self._spans)}
         self.journal = Journal(path, {**own, **(metadata or {}), **told})
         self._next = 0

@@ -30,7 +30,8 @@ NUMBERS = {
     "seed": int,
     "max_tokens": int,
 }
-PARAMS = (*NUMBERS, "stop", "ignore_eos")
+SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+PARAMS = (*NUMBERS, "stop", "stop_token_ids", *SWITCHES)
 PLAIN_FIELDS = ("id", "prompt", "input_ids", *PARAMS)
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 
@@ -182,10 +183,14 @@ def _params(fields: Mapping[str, Any], defaults: SamplingParams, where: str) -> 
             given[name] = _number(name, given[name], kind, where)
     if "stop" in given:
         given["stop"] = _stops(given["stop"], where)
-    if not isinstance(given.get("ignore_eos", False), bool):
+    if not _are_ids(given.get("stop_token_ids", [])):
         raise UserError(
-            f'{where}: "ignore_eos" must be true or false, not {_short(given["ignore_eos"])}'
+            f'{where}: "stop_token_ids" must be a list of integers, not '
+            f"{_short(given['stop_token_ids'])}"
         )
+    for name in SWITCHES:
+        if not isinstance(given.get(name, False), bool):
+            raise UserError(f'{where}: "{name}" must be true or false, not {_short(given[name])}')
     try:
         return replace(defaults, **given)
     except UserError as error:

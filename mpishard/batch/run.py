@@ -23,7 +23,7 @@ from mpishard.engine.generate import check_request, serve
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.errors import UserError
 from mpishard.model import Decoder
-from mpishard.tokenizer import TOKENIZER, Tokenizer
+from mpishard.tokenizer import Tokenizer, has_tokenizer
 
 # The part of the memory that is free when a job begins that its caches may take.
 CACHE_SHARE = 0.5
@@ -105,7 +105,7 @@ def _serve(
 ) -> Progress | None:
     """Answer what is left of the task; on rank 0 how far that came."""
     mesh = decoder.mesh
-    text = Tokenizer(directory) if (directory / TOKENIZER).is_file() else None
+    text = Tokenizer(directory) if has_tokenizer(directory) else None
     post = Mailbox(mesh.world.comm)
     coordinator = None
     if task:
@@ -141,7 +141,8 @@ def _encoder(
 def _ids(line: BatchRequest, chat: bool, directory: Path, text: Tokenizer | None) -> list[int]:
     prompt = line.prompt
     are_ids = isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
-    if text is None and (not are_ids or line.params.stop):
+    needs_text = line.params.stop or not line.params.skip_special_tokens
+    if text is None and (not are_ids or needs_text):
         text = Tokenizer(directory)  # which says that there is none
     if are_ids and chat:
         raise UserError("a chat needs the text that opens it, not token ids; omit --chat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mpishard.errors import UserError
@@ -15,7 +16,10 @@ class SamplingParams:
 
     `temperature` 0 is greedy, and then `top_k`, `top_p`, `min_p` and `seed` have no effect. `top_k`
     0, `top_p` 1 and `min_p` 0 filter nothing. Generation ends after `max_tokens` tokens, with one
-    of the `stop` strings in the text or, unless `ignore_eos`, with an end-of-sequence token.
+    of the `stop` strings in the text, with one of the `stop_token_ids` or, unless `ignore_eos`,
+    with an end-of-sequence token. The text ends before what ended it, or behind it if
+    `include_stop_str_in_output`. Special tokens are in the text only if `skip_special_tokens` is
+    false, but a `stop` string is found in them in any case.
 
     Raises UserError for a value out of range.
     """
@@ -28,11 +32,15 @@ class SamplingParams:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or "" in self.stop:
             raise UserError(f"stop {self.stop!r} must be a list of texts, none of them empty")
-        object.__setattr__(self, "stop", tuple(self.stop))  # a list is as good
+        for name in ("stop", "stop_token_ids"):  # a list is as good
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         limits = [
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, self._can_divide(), "0 (greedy) or at least 1e-6"),
@@ -40,6 +48,7 @@ class SamplingParams:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            *(("stop_token_ids", token, token >= 0, "0 or more") for token in self.stop_token_ids),
         ]
         for name, value, valid, range_ in limits:
             if not valid:
@@ -48,6 +57,11 @@ class SamplingParams:
     def _can_divide(self) -> bool:
         """Whether logits over the temperature stay finite."""
         return self.temperature == 0 or 1e-6 <= self.temperature < math.inf
+
+    def end_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
+        """The tokens that end generation, for a model whose end-of-sequence tokens are
+        `eos_ids`."""
+        return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else eos_ids)
 
     @property
     def greedy(self) -> bool:

@@ -1,0 +1,133 @@
+"""The tokenizer of a model directory: text to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from mpishard.errors import UserError, brief
+from mpishard.tokenizer.chat_template import ChatTemplate
+from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
+
+TOKENIZER = "tokenizer.json"
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory has a tokenizer that can be read."""
+    return (directory / TOKENIZER).is_file()
+
+
+class Tokenizer:
+    """The tokenizer of a model directory, with the tokens that the files beside it add, and its
+    chat template if it has one.
+
+    `add_bos` says whether a prompt begins with the token of that name; None leaves it to the
+    tokenizer. `notices` are sentences for the user: what other programs do differently with these
+    files. Raises UserError if the directory has no ``tokenizer.json``, where a file cannot be read,
+    and for an `add_bos` without such a token.
+    """
+
+    def __init__(self, directory: Path, add_bos: bool | None = None) -> None:
+        self.directory, self._add_bos = directory, add_bos
+        self.tokenizer = _read_tokenizer(directory)
+        settings = read_settings(directory)
+        tokens = SpecialTokens(self.tokenizer, directory, settings)
+        self.names = tokens.names
+        self.notices = [
+            f"{directory}: {brief(repr(token))} is token {actual} of {TOKENIZER}, although the "
+            f"files beside it say {declared}"
+            for token, (declared, actual) in tokens.moved.items()
+        ]
+        # Files often carry the settings of some training run: a prompt is taken as it is.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
+        self._settings = settings
+        self._check_bos(settings.get("add_bos_token"))
+
+    def _check_bos(self, declared: object) -> None:
+        bos = self.names.get("bos_token")
+        self._bos_id = None if bos is None else self.tokenizer.token_to_id(bos)
+        prefix = self.tokenizer.encode("").ids
+        self._adds_bos = self._bos_id is not None and prefix[:1] == [self._bos_id]
+        if self._add_bos and self._bos_id is None:
+            raise UserError(
+                f"--add-bos: {self.directory} has no bos_token in tokenizer_config.json; leave "
+                "the flag out"
+            )
+        if declared is True and bos and not self._adds_bos and self._add_bos is None:
+            self.notices.append(
+                f"{self.directory}: tokenizer_config.json says add_bos_token, but {TOKENIZER} adds "
+                f"none, and decides as in transformers 5 (4 did add it); --add-bos begins prompts "
+                f"with {bos}, --no-add-bos says that they are right as they are"
+            )
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The token ids of `text`, with the tokens that the tokenizer adds to a prompt unless
+        `special` is false. Raises UserError for what cannot be written in UTF-8."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the prompt {text[:40]!r} is not valid text: character {error.start} "
+                "is no character of Unicode; give UTF-8"
+            ) from None
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        if not special or self._add_bos in (None, self._adds_bos):
+            return ids
+        assert self._bos_id is not None
+        return [self._bos_id, *ids] if self._add_bos else ids[1:]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, special tokens left out unless `skip_special_tokens` is false."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def special_texts(self) -> dict[int, str]:
+        """The texts of the special tokens, by id."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {
+            token: text.content
+            for token, text in added.items()
+            if not self.decode([token]) and self.decode([token], skip_special_tokens=False)
+        }
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation up to where the assistant answers. Its `messages` have a
+        ``role`` and a ``content``; a string is the message of a user who opens it. What
+        `chat_template_kwargs` have, such as ``tools``, ``documents`` or ``enable_thinking``, is
+        given to the template.
+
+        Raises UserError if the model has no chat template or it fails.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = self.chat_template.render(messages, **(chat_template_kwargs or {}))
+        return self.encode(text, special=False)  # the template has written them
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate(self.directory, self._settings, self.names)
+
+
+def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+    path = directory / TOKENIZER
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: text needs the model's tokenizer; "
+            f"give token ids instead, or copy {TOKENIZER} there"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        reason = brief(" ".join(str(error).split()), 300).rstrip(".")
+        raise UserError(f"{path} is not a tokenizer that can be read: {reason}") from None
