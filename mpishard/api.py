@@ -183,11 +183,12 @@ class Model:
             return
         for place, ids in enumerate(encoded):
             longest = min(len(ids) + chosen, self.config.max_position_embeddings)
-            if chosen and self.decoder.uses_dynamic_rope(longest):
+            if self.decoder.rope_lengths(longest) != self.decoder.rope_lengths(len(ids)):
                 raise UserError(
-                    f"the dynamic rope of {self.path} takes a sequence of {longest} tokens in "
-                    "again for every token chosen, so that a token is routed many times, which is "
-                    "neither recorded nor replayed: use fewer tokens, or score them with logits"
+                    f"the {self.config.rope.kind} rope of {self.path} takes a "
+                    f"sequence of {longest} tokens in again as it grows, so that a token is routed "
+                    "many times, which is neither recorded nor replayed: use fewer tokens, or "
+                    "score them with logits"
                 )
             if self.routing_trace is not None:
                 request_S = np.full(len(ids), place)

@@ -17,6 +17,7 @@ from mpishard.arithmetic.linear import Linear, elementwise
 from mpishard.arithmetic.ops import (
     ACTIVATIONS,
     GLU,
+    Multiplier,
     RMSNorm,
     clamped_swiglu,
     glu,
@@ -39,7 +40,8 @@ Fields = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer on this rank. A norm that the family does not have is the identity."""
+    """One decoder layer on this rank. A norm that the family does not have is the identity, and
+    after a sub-layer the factor of what the sub-layer adds to the residual stream."""
 
     attention_norm: Norm
     attention: Attention | MLA
@@ -83,16 +85,24 @@ def make_layer(
             if config.mla
             else _attention(config, number, w, mesh)
         ),
-        attention_post_norm=make_norm(config, w, "attention_post_norm"),
+        attention_post_norm=_post_norm(config, w, "attention_post_norm"),
         ffn_norm=make_norm(config, w, "ffn_norm"),
         ffn=ffn,
-        ffn_post_norm=make_norm(config, w, "ffn_post_norm"),
+        ffn_post_norm=_post_norm(config, w, "ffn_post_norm"),
     )
 
 
 def make_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
     """The norm whose weight is `field` of `w`; the identity where there is none."""
     return _rms_norm(config, w[field]) if field in w else identity
+
+
+def _post_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
+    """What is done with the output of a sub-layer before it is added to the residual stream."""
+    if config.residual_scale != 1:
+        assert field not in w, "no family has both"
+        return Multiplier(config.residual_scale)
+    return make_norm(config, w, field)
 
 
 def _rms_norm(config: ModelConfig, weight: np.ndarray) -> RMSNorm:
@@ -121,7 +131,9 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         ),
         q_norm=q_norm,
         k_norm=k_norm,
+        norm_after_rope=config.qk_norm_after_rope,
         full_width_norm=_full_width_norm(config, w, mesh) if config.full_width_qk_norm else None,
+        interleaved=config.rope_interleaved,
     )
 
 
@@ -138,7 +150,7 @@ def _full_width_norm(config: ModelConfig, w: Fields, mesh: Mesh) -> FullWidthNor
 
 
 def _mla(config: ModelConfig, mla: MLAConfig, number: int, w: Fields) -> MLA:
-    rope, scale = config.rope, config.head_dim**-0.5
+    rope, scale = config.ropes[number], config.head_dim**-0.5
     if rope.kind == "yarn":
         scale *= rotary.yarn_softmax_scale(rope.factor, rope.mscale_all_dim)
     return MLA(

@@ -96,7 +96,7 @@ class Decoder:
         sharded = mesh.layout.sequence_parallel
         self.stream = RESIDUAL_STREAMS["sequence-parallel" if sharded else "whole"]
         self.attend = select_attention(mesh.layout)
-        self.rope = RotaryEmbedding(config, self.dtype)
+        self.rope = RotaryEmbedding(config, self.layer_numbers, self.dtype)
         # Of this rank and of those beside it, by which all know the fullest cache.
         self._sequence_shardings = [
             sequence_sharding_of(config, mesh.layout, mesh.cp.rank, rank)
@@ -109,14 +109,16 @@ class Decoder:
     def forward(self, step: Step, hidden_state_hook: HiddenStateHook | None = None) -> Any:
         """The logits of this rank's block of the vocabulary after each of its tokens that `step`
         wants, (M, v), or what `exit` makes of the residual stream."""
-        stream, mesh, rope = self.stream, self.mesh, self.rope(step)
+        stream, mesh, ropes = self.stream, self.mesh, self.rope(step)
         x_nD = self.entry(self, step)
         for index, layer in enumerate(self.layers):
             if hidden_state_hook:
                 hidden_state_hook(self.layer_numbers[index], x_nD)
             h_nD = layer.attention_norm(x_nD)
             x_nD = x_nD + layer.attention_post_norm(
-                stream.attention(h_nD, layer.attention, index, step, rope, self.attend, mesh)
+                stream.attention(
+                    h_nD, layer.attention, index, step, ropes[index], self.attend, mesh
+                )
             )
             h_nD = layer.ffn_norm(x_nD)
             feed_forward = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
@@ -145,7 +147,11 @@ class Decoder:
     def uses_dynamic_rope(self, length: int) -> bool:
         """Whether a sequence of `length` positions has other rotary frequencies than a shorter
         one, so that what its cache holds does not fit any more."""
-        return self.rope.uses_dynamic_rope(length)
+        return any(self.rope_lengths(length))
+
+    def rope_lengths(self, length: int) -> tuple[int, ...]:
+        """What the rotary frequencies of a sequence of `length` positions depend on."""
+        return self.rope.frequency_lengths(length)
 
     def allocate_cache(
         self, capacity: int, first: int | None = None, inherited: int | None = None
@@ -193,6 +199,8 @@ def final_logits(model: Decoder, x_nD: np.ndarray, step: Step) -> np.ndarray:
     assert model.head is not None, "a stage without the head has an exit of its own"
     x_MD = model.norm(model.stream.select_logits_rows(x_nD, step, model.mesh))
     logits_Mv = tensor.logits(x_MD, model.head)
+    if model.config.logits_scale != 1:
+        logits_Mv *= logits_Mv.dtype.type(model.config.logits_scale)
     if model.config.final_logit_softcapping is not None:
         softcap(logits_Mv, model.config.final_logit_softcapping)
     return logits_Mv

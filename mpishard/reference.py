@@ -57,12 +57,12 @@ class Reference:
                 y_SD = self.moe(normed_SD, f"model.layers.{layer}")
             else:
                 y_SD = self.feed_forward(normed_SD, f"model.layers.{layer}.mlp")
-            if self.config.post_norms:
-                y_SD = self.norm(y_SD, f"model.layers.{layer}.post_feedforward_layernorm")
-            x_SD = x_SD + y_SD
+            y_SD = self.layer_norm(y_SD, layer, self.config.norms.ffn_post)
+            x_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
         x_SD = self.norm(x_SD, "model.norm")
         head_VD = embedding_VD if self.config.tied else self.weights["lm_head.weight"]
-        logits_SV = softcapped(x_SD @ head_VD.T, self.config.final_logit_softcapping)
+        logits_SV = self.dtype(self.config.logits_scale) * (x_SD @ head_VD.T)
+        logits_SV = softcapped(logits_SV, self.config.final_logit_softcapping)
         return logits_SV, [*entering, x_SD]
 
     def routings(self, ids_S: Sequence[int]) -> dict[int, Routing]:
@@ -90,39 +90,38 @@ class Reference:
     def attended(self, x_SD: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The residual stream after the attention of `layer`, which it entered as `x_SD`, and what
         the norm before the feed-forward network makes of it."""
-        name, window = f"model.layers.{layer}", self.config.windows[layer]
+        norms = self.config.norms
         attention = self.latent_attention if self.config.mla else self.attention
-        normed_SD = self.norm(x_SD, f"{name}.input_layernorm")
-        y_SD = attention(normed_SD, f"{name}.self_attn", window)
-        if self.config.post_norms:
-            x_SD = x_SD + self.norm(y_SD, f"{name}.post_attention_layernorm")
-            return x_SD, self.norm(x_SD, f"{name}.pre_feedforward_layernorm")
-        x_SD = x_SD + y_SD
-        return x_SD, self.norm(x_SD, f"{name}.post_attention_layernorm")
+        y_SD = attention(self.layer_norm(x_SD, layer, norms.attention), layer)
+        y_SD = self.layer_norm(y_SD, layer, norms.attention_post)
+        x_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
+        return x_SD, self.layer_norm(x_SD, layer, norms.ffn)
 
-    def attention(self, x_SD: np.ndarray, name: str, window: int | None) -> np.ndarray:
-        """Causal attention of the layer called `name`, over the last `window` positions or all."""
-        c = self.config
+    def attention(self, x_SD: np.ndarray, layer: int) -> np.ndarray:
+        """Causal attention of a layer, over the positions in its window or all."""
+        c, name = self.config, f"model.layers.{layer}.self_attn"
         q_SX = self.linear(x_SD, f"{name}.q_proj", c.qkv_bias)  # X: all heads
         k_SX = self.linear(x_SD, f"{name}.k_proj", c.qkv_bias)
         v_SX = self.linear(x_SD, f"{name}.v_proj", c.qkv_bias)
+        q_norm, k_norm = f"{name}.q_norm", f"{name}.k_norm"
         if c.full_width_qk_norm:
-            q_SX, k_SX = self.norm(q_SX, f"{name}.q_norm"), self.norm(k_SX, f"{name}.k_norm")
+            q_SX, k_SX = self.norm(q_SX, q_norm), self.norm(k_SX, k_norm)
         q_SHK = q_SX.reshape(-1, c.heads, c.head_dim)
         k_SGK = k_SX.reshape(-1, c.kv_heads, c.head_dim)
         v_SGK = v_SX.reshape(-1, c.kv_heads, c.head_dim)
-        if c.qk_norm:
-            q_SHK = self.norm(q_SHK, f"{name}.q_norm")
-            k_SGK = self.norm(k_SGK, f"{name}.k_norm")
+        if c.qk_norm and not c.qk_norm_after_rope:
+            q_SHK, k_SGK = self.norm(q_SHK, q_norm), self.norm(k_SGK, k_norm)
+        q_SHK, k_SGK = self.positioned(q_SHK, layer), self.positioned(k_SGK, layer)
+        if c.qk_norm and c.qk_norm_after_rope:
+            q_SHK, k_SGK = self.norm(q_SHK, q_norm), self.norm(k_SGK, k_norm)
 
         S = len(x_SD)
-        cos_SJ, sin_SJ = rotation(c.rope, c.head_dim, S)
-        hidden_SS = ~visible(S, window)
+        query_scale_S1 = query_scale(c.ropes[layer], S)[:, None].astype(self.dtype)
+        hidden_SS = ~visible(S, c.windows[layer])
         out_SHK = np.empty_like(q_SHK)
         for h in range(c.heads):
             g = h // (c.heads // c.kv_heads)  # neighbouring query heads share a key/value head
-            q_SK = rotate(q_SHK[:, h], cos_SJ, sin_SJ)
-            k_SK = rotate(k_SGK[:, g], cos_SJ, sin_SJ)
+            q_SK, k_SK = q_SHK[:, h] * query_scale_S1, k_SGK[:, g]
             scale = 1 / math.sqrt(c.head_dim) if c.attention_scale is None else c.attention_scale
             scores_SS = softcapped(q_SK @ k_SK.T * scale, c.attn_logit_softcapping)
             scores_SS[hidden_SS] = -np.inf
@@ -135,10 +134,23 @@ class Reference:
             out_SHK[:, h] = weights_SS @ v_SGK[:, g]
         return self.linear(out_SHK.reshape(S, -1), f"{name}.o_proj", c.o_bias)
 
-    def latent_attention(self, x_SD: np.ndarray, name: str, window: int | None) -> np.ndarray:
-        """Multi-head latent attention of the layer called `name`, with every key and value written
-        out: section 2.1 of DeepSeek-V2, arXiv 2405.04434."""
+    def positioned(self, x_SHK: np.ndarray, layer: int) -> np.ndarray:
+        """Queries or keys of a layer, turned by their positions: of each head the elements that
+        rope rotates, which are the first, or none."""
         c = self.config
+        if c.ropes[layer].kind == "none":
+            return x_SHK
+        cos_SJ, sin_SJ = rotation(c.ropes[layer], c.rotary_dim, len(x_SHK))
+        turn = rotate_neighbours if c.rope_interleaved else rotate
+        turned_SHK = x_SHK.copy()
+        for h in range(x_SHK.shape[1]):
+            turned_SHK[:, h, : c.rotary_dim] = turn(x_SHK[:, h, : c.rotary_dim], cos_SJ, sin_SJ)
+        return turned_SHK
+
+    def latent_attention(self, x_SD: np.ndarray, layer: int) -> np.ndarray:
+        """Multi-head latent attention of a layer, with every key and value written out: section 2.1
+        of DeepSeek-V2, arXiv 2405.04434."""
+        c, name, rope = self.config, f"model.layers.{layer}.self_attn", self.config.ropes[layer]
         mla = c.mla
         assert mla is not None
         S = len(x_SD)
@@ -157,11 +169,11 @@ class Reference:
         kv_SX = self.linear(normed_SX, f"{name}.kv_b_proj", False)
         kv_SHX = kv_SX.reshape(S, c.heads, mla.qk_nope_head_dim + mla.v_head_dim)
 
-        cos_SJ, sin_SJ = rotation(c.rope, mla.qk_rope_head_dim, S)
+        cos_SJ, sin_SJ = rotation(rope, mla.qk_rope_head_dim, S)
         turn = rotate_neighbours if mla.interleaved else rotate
         shared_key_SK = turn(shared_key_SK, cos_SJ, sin_SJ)
-        scale = latent_score_factor(c.rope) / math.sqrt(mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-        hidden_SS = ~visible(S, window)
+        scale = latent_score_factor(rope) / math.sqrt(mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+        hidden_SS = ~visible(S, c.windows[layer])
         out_SHK = np.empty((S, c.heads, mla.v_head_dim), x_SD.dtype)
         for h in range(c.heads):
             nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.qk_nope_head_dim], axis=1)
@@ -206,7 +218,10 @@ class Reference:
         scores_SE = {"softmax": softmax, "sigmoid": sigmoid}[moe.scoring](logits_SE)
         chosen_by_SE = scores_SE
         if moe.e_score_correction_bias:
-            chosen_by_SE = scores_SE + self.weights[f"{name}.{moe.names.e_score_correction_bias}"]
+            bias = f"{name}.{moe.names.e_score_correction_bias}"
+            if bias not in self.weights:
+                bias = f"{name}.{stacked.e_score_correction_bias}"
+            chosen_by_SE = scores_SE + self.weights[bias]
         experts_SA, margin_S = choose(chosen_by_SE, moe)
         weights_SA = np.take_along_axis(scores_SE, experts_SA, axis=1)
         if moe.norm_topk_prob:
@@ -262,6 +277,10 @@ class Reference:
         """The projection called `name` of the last axis of `x`."""
         y = x @ self.weights[f"{name}.weight"].T
         return y + self.weights[f"{name}.bias"] if bias else y
+
+    def layer_norm(self, x_SD: np.ndarray, layer: int, name: str | None) -> np.ndarray:
+        """`x_SD` after the norm `name` of a layer, if the family has it."""
+        return x_SD if name is None else self.norm(x_SD, f"model.layers.{layer}.{name}")
 
     def norm(self, x: np.ndarray, name: str, eps: float | None = None) -> np.ndarray:
         """RMSNorm over the last axis, Zhang and Sennrich 2019, arXiv 1910.07467; `eps` is the
@@ -376,16 +395,24 @@ def rotate_neighbours(x_SK: np.ndarray, cos_SJ: np.ndarray, sin_SJ: np.ndarray) 
 
 def rotation(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine (S, J), in float64, by which the heads of a sequence of `length` positions
-    are turned. With yarn both are also scaled by its attention factor."""
+    are turned. With yarn and longrope both are also scaled by an attention factor."""
     frequency_J = frequencies(rope, head_dim, length)
     angle_SJ = np.arange(length)[:, None] * frequency_J
-    scale = yarn_attention_factor(rope) if rope.kind == "yarn" else 1.0
+    factor = {"yarn": yarn_attention_factor, "longrope": longrope_attention_factor}
+    scale = factor[rope.kind](rope) if rope.kind in factor else 1.0
     return scale * np.cos(angle_SJ), scale * np.sin(angle_SJ)
+
+
+def query_scale(rope: Rope, length: int) -> np.ndarray:
+    """What each query of a sequence is multiplied with, (S,): it grows with how many times the
+    trained length lies before it."""
+    lengths_before_S = np.arange(length) // rope.original_positions if rope.query_scale_beta else 0
+    return np.ones(length) + rope.query_scale_beta * np.log1p(lengths_before_S)
 
 
 def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
     """Radians per position (J,) of each pair, for a sequence of `length` positions; only "dynamic"
-    depends on the length."""
+    and "longrope" depend on the length."""
     exponent_J = np.arange(0, head_dim, 2) / head_dim
     plain_J = rope.theta**-exponent_J
     if rope.kind == "default":
@@ -397,6 +424,8 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
         excess = max(length / rope.original_positions, 1.0) - 1.0
         growth = (1.0 + rope.factor * excess) ** (head_dim / (head_dim - 2))
         return (rope.theta * growth) ** -exponent_J
+    if rope.kind == "ntk_alpha":
+        return (rope.theta * rope.factor ** (head_dim / (head_dim - 2))) ** -exponent_J
     if rope.kind == "llama3":
         # Turns within the trained length: few are slowed down, many left alone, some in between.
         turns_J = rope.original_positions * plain_J / (2 * math.pi)
@@ -406,6 +435,9 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
     if rope.kind == "yarn":
         kept_J = 1 - yarn_ramp(rope, head_dim)
         return kept_J * plain_J + (1 - kept_J) * plain_J / rope.factor
+    if rope.kind == "longrope":
+        is_long = length > rope.original_positions
+        return plain_J / np.array(rope.long_factors if is_long else rope.short_factors)
     raise ValueError(f"unknown rope {rope.kind!r}")
 
 
@@ -435,6 +467,16 @@ def yarn_attention_factor(rope: Rope) -> float:
     if rope.mscale and rope.mscale_all_dim:
         return yarn_growth(rope, rope.mscale) / yarn_growth(rope, rope.mscale_all_dim)
     return yarn_growth(rope, 1.0)
+
+
+def longrope_attention_factor(rope: Rope) -> float:
+    """The same for longrope: as the configuration says, or section 3.3 of Ding et al. 2024, arXiv
+    2402.13753."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions))
 
 
 def latent_score_factor(rope: Rope) -> float:

@@ -1,50 +1,84 @@
-"""The rotary embedding of a model, for the tokens of a step."""
+"""The rotary embeddings of a model's layers, for the tokens of a step."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from mpishard.arithmetic import rotary
 from mpishard.config.model_config import ModelConfig
+from mpishard.config.model_config import Rope as RopeConfig
 from mpishard.parallel.qkv import Rope
 from mpishard.sequences.step import Step
 
 
 class RotaryEmbedding:
-    """Rotary cosines and sines of a model's kind of RoPE (Su et al. 2021, arXiv 2104.09864)."""
+    """Rotary cosines and sines (Su et al. 2021, arXiv 2104.09864) of some `layers` of a model.
+    Layers of the same kind of RoPE share them."""
 
-    def __init__(self, config: ModelConfig, dtype: np.dtype) -> None:
-        self.config, self.dtype = config, dtype
-        self._inv_freq_J, self._attention_scaling = inverse_frequencies(config)
+    def __init__(self, config: ModelConfig, layers: Iterable[int], dtype: np.dtype) -> None:
+        self.ropes = [config.ropes[layer] for layer in layers]
+        self.width, self.dtype = config.rotary_dim, dtype
+        # By kind of RoPE and the length that its frequencies depend on.
+        self._frequencies: dict[tuple[RopeConfig, int], tuple[np.ndarray, float]] = {}
 
-    def uses_dynamic_rope(self, length: int) -> bool:
-        """Whether a sequence of `length` positions has other frequencies than a shorter one, so
-        that what its cache holds does not fit any more."""
-        rope = self.config.rope
-        return rope.kind == "dynamic" and length > rope.original_positions
+    def frequency_lengths(self, length: int) -> tuple[int, ...]:
+        """What the frequencies of a sequence of `length` positions depend on: where it differs from
+        a shorter one's, what a cache holds of that does not fit any more."""
+        return tuple(rope.frequency_length(length) for rope in self.ropes)
 
-    def __call__(self, step: Step) -> Rope:
-        """Cosines, (N, 1, 1, J), and sines, (N, 1, 2, J), of the step's tokens, as
-        `mpishard.arithmetic.rotary.apply_rotary` takes them."""
-        angles_NJ = step.positions_N[:, np.newaxis] * self._inv_freq_J
+    def __call__(self, step: Step) -> list[Rope]:
+        """The rotation of the step's tokens in each layer."""
+        made = {rope: self._rotation(rope, step) for rope in dict.fromkeys(self.ropes)}
+        return [made[rope] for rope in self.ropes]
+
+    def _rotation(self, rope: RopeConfig, step: Step) -> Rope:
+        inv_freq_J, scaling = self._of_length(rope, 0)
+        angles_NJ = step.positions_N[:, np.newaxis] * inv_freq_J
         for segment in step.segments:
-            if self.uses_dynamic_rope(segment.num_known):
+            length = rope.frequency_length(segment.num_known)
+            if length:
                 new = segment.token_slice
-                inv_freq_J = _dynamic_inverse_frequencies(self.config, segment.num_known)
+                inv_freq_J, _ = self._of_length(rope, length)
                 angles_NJ[new] = step.positions_N[new, np.newaxis] * inv_freq_J
         angles_N11J = angles_NJ[:, np.newaxis, np.newaxis]
-        sin_N11J = np.sin(angles_N11J) * self._attention_scaling
-        return (
-            (np.cos(angles_N11J) * self._attention_scaling).astype(self.dtype),
+        sin_N11J = np.sin(angles_N11J) * scaling
+        return Rope(
+            (np.cos(angles_N11J) * scaling).astype(self.dtype),
             np.concatenate([-sin_N11J, sin_N11J], axis=2, dtype=self.dtype, casting="same_kind"),
+            self._query_scale(rope, step.positions_N),
         )
 
+    def _query_scale(self, rope: RopeConfig, positions_N: np.ndarray) -> np.ndarray | None:
+        if not rope.query_scale_beta:
+            return None
+        beta, trained = rope.query_scale_beta, rope.original_positions
+        scale_N = rotary.position_query_scale(positions_N, beta, trained)
+        return scale_N[:, np.newaxis, np.newaxis].astype(self.dtype)
 
-def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """A model's angles per position, (J,), and the factor on cosines and sines (Hugging Face:
-    attention_scaling)."""
-    rope = config.rope
-    inv_freq_J = rotary.inverse_frequencies(config.rotary_dim, rope.theta)
+    def _of_length(self, rope: RopeConfig, length: int) -> tuple[np.ndarray, float]:
+        if length and rope.kind == "dynamic":
+            return inverse_frequencies(rope, self.width, length)  # another one for each length
+        key = rope, length
+        if key not in self._frequencies:
+            self._frequencies[key] = inverse_frequencies(rope, self.width, length)
+        return self._frequencies[key]
+
+
+def inverse_frequencies(rope: RopeConfig, width: int, length: int = 0) -> tuple[np.ndarray, float]:
+    """The angles per position, (J,), of heads of which `width` elements are rotated, and the factor
+    on cosines and sines (Hugging Face: attention_scaling). `length` is the sequence's
+    `frequency_length`."""
+    if rope.kind == "none":
+        return np.empty(0), 1.0
+    theta = rope.theta
+    if rope.kind == "dynamic":
+        trained = rope.original_positions
+        theta = rotary.dynamic_theta(theta, rope.factor, length, trained, width)
+    if rope.kind == "ntk_alpha":
+        theta = rotary.ntk_theta(theta, rope.factor, width)
+    inv_freq_J = rotary.inverse_frequencies(width, theta)
     if rope.kind == "linear":
         return inv_freq_J / rope.factor, 1.0
     if rope.kind == "llama3":
@@ -59,10 +93,9 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
             scaling = rotary.yarn_attention_factor(rope.factor, rope.mscale, rope.mscale_all_dim)
         ramp = rope.beta_fast, rope.beta_slow, rope.original_positions, rope.truncate
         return rotary.yarn_frequencies(inv_freq_J, rope.theta, rope.factor, *ramp), scaling
+    if rope.kind == "longrope":
+        scaling = rope.attention_factor
+        if scaling is None:
+            scaling = rotary.longrope_attention_factor(rope.factor, rope.original_positions)
+        return inv_freq_J / np.array(rope.long_factors if length else rope.short_factors), scaling
     return inv_freq_J, 1.0
-
-
-def _dynamic_inverse_frequencies(config: ModelConfig, length: int) -> np.ndarray:
-    rope, width = config.rope, config.rotary_dim
-    theta = rotary.dynamic_theta(rope.theta, rope.factor, length, rope.original_positions, width)
-    return rotary.inverse_frequencies(width, theta)

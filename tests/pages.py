@@ -1,6 +1,7 @@
-"""What README and ``docs/`` show: listings of the source, lengths of modules, links, commands.
+"""What README and ``docs/`` show: listings of the source, lengths of modules, the families, links,
+commands.
 
-``python tests/pages.py`` rewrites the listings and the lengths from the source.
+``python tests/pages.py`` rewrites the listings, the lengths and the families from the source.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from family_table import names, table
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([README, *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*/README.md")])
 LISTING = re.compile(r"(<!-- source: (\S+) (\w+) -->\n```python\n).*?```", re.DOTALL)
+TABLE = re.compile(r"(<!-- families -->\n).*?\n\n", re.DOTALL)
+NAMES = re.compile(r"(<!-- family names -->\n).*?\n\n", re.DOTALL)
 MODULE_LINES = re.compile(r"(\[\w+\.py\]\((\S+\.py)\)) \(\d+\)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -49,6 +54,8 @@ def listing(path: str, name: str) -> str:
 def synced(page: Path) -> str:
     """The text of `page` with its listings and lengths of modules as the source is."""
     text = LISTING.sub(lambda m: f"{m[1]}{listing(m[2], m[3])}```", page.read_text())
+    text = TABLE.sub(lambda m: f"{m[1]}{table()}\n\n", text)
+    text = NAMES.sub(lambda m: f"{m[1]}{names()}\n\n", text)
 
     def with_length(match: re.Match[str]) -> str:
         return f"{match[1]} ({len((page.parent / match[2]).read_text().splitlines())})"

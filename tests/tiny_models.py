@@ -88,6 +88,27 @@ def _gemma2(*sizes: Any, **fields: Any) -> dict:
     return _llama(*sizes, **named | fields)
 
 
+_FAMILIES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+}
+
+
+def _family(family: str, *sizes: Any, **fields: Any) -> dict:
+    named = {"architectures": [_FAMILIES[family]], "model_type": family, "pad_token_id": None}
+    return _llama(*sizes, **named | fields)
+
+
 # "old" is the spelling of transformers 4, rope_scaling beside rope_theta, "new" the spelling of
 # transformers 5, rope_parameters. Prompts are longer than every original length and every window.
 # Thetas are small, so that every pair of a head turns visibly within them, and yarn's ramps begin
@@ -250,6 +271,102 @@ VARIANTS: dict[str, dict[str, Any]] = {
         layer_types=["full_attention", "sliding_attention"],
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 150.0},
+    ),
+    "gemma-plain": _family(
+        *("gemma", 6, 2, 26, 45, 81),
+        head_dim=8,
+        hidden_act="gelu",  # as in its published files, which mean the form with tanh
+        attention_bias=True,
+        rope_theta=200.0,
+    ),
+    "gemma3-old": _family(
+        *("gemma3_text", 4, 2, 20, 43, 79),
+        num_hidden_layers=5,
+        head_dim=10,
+        hidden_act=_ABSENT,
+        hidden_activation="gelu_pytorch_tanh",
+        tie_word_embeddings=_ABSENT,  # then they are tied
+        query_pre_attn_scalar=7,
+        final_logit_softcapping=2.5,
+        sliding_window=5,
+        sliding_window_pattern=3,
+        rope_theta=300.0,
+        rope_scaling={"rope_type": "linear", "factor": 3.0},
+        rope_local_base_freq=20.0,
+    ),
+    "olmo2-plain": _family(
+        *("olmo2", 6, 3, 34, 41, 77),
+        head_dim=8,
+        attention_bias=True,
+        rope_theta=200.0,
+    ),
+    "olmo3-yarn": _family(
+        *("olmo3", 8, 4, 30, 37, 75),
+        num_hidden_layers=3,
+        head_dim=10,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 7.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 1.0,
+                "beta_slow": 0.25,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    ),
+    "granite-plain": _family(
+        *("granite", 6, 2, 31, 47, 73),
+        head_dim=8,
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=1.5,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+        logits_scaling=1.7,
+        rope_theta=200.0,
+    ),
+    "smollm3-nope": _family(
+        *("smollm3", 8, 4, 36, 39, 71),
+        num_hidden_layers=4,
+        head_dim=6,
+        no_rope_layers=[1, 0, 1, 0],
+        use_sliding_window=True,
+        sliding_window=5,
+        rope_theta=200.0,
+    ),
+    "seed_oss-bias": _family(
+        *("seed_oss", 6, 3, 32, 51, 69),
+        head_dim=10,
+        attention_bias=False,
+        attention_out_bias=True,
+        mlp_bias=True,
+        rope_theta=200.0,
+    ),
+    "ministral3-scaled": _family(
+        *("ministral3", 4, 2, 27, 53, 67),
+        head_dim=12,
+        sliding_window=12,
+        rope_parameters={
+            "rope_type": "yarn",
+            "type": "yarn",
+            "rope_theta": 7.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 5,
+            "beta_slow": 0.25,
+            "llama_4_scaling_beta": 0.3,
+        },
+    ),
+    "exaone4-hybrid": _family(
+        *("exaone4", 6, 2, 29, 55, 65),
+        num_hidden_layers=3,
+        head_dim=10,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        rope_theta=200.0,
     ),
 }
 
@@ -472,6 +589,51 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         rope_interleave=False,
         rope_theta=100.0,
     ),
+    "dots1-groups": _family(
+        *("dots1", 6, 3, 32, 35, 89),
+        num_hidden_layers=3,
+        head_dim=8,
+        attention_bias=True,
+        first_k_dense_replace=1,
+        n_routed_experts=9,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=11,
+        n_group=3,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.4,
+        sliding_window=6,
+        max_window_layers=2,
+        rope_theta=200.0,
+    ),
+    "glm4_moe-partial": _family(
+        *("glm4_moe", 8, 4, 30, 29, 91),
+        head_dim=12,
+        attention_bias=True,
+        use_qk_norm=True,
+        partial_rotary_factor=0.5,
+        first_k_dense_replace=0,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=13,
+        n_group=2,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.6,
+        rope_theta=100.0,
+    ),
+    "minimax_m2-partial": _family(
+        *("minimax_m2", 6, 2, 33, 15, 93),
+        head_dim=10,
+        rotary_dim=6,
+        num_local_experts=7,
+        num_experts_per_tok=3,
+        scoring_func="sigmoid",
+        use_qk_norm=True,
+        rope_theta=100.0,
+    ),
 }
 
 # 0 but where a greedy continuation would repeat itself or come to a near-tie, or
@@ -505,6 +667,13 @@ _SEEDS = {
     "gpt_oss-plain": 8,
     "deepseek_v2-lite": 1,
     "deepseek_v3-plain": 7,
+    "olmo2-plain": 61,
+    "olmo3-yarn": 1,
+    "granite-plain": 1,
+    "smollm3-nope": 2,
+    "exaone4-hybrid": 2,
+    "dots1-groups": 3,
+    "glm4_moe-partial": 3,
     "gemma2-capped": 75,
     "gemma2-plain": 9,
 }
@@ -528,8 +697,9 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
         return {name: _draw_offset(random, name, shapes[name]).astype(dtype) for name in shapes}
     config = tiny_config(variant)
     if config.moe is None:
+        draw = _draw_offset if config.norm_offset else _draw
         return {
-            weight.name: _draw(random, weight.field, weight.shape).astype(dtype)
+            weight.name: draw(random, weight.field, weight.shape).astype(dtype)
             for weight in weight_specs(config)
         }
     wide = ("e_score_correction_bias",)  # as in every checkpoint
@@ -584,6 +754,9 @@ def stacked_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarr
         )
         weights[name + stacked.down] = np.stack(parts["down"])
         weights[name + stacked.router] = weights.pop(name + separate.router)
+        if stacked.e_score_correction_bias:
+            bias = weights.pop(f"{name}{config.moe.names.e_score_correction_bias}")
+            weights[name + stacked.e_score_correction_bias] = bias
     return weights
 
 

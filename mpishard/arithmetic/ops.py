@@ -22,6 +22,17 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+@dataclass(frozen=True)
+class Multiplier:
+    """Multiplies by a number: in the place of a norm after a sub-layer (Granite's
+    residual_multiplier)."""
+
+    factor: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return x * x.dtype.type(self.factor)
+
+
 def identity(x: np.ndarray) -> np.ndarray:
     """`x`: in the place of a norm that a family does not have."""
     return x

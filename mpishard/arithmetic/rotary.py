@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and the ways to stretch it beyond
 the length a model was trained on.
 
-The frequencies of a head of width K are K/2 angles per position, in float64. Pairs are
-``(i, i + K/2)``, as most Hugging Face checkpoints have them. J stands for K/2 in array names.
+The frequencies of a head of which 2J elements are rotated are J angles per position, in float64.
+Pairs are ``(i, i + J)``, as most Hugging Face checkpoints have them, or neighbours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 
 def inverse_frequencies(width: int, theta: float) -> np.ndarray:
-    """The K/2 angles per position of the original embedding, fastest first."""
+    """The angles per position, (J,), of the original embedding of `width` elements, fastest
+    first."""
     return theta ** (-np.arange(0, width, 2) / width)
 
 
@@ -23,6 +24,11 @@ def dynamic_theta(
     """The base of the dynamic ("NTK-aware") embedding for a sequence of `length` positions: it
     grows once the sequence is longer than the `original_max_position` one."""
     stretch = factor * max(length, original_max_position) / original_max_position - (factor - 1)
+    return ntk_theta(theta, stretch, width)
+
+
+def ntk_theta(theta: float, stretch: float, width: int) -> float:
+    """The base with which the slowest pair turns `stretch` times more slowly."""
     return theta * stretch ** (width / (width - 2))
 
 
@@ -83,6 +89,20 @@ def yarn_softmax_scale(factor: float, mscale_all: float | None) -> float:
     return yarn_get_mscale(factor, mscale_all) ** 2 if mscale_all else 1.0
 
 
+def longrope_attention_factor(factor: float, original_max_position: int) -> float:
+    """What LongRoPE multiplies cosines and sines with where the checkpoint does not say (Ding et
+    al. 2024, arXiv 2402.13753). `factor` is the ratio of the two lengths."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_max_position))
+
+
+def position_query_scale(
+    positions_N: np.ndarray, beta: float, original_max_position: int
+) -> np.ndarray:
+    """What the query at each position is multiplied with (Ministral 3): 1 within the original
+    length, and more by the logarithm of how many such lengths lie before the position."""
+    return 1 + beta * np.log(1 + np.floor(positions_N / original_max_position))
+
+
 def deinterleave(x_NhK: np.ndarray) -> np.ndarray:
     """`x_NhK` with the elements of even places first and then those of odd ones, so that pairs of
     neighbours become those that `apply_rotary` turns. Products of queries and keys do not depend on
@@ -90,11 +110,22 @@ def deinterleave(x_NhK: np.ndarray) -> np.ndarray:
     return np.concatenate([x_NhK[..., ::2], x_NhK[..., 1::2]], axis=-1)
 
 
-def apply_rotary(x_NhK: np.ndarray, cos_N11J: np.ndarray, sin_N12J: np.ndarray) -> np.ndarray:
-    """`x_NhK` with each pair of each head turned by its position's angle. The sines come twice, as
-    they are added to the two halves of a head: ``(-sin, sin)``."""
+def apply_rotary(
+    x_NhK: np.ndarray, cos_N11J: np.ndarray, sin_N12J: np.ndarray, interleaved: bool = False
+) -> np.ndarray:
+    """`x_NhK` with each pair of the first 2J elements of each head turned by its position's angle;
+    the other elements stay as they are. Pairs are ``(i, i + J)``, or neighbours if `interleaved`.
+    The sines come twice, as they are added to the two elements of a pair: ``(-sin, sin)``."""
     N, h, K = x_NhK.shape
-    halves_Nh2J = x_NhK.reshape(N, h, 2, K // 2)
-    turned_Nh2J = halves_Nh2J * cos_N11J
-    turned_Nh2J += halves_Nh2J[:, :, ::-1] * sin_N12J
-    return turned_Nh2J.reshape(N, h, K)
+    J = cos_N11J.shape[-1]
+    rotated_NhX = x_NhK[..., : 2 * J]  # X: 2J
+    if interleaved:
+        pairs_Nh2J = rotated_NhX.reshape(N, h, J, 2).swapaxes(2, 3)
+    else:
+        pairs_Nh2J = rotated_NhX.reshape(N, h, 2, J)
+    turned_Nh2J = pairs_Nh2J * cos_N11J
+    turned_Nh2J += pairs_Nh2J[:, :, ::-1] * sin_N12J
+    if interleaved:
+        turned_Nh2J = turned_Nh2J.swapaxes(2, 3)
+    turned_NhX = turned_Nh2J.reshape(N, h, 2 * J)
+    return turned_NhX if 2 * J == K else np.concatenate([turned_NhX, x_NhK[..., 2 * J :]], axis=2)

@@ -148,11 +148,11 @@ def _check(
         raise UserError(
             f"{both}, but {model.path} has only {positions}; --max-model-len {needed} allows them"
         )
-    if model.decoder.uses_dynamic_rope(needed):
+    if model.decoder.rope_lengths(needed) != model.decoder.rope_lengths(longest):
         trained = model.config.rope.original_positions
         raise UserError(
-            f"{both}, but beyond {trained} the dynamic rope of {model.path} takes the whole "
-            f"sequence again for every token, which is not measured; use at most {trained}"
+            f"{both}, but beyond {trained} the {model.config.rope.kind} rope of {model.path} takes "
+            f"the whole sequence in again, which is not measured; use at most {trained}"
         )
 
 

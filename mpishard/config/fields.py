@@ -124,6 +124,14 @@ class Fields:
         if self.get(name) not in (None, *allowed):
             self.refuse(name, f"is not implemented: {' and '.join(map(as_json, allowed))} {verb}")
 
+    def fixed(self, name: str, value: Any, reader: str) -> None:
+        """Raise UserError if the field is there and says something else than `value`, or a list of
+        it. `reader` names the family for which nothing else is implemented."""
+        found = self.get(name)
+        entries = found if isinstance(found, list) else [found]
+        if not all(one is None or one == value for one in entries):
+            self.refuse(name, f"is not implemented for {reader}: {as_json(value)} is")
+
     def optional_number(self, name: str) -> float | None:
         """A finite number that is not negative, or None."""
         value = self.get(name)
@@ -143,6 +151,15 @@ class Fields:
         if value == 0:
             self.refuse(name, "must be a positive number")
         return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self.get(name)
+        if not isinstance(value, list) or not all(
+            type(one) in (int, float) and 0 < one <= sys.float_info.max for one in value
+        ):
+            self.refuse(name, "must be a list of positive numbers")
+        return tuple(float(one) for one in value)
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""

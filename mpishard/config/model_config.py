@@ -16,15 +16,22 @@ MAX_POSITIONS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary embedding (RoFormer, arXiv 2104.09864). A kind ignores the fields that it does not
-    use.
+    """The rotary embedding of a layer (RoFormer, arXiv 2104.09864). A kind ignores the fields that
+    it does not use.
 
-    `original_positions` is the length that the model was trained on: for "llama3" and "yarn" a
-    field of their own, otherwise `max_position_embeddings`. "dynamic" changes the frequencies of
-    longer sequences only. "yarn" is arXiv 2309.00071.
+    `original_positions` is the length that the model was trained on: for "llama3", "yarn" and
+    "longrope" a field of their own, otherwise `max_position_embeddings`. "dynamic" and "longrope"
+    change the frequencies of longer sequences only: "dynamic" with every position more, "longrope"
+    once, from `short_factors` to `long_factors`; "ntk_alpha" is a dynamic one that is stretched by
+    `factor` at all lengths. "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753. A layer whose
+    kind is "none" rotates nothing (NoPE, arXiv 2305.19466).
+
+    A query at position p is multiplied by ``1 + query_scale_beta * ln(1 + floor(p /
+    original_positions))``, as Ministral 3 has it.
     """
 
-    kind: str = "default"  # "default", "linear", "dynamic", "llama3" or "yarn"
+    # "default", "linear", "dynamic", "ntk_alpha", "llama3", "yarn", "longrope" or "none"
+    kind: str = "default"
     theta: float = 10000.0
     factor: float = 1.0
     original_positions: int = 0
@@ -36,6 +43,30 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # by which each pair's frequency is divided
+    long_factors: tuple[float, ...] = ()
+    query_scale_beta: float = 0.0
+
+    def frequency_length(self, length: int) -> int:
+        """The number of positions that the frequencies of a sequence of `length` positions depend
+        on: 0 as long as they are those of a short one."""
+        if self.kind not in ("dynamic", "longrope") or length <= self.original_positions:
+            return 0
+        return length if self.kind == "dynamic" else self.original_positions + 1
+
+
+NO_ROPE = Rope("none")
+
+
+@dataclass(frozen=True)
+class LayerNormNames:
+    """The names of the norms of a layer, which follow ``model.layers.N.``; None where the family
+    has no such norm. A layer is ``x + post_norm(sub_layer(norm(x)))`` twice."""
+
+    attention: str | None = "input_layernorm"
+    attention_post: str | None = None
+    ffn: str | None = "post_attention_layernorm"
+    ffn_post: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +91,7 @@ class StackedNames:
     router_bias: str | None = None  # (E,)
     gate_up_bias: str | None = None  # (E, 2 F), laid out as gate_up
     down_bias: str | None = None  # (E, D)
+    e_score_correction_bias: str | None = None  # (E,); None: as in the other form
     # If True, gate_up is (E, D, 2 F), with columns of gate and up alternating, and down (E, F, D).
     transposed: bool = False
 
@@ -148,7 +180,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k
-    rope: Rope
+    ropes: tuple[Rope, ...]  # the rotary embedding of each layer
     # The sliding window of each layer: the number of keys that a query sees, its own included.
     windows: tuple[int | None, ...]
     max_position_embeddings: int  # positions that are usable with the scaling of the rope
@@ -158,12 +190,19 @@ class ModelConfig:
     sinks: bool = False  # each head has a logit in the softmax that has no value
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    norms: LayerNormNames = LayerNormNames()
     norm_offset: float = 0.0  # added to the weight of every RMSNorm
-    post_norms: bool = False  # each sub-layer has a norm after it, too
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a sub-layer adds to the residual stream
+    logits_scale: float = 1.0
+    # The norms of q and k (by head) come after the rotary embedding.
+    qk_norm_after_rope: bool = False
+    # Rotated elements at the beginning of each query and key; None: all of them.
+    partial_rotary_dim: int | None = None
+    rope_interleaved: bool = False  # rope rotates pairs of neighbours, not of the two halves
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
     wrapper: str | None = None  # the multimodal architecture around it: its tensors' names differ
@@ -188,4 +227,17 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """Rotated elements of a query or key."""
-        return self.mla.qk_rope_head_dim if self.mla else self.head_dim
+        if self.mla:
+            return self.mla.qk_rope_head_dim
+        return self.head_dim if self.partial_rotary_dim is None else self.partial_rotary_dim
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding of the first layer that rotates and sees all earlier positions, or
+        else of the first that rotates."""
+        rotating = [
+            (window is not None, layer)
+            for layer, window in enumerate(self.windows)
+            if self.ropes[layer].kind != "none"
+        ]
+        return self.ropes[min(rotating)[1]] if rotating else NO_ROPE

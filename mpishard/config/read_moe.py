@@ -86,7 +86,9 @@ def _groups(fields: Fields, family: MoEFamily, experts: int) -> tuple[int, int]:
         groups, kept = fields.integer("n_group"), fields.integer("topk_group")
     elif family.choice == "noaux_tc":
         fields.only("topk_method", "noaux_tc")
-        groups, kept = fields.integer("n_group", 8), fields.integer("topk_group", 4)
+        default_groups, default_kept = family.groups
+        groups = fields.integer("n_group", default_groups)
+        kept = fields.integer("topk_group", default_kept)
     else:
         return 1, 1
     if experts % groups:

@@ -7,29 +7,89 @@ from mpishard.config.fields import Fields
 
 # Values of `Family.sliding` with which use_sliding_window must switch the window on, and with which
 # layer_types may choose the layers.
-_SWITCHED = ("from a layer", "alternating before a layer", "everywhere by a switch")
-_BY_LAYER = ("from a layer", "alternating before a layer", "alternating")
-
-_DEFAULT_MAX_WINDOW_LAYERS = 28
+_SWITCHED = (
+    "from a layer",
+    "alternating before a layer",
+    "everywhere by a switch",
+    "without rope by a switch",
+)
+_BY_LAYER = (
+    "from a layer",
+    "from a layer without a switch",
+    "alternating before a layer",
+    "alternating",
+    "all but every nth",
+    "without rope by a switch",
+)
 
 
 def read_windows(fields: Fields, family: Family, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, None for full attention. Raises UserError as
     `read_model_config` does."""
     window = _window(fields, family)
-    bound = _DEFAULT_MAX_WINDOW_LAYERS
-    if family.sliding in _SWITCHED:
+    bound = family.window_layers
+    if family.sliding in (*_SWITCHED, "from a layer without a switch"):
         bound = fields.non_negative_integer("max_window_layers", bound)
-    slides = {
-        "from a layer": lambda layer: layer >= bound,
-        "alternating": lambda layer: layer % 2 == 0,
-        "alternating before a layer": lambda layer: layer % 2 == 0 and layer < bound,
-    }.get(family.sliding, lambda layer: True)
-    windows = tuple(window if slides(layer) else None for layer in range(layers))
-    types = fields.get("layer_types")
-    if types is None:
+    by_field = fields.get("layer_types") is not None
+    windows = _by_type(fields, family, window, layers) if by_field else ()
+    if by_field and family.sliding in _BY_LAYER:
+        fields.asked.add(family.nth_field or "")
         return windows
+    slides = _slides(fields, family, window, bound, layers)
+    by_rule = tuple(window if slide else None for slide in slides)
+    if by_field and windows != by_rule:
+        fields.refuse("layer_types", f"contradicts {family.name}, whose layers are all alike")
+    return by_rule
 
+
+def read_rotated(fields: Fields, family: Family, windows: tuple[int | None, ...]) -> list[bool]:
+    """Whether each layer has a rotary embedding. Raises UserError as `read_model_config` does."""
+    if family.rope_layers == "sliding" and any(windows):
+        return [window is not None for window in windows]
+    if family.rope_layers == "no_rope_layers":
+        return _rotated_by_field(fields, family, len(windows))
+    return [True] * len(windows)
+
+
+def _slides(
+    fields: Fields, family: Family, window: int | None, bound: int, layers: int
+) -> list[bool]:
+    """Whether each layer has a window by the family's rule. `bound` is max_window_layers."""
+    if family.sliding in ("from a layer", "from a layer without a switch"):
+        return [layer >= bound for layer in range(layers)]
+    if family.sliding == "alternating before a layer":
+        return [layer % 2 == 0 and layer < bound for layer in range(layers)]
+    if family.sliding == "alternating":
+        return [layer % 2 == 0 for layer in range(layers)]
+    if family.sliding == "all but every nth":
+        n = family.nth
+        if family.nth_field and window is not None:
+            n = fields.integer(family.nth_field, n)
+        fields.asked.add(family.nth_field or "")
+        return [(layer + 1) % n != 0 for layer in range(layers)]
+    if family.sliding == "without rope by a switch":
+        return [not rotated for rotated in _rotated_by_field(fields, family, layers)]
+    return [True] * layers
+
+
+def _rotated_by_field(fields: Fields, family: Family, layers: int) -> list[bool]:
+    """What no_rope_layers says: 1 for a layer with rope; or else no_rope_layer_interval."""
+    interval = fields.integer("no_rope_layer_interval", family.nth)
+    rotated = fields.get("no_rope_layers")
+    if rotated is None:
+        return [(layer + 1) % interval != 0 for layer in range(layers)]
+    if not isinstance(rotated, list) or not all(one in (0, 1) for one in rotated):
+        fields.refuse("no_rope_layers", "must be a list of 1, for a layer with rope, and 0")
+    if len(rotated) < layers:
+        fields.refuse("no_rope_layers", f"must have an entry for each of the {layers} layers")
+    return [bool(one) for one in rotated[:layers]]
+
+
+def _by_type(
+    fields: Fields, family: Family, window: int | None, layers: int
+) -> tuple[int | None, ...]:
+    """The window of each layer by layer_types."""
+    types = fields.get("layer_types")
     meaning = {"full_attention": None, "sliding_attention": window}
     if not isinstance(types, list) or not all(kind in meaning for kind in map(str, types)):
         fields.refuse("layer_types", f"must be a list of {' and '.join(meaning)}")
@@ -37,10 +97,7 @@ def read_windows(fields: Fields, family: Family, layers: int) -> tuple[int | Non
         fields.refuse("layer_types", f"must have one entry for each of the {layers} layers")
     if "sliding_attention" in types and window is None:
         fields.refuse("layer_types", "has sliding_attention, but no sliding window is in use")
-    by_type = tuple(meaning[kind] for kind in types)
-    if family.sliding not in _BY_LAYER and by_type != windows:
-        fields.refuse("layer_types", f"contradicts {family.name}, whose layers are all alike")
-    return by_type
+    return tuple(meaning[kind] for kind in types)
 
 
 def _window(fields: Fields, family: Family) -> int | None:

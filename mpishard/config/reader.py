@@ -18,7 +18,7 @@ from mpishard.config.fields import Answered, Fields, as_json
 from mpishard.config.find_family import find_family
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.read_moe import read_moe
-from mpishard.config.read_rope import read_rope
+from mpishard.config.read_rope import read_ropes
 from mpishard.config.read_windows import read_windows
 from mpishard.errors import UserError
 
@@ -68,7 +68,8 @@ def read_model_config(
         fields.refuse("num_hidden_layers", f"must be at most {MOST_LAYERS}")
     heads = fields.integer("num_attention_heads")
     rope_dim = _rope_dim(fields, family, hidden, heads)
-    rope, max_position_embeddings = read_rope(fields, family, rope_dim)
+    windows = read_windows(fields, family, layers)
+    ropes, max_position_embeddings, rotary_dim = read_ropes(fields, family, rope_dim, windows)
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
     _refuse_quantized(fields, family)
@@ -86,11 +87,11 @@ def read_model_config(
         activation=_activation(fields, family),
         tied=fields.flag("tie_word_embeddings", family.tied),
         qkv_bias=bias and not mla,
-        o_bias=bias and family.o_bias,
+        o_bias=_o_bias(fields, family, bias),
         mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias),
-        qk_norm=family.qk_norm,
-        rope=rope,
-        windows=read_windows(fields, family, layers),
+        qk_norm=_qk_norm(fields, family),
+        ropes=ropes,
+        windows=windows,
         max_position_embeddings=max_position_embeddings,
         eos_ids=_eos_ids(fields, generation, family),
         bos_id=_bos_id(fields, generation, family),
@@ -98,16 +99,18 @@ def read_model_config(
         sinks=family.sinks,
         moe=read_moe(fields, family.moe, layers) if family.moe else None,
         mla=mla,
+        norms=family.norms,
         norm_offset=family.norm_offset,
-        post_norms=family.post_norms,
-        attn_logit_softcapping=_softcap(
-            fields, "attn_logit_softcapping", family.attn_logit_softcapping
-        ),
-        final_logit_softcapping=_softcap(
-            fields, "final_logit_softcapping", family.final_logit_softcapping
-        ),
+        attn_logit_softcapping=_softcap(fields, family, "attn_logit_softcapping"),
+        final_logit_softcapping=_softcap(fields, family, "final_logit_softcapping"),
         attention_scale=_attention_scale(fields, family),
-        embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
+        embedding_scale=(hidden**0.5 if family.scaled_embedding else 1.0)
+        * _multiplier(fields, family, "embedding_multiplier"),
+        residual_scale=_multiplier(fields, family, "residual_multiplier"),
+        logits_scale=1 / _multiplier(fields, family, "logits_scaling"),
+        qk_norm_after_rope=family.qk_norm_after_rope,
+        partial_rotary_dim=None if rotary_dim == rope_dim else rotary_dim,
+        rope_interleaved=bool(family.rope_interleaved_pairs) and not mla,
         gated_mlp=family.gated_mlp,
         stored_names=family.stored_names,
         wrapper=wrapper.name if wrapper else None,
@@ -116,6 +119,8 @@ def read_model_config(
     )
     if config.qk_norm or config.full_width_qk_norm:
         fields.only("use_qk_norm", True)
+    for name, value in family.fixed.items():
+        fields.fixed(name, value, family.name)
     fields.reject_unknown(family.name, family.ignored)
     answered.refuse_needless(raw, source)
     return config
@@ -147,9 +152,9 @@ def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
                 f"must be a multiple of num_attention_heads = {heads}, or head_dim must be given",
             )
         head_dim = hidden // heads
-    if head_dim % 2:
+    if head_dim % 2 and family.partial_rotary_factor is None:
         fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
-    if family.full_width_qk_norm and head_dim * heads != hidden:
+    if family.heads_fill_hidden and head_dim * heads != hidden:
         fields.refuse("head_dim", f"contradicts {family.name}, whose heads fill hidden_size")
     return head_dim
 
@@ -190,6 +195,7 @@ def _mla(fields: Fields, family: Family) -> MLAConfig:
 def _activation(fields: Fields, family: Family) -> str:
     field = family.activation_field
     name = fields.text(field, family.activation)
+    name = family.activation_meanings.get(name, name)
     if name not in _ACTIVATIONS:
         fields.refuse(field, f"is not implemented: {', '.join(_ACTIVATIONS)} are")
     if family.moe and family.moe.clamped and _ACTIVATIONS[name] != "silu":
@@ -197,21 +203,41 @@ def _activation(fields: Fields, family: Family) -> str:
     return _ACTIVATIONS[name]
 
 
-def _softcap(fields: Fields, name: str, default: float | None) -> float | None:
-    """The soft cap in the field `name`: `default` if the field is absent, None if it is null. A
-    `default` of None means that the family has no such field; reject_unknown then refuses it."""
-    if default is None:
+def _qk_norm(fields: Fields, family: Family) -> bool:
+    if family.qk_norm is None:
+        return fields.flag("use_qk_norm", False)
+    return family.qk_norm
+
+
+def _softcap(fields: Fields, family: Family, name: str) -> float | None:
+    """The soft cap in the field `name`: the family's if the field is absent, None if it is null or
+    the family has no such field, which reject_unknown then refuses."""
+    if name not in family.caps:
         return None
     if name not in fields.values:
-        return default
+        return family.caps[name]
     return fields.number(name) if fields.get(name) is not None else None
+
+
+def _multiplier(fields: Fields, family: Family, name: str) -> float:
+    """One of Granite's factors, 1 in a family without them, where reject_unknown refuses others."""
+    return fields.number(name, 1.0) if family.multipliers else 1.0
 
 
 def _attention_scale(fields: Fields, family: Family) -> float | None:
     """The factor of the attention scores, None for the usual ``head_dim ** -0.5``."""
+    if family.multipliers:
+        return _multiplier(fields, family, "attention_multiplier")
     if family.query_pre_attn_scalar is None:
         return None
     return fields.integer("query_pre_attn_scalar", family.query_pre_attn_scalar) ** -0.5
+
+
+def _o_bias(fields: Fields, family: Family, bias: bool) -> bool:
+    """Whether o_proj has a bias, if q, k and v have one or not."""
+    if family.o_bias_field:
+        return fields.flag(family.o_bias_field, family.o_bias)
+    return bias and family.o_bias
 
 
 def _bias(fields: Fields, name: str, always: bool | None, default: bool = False) -> bool:
@@ -225,7 +251,7 @@ def _bias(fields: Fields, name: str, always: bool | None, default: bool = False)
 
 def _eos_ids(fields: Fields, generation: dict[str, Any] | None, family: Family) -> tuple[int, ...]:
     ids, source = _special(fields, generation, "eos_token_id", family.eos_id)
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    ids = list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
     if not all(type(token) is int for token in ids):
         raise UserError(f"{source}: eos_token_id = {as_json(ids)} must be token ids")
     return tuple(ids)
@@ -239,7 +265,10 @@ def _bos_id(fields: Fields, generation: dict[str, Any] | None, family: Family) -
 
 
 def _special(
-    fields: Fields, generation: dict[str, Any] | None, name: str, absent: int | None
+    fields: Fields,
+    generation: dict[str, Any] | None,
+    name: str,
+    absent: int | tuple[int, ...] | None,
 ) -> tuple[Any, str]:
     """The value of a special token's field, and the file that has it."""
     if generation and generation.get(name) is not None:

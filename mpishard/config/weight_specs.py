@@ -164,19 +164,22 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
 
 def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     """The weights of a layer, with their names within it."""
-    D = config.hidden
-    yield _weight("input_layernorm.weight", "attention_norm", (D,))
+    D, names = config.hidden, config.norms
+    yield from _norm(names.attention, "attention_norm", D)
     yield from _mla(config, config.mla) if config.mla else _attention(config)
-    if config.post_norms:
-        yield _weight("post_attention_layernorm.weight", "attention_post_norm", (D,))
-        yield _weight("pre_feedforward_layernorm.weight", "ffn_norm", (D,))
-        yield _weight("post_feedforward_layernorm.weight", "ffn_post_norm", (D,))
-    else:
-        yield _weight("post_attention_layernorm.weight", "ffn_norm", (D,))
+    yield from _norm(names.attention_post, "attention_post_norm", D)
+    yield from _norm(names.ffn, "ffn_norm", D)
+    yield from _norm(names.ffn_post, "ffn_post_norm", D)
     if config.moe and config.moe.layers[layer]:
         yield from _moe(config, config.moe)
     else:
         yield from _feed_forward("mlp", D, config.ffn, config.mlp_bias, config.gated_mlp)
+
+
+def _norm(name: str | None, field: str, D: int) -> Iterator[WeightSpec]:
+    """The norm called `name`, if the family has it."""
+    if name is not None:
+        yield _weight(f"{name}.weight", field, (D,))
 
 
 def _weight(

@@ -54,8 +54,8 @@ class Sequence:
     """A request that has been admitted, with its KV cache.
 
     `cache_bytes` is the memory reserved for the cache. `first_chunk` says on which ranks its first
-    positions are. `rope_length` matters under dynamic RoPE only: it is the sequence length whose
-    rotary frequencies the cached keys have.
+    positions are. `rope_lengths` are the sequence lengths whose rotary frequencies the cached keys
+    of each layer have, under dynamic RoPE and LongRoPE; empty as long as those are a short one's.
     """
 
     request: Request
@@ -63,7 +63,7 @@ class Sequence:
     cache: KVCache
     cache_bytes: int
     first_chunk: FirstChunk
-    rope_length: int = 0
+    rope_lengths: tuple[int, ...] = ()
 
     @property
     def is_finished(self) -> bool:
@@ -87,11 +87,12 @@ class Sequence:
         return self.num_tokens - self.cache.length
 
     def reset_if_rope_changed(self, model: Decoder) -> None:
-        """Empty the cache if dynamic RoPE gives the sequence other rotary frequencies than the
-        cached keys have, so that all tokens are computed again."""
-        if model.uses_dynamic_rope(self.num_tokens) and self.rope_length != self.num_tokens:
+        """Empty the cache if the sequence has grown so long that it has other rotary frequencies
+        than the cached keys have, so that all tokens are computed again."""
+        lengths = model.rope_lengths(self.num_tokens)
+        if any(lengths) and self.rope_lengths != lengths:
             self.cache.clear()
-            self.rope_length = self.num_tokens
+            self.rope_lengths = lengths
 
     def next_chunk(self, num_tokens: int) -> ScheduledChunk:
         """The next `num_tokens` of the uncomputed tokens."""

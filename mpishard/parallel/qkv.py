@@ -15,6 +15,7 @@ Nothing here is communicated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,9 +24,16 @@ from mpishard.arithmetic.linear import Linear
 from mpishard.arithmetic.ops import RMSNorm
 from mpishard.arithmetic.rotary import apply_rotary, deinterleave
 
-# Rotary cosines, (N, 1, 1, J), and sines, (N, 1, 2, J), of the step's tokens.
-Rope = tuple[np.ndarray, np.ndarray]
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Rope(NamedTuple):
+    """What the position of each of a step's tokens does in a layer: its rotary cosines and sines,
+    and a factor of its queries, None where the model has none. A layer without RoPE has J = 0."""
+
+    cos_N11J: np.ndarray
+    sin_N12J: np.ndarray
+    query_scale_N11: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,9 @@ class Attention:
     spec: AttentionSpec
     q_norm: RMSNorm | None = None  # over each head of q: (K,)
     k_norm: RMSNorm | None = None
+    norm_after_rope: bool = False  # of q_norm and k_norm
     full_width_norm: FullWidthNorm | None = None
+    interleaved: bool = False  # RoPE pairs are neighbours
 
     @property
     def linears(self) -> list[Linear]:
@@ -81,15 +91,29 @@ class Attention:
         q_NhK = split_heads(self.q(x_ND), self.head_dim)
         k_NgK = split_heads(self.k(x_ND), self.head_dim)
         v_NgK = split_heads(self.v(x_ND), self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_NhK, k_NgK = self.q_norm(q_NhK), self.k_norm(k_NgK)
+        if not self.norm_after_rope:
+            q_NhK, k_NgK = self._norm_heads(q_NhK, k_NgK)
         return q_NhK, k_NgK, v_NgK
 
     def rotate(
         self, q_NhK: np.ndarray, k_NgK: np.ndarray, rope: Rope
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and keys with RoPE."""
-        return apply_rotary(q_NhK, *rope), apply_rotary(k_NgK, *rope)
+        """Queries and keys with RoPE, and what comes between it and the scores."""
+        q_NhK, k_NgK = (
+            apply_rotary(x_NhK, rope.cos_N11J, rope.sin_N12J, self.interleaved)
+            for x_NhK in (q_NhK, k_NgK)
+        )
+        if self.norm_after_rope:
+            q_NhK, k_NgK = self._norm_heads(q_NhK, k_NgK)
+        if rope.query_scale_N11 is not None:
+            q_NhK = q_NhK * rope.query_scale_N11
+        return q_NhK, k_NgK
+
+    def _norm_heads(self, q_NhK: np.ndarray, k_NgK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The norms of each head, where the family has them."""
+        if self.q_norm is None or self.k_norm is None:
+            return q_NhK, k_NgK
+        return self.q_norm(q_NhK), self.k_norm(k_NgK)
 
     def merge_heads(self, out_NhK: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:
         """The heads' output, side by side: (N, h*K)."""
@@ -163,7 +187,7 @@ class MLA:
             rope_NhX = x_NhK[..., self.kv_lora_rank :]  # X: 2J
             if self.interleaved:
                 rope_NhX = deinterleave(rope_NhX)
-            x_NhK[..., self.kv_lora_rank :] = apply_rotary(rope_NhX, *rope)
+            x_NhK[..., self.kv_lora_rank :] = apply_rotary(rope_NhX, rope.cos_N11J, rope.sin_N12J)
         return q_NhK, k_N1K
 
     def merge_heads(self, out_NhY: np.ndarray, lse_Nh: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from math import prod
 
 import numpy as np
 
+from mpishard.config.active_options import active_options
 from mpishard.config.layout import block, kv_heads_of, query_heads_of
 from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig
 from mpishard.config.weight_sharding import WeightSharding
@@ -45,6 +46,10 @@ def _model_lines(config: ModelConfig) -> list[str]:
         *([f"experts       {_experts(config, config.moe)}"] if config.moe else []),
         f"vocabulary    {config.vocab}{', head tied to the embedding' if config.tied else ''}",
         f"positions     {config.max_position_embeddings}, rope {config.rope.kind}{reach}",
+        *(
+            f"{'' if place else 'options':14}{option}"
+            for place, option in enumerate(active_options(config))
+        ),
     ]
 
 

@@ -121,6 +121,9 @@ def _possible_locations(
     stacked = config.moe.names.stacked
     if weight.field == "router":
         locations.append(TensorLocation(of_layer + stacked.router, weight.shape))
+    if weight.field == "e_score_correction_bias" and stacked.e_score_correction_bias:
+        stored = of_layer + stacked.e_score_correction_bias
+        locations.append(TensorLocation(stored, weight.shape))
     if weight.expert is not None:
         together = _stacked_locations(config.moe, weight, weight.expert, of_layer)
         locations = locations + together if config.moe.names.separate else together

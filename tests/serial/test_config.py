@@ -97,7 +97,7 @@ def test_defaults_of_llama():
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
-        rope=Rope(kind="default", theta=10000.0, original_positions=2048),
+        ropes=(Rope(kind="default", theta=10000.0, original_positions=2048),) * 3,
         windows=(None, None, None),
         max_position_embeddings=2048,
         eos_ids=(2,),
@@ -138,7 +138,10 @@ def test_defaults_of_gemma2():
     assert config.windows == (4096, None, 4096)
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
     assert (config.attention_scale, config.embedding_scale) == (256**-0.5, 8.0)
-    assert (config.post_norms, config.max_position_embeddings) == (True, 8192)
+    assert (config.norms.ffn_post, config.max_position_embeddings) == (
+        "post_feedforward_layernorm",
+        8192,
+    )
     assert (config.eos_ids, config.bos_id) == ((1,), 2)
 
 
@@ -1308,9 +1311,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     # Rope.
     (
         "llama",
-        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-        'rope_scaling.rope_type = "longrope" is not implemented: '
-        "default, linear, dynamic, llama3, yarn are",
+        {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+        'rope_scaling.rope_type = "proportional" is not implemented: '
+        "default, linear, dynamic, llama3, yarn, longrope are",
     ),
     ("llama", {"rope_scaling": {"type": "su"}}, 'rope_scaling.type = "su" is not implemented'),
     ("llama", {"rope_scaling": "linear"}, 'rope_scaling = "linear" must be an object'),

@@ -24,7 +24,7 @@ from tiny_models import (
 )
 
 from mpishard import reference
-from mpishard.config.model_config import ModelConfig, MoEConfig
+from mpishard.config.model_config import NO_ROPE, LayerNormNames, ModelConfig, MoEConfig, Rope
 from mpishard.reference import Reference, Routing
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -209,8 +209,26 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
         yield "the model's epsilon in latents", with_mla(config, norm_eps=config.norm_eps), weights
     if config.sinks:
         yield "no sinks", replace(config, sinks=False), weights
-    for mistake, rope in rope_mistakes(config):
-        yield mistake, replace(config, rope=rope), weights
+    for mistake, changes in scale_mistakes(config):
+        yield mistake, replace(config, **changes), weights
+    for mistake, names in norm_mistakes(config):
+        yield mistake, replace(config, norms=names), weights
+    for rope in dict.fromkeys(config.ropes):
+        if not config.mla:
+            ropes = tuple(NO_ROPE if one == rope else one for one in config.ropes)
+            if ropes != config.ropes:
+                yield f"no {rope.kind} rope", replace(config, ropes=ropes), weights
+        for mistake, wrong in rope_mistakes(rope):
+            ropes = tuple(wrong if one == rope else one for one in config.ropes)
+            yield f"{mistake} ({rope.kind})", replace(config, ropes=ropes), weights
+    if len(set(config.ropes)) > 1:
+        ropes = config.ropes
+        yield "ropes of other layers", replace(config, ropes=ropes[1:] + ropes[:1]), weights
+        yield (
+            "the same rope everywhere",
+            replace(config, ropes=(config.rope,) * len(ropes)),
+            weights,
+        )
     for mistake, windows in window_mistakes(config):
         yield mistake, replace(config, windows=windows), weights
     for mistake, changed in weight_mistakes(config, weights):
@@ -266,13 +284,52 @@ def gate_for_up(weights: Weights, layer: str) -> Weights:
     return changed
 
 
-def rope_mistakes(config):
-    rope = config.rope
+def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    if config.norm_offset:
+        yield "no offset of norms", {"norm_offset": 0.0}
+    for name in ("embedding_scale", "residual_scale", "logits_scale"):
+        if getattr(config, name) != 1:
+            yield f"no {name}", {name: 1.0}
+            yield f"{name} a tenth too large", {name: 1.1 * getattr(config, name)}
+    if config.attention_scale:
+        yield "the usual scale of scores", {"attention_scale": None}
+    if config.qk_norm:
+        later = not config.qk_norm_after_rope
+        yield "norms of q and k on the other side of rope", {"qk_norm_after_rope": later}
+        yield "no norms of q and k", {"qk_norm": False}
+    if config.rope_interleaved:
+        yield "pairs of halves", {"rope_interleaved": False}
+    if config.partial_rotary_dim:
+        yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
+        yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
+
+
+def norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, LayerNormNames]]:
+    """Norms left out, and norms before sub-layers instead of after them."""
+    norms = config.norms
+    for field in fields(norms):
+        if getattr(norms, field.name) is not None:
+            yield f"no {field.name} norm", replace(norms, **{field.name: None})
+    before_and_after = LayerNormNames(
+        attention=norms.attention_post,
+        attention_post=norms.attention,
+        ffn=norms.ffn_post,
+        ffn_post=norms.ffn,
+    )
+    yield "norms on the other side of sub-layers", before_and_after
+
+
+def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
+    if rope.kind == "none":
+        return
     yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
     if rope.kind != "default":
         yield "no rope scaling", replace(rope, kind="default")
+    if rope.kind != "default" and rope.attention_factor is None:
         yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
-    if rope.kind in ("dynamic", "llama3", "yarn"):
+    if rope.query_scale_beta:
+        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
+    if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
         longer = replace(rope, original_positions=rope.original_positions + 1)
         yield "original length one too long", longer
     used = {
@@ -283,9 +340,14 @@ def rope_mistakes(config):
         value = getattr(rope, name)
         default = next(field.default for field in fields(rope) if field.name == name)
         if value != default:
-            yield f"{name} ignored", replace(rope, **{name: default})
+            changes: dict[str, Any] = {name: default}
+            yield f"{name} ignored", replace(rope, **changes)
     if rope.kind == "yarn":
         yield "truncate the other way", replace(rope, truncate=not rope.truncate)
+        yield "no attention factor", replace(rope, attention_factor=1.0)
+    if rope.kind == "longrope":
+        yield "short factors alone", replace(rope, long_factors=rope.short_factors)
+        yield "long factors alone", replace(rope, short_factors=rope.long_factors)
         yield "no attention factor", replace(rope, attention_factor=1.0)
 
 

@@ -6,6 +6,11 @@ from __future__ import annotations
 from mpishard.config.families.family import Family, MoEFamily
 from mpishard.config.model_config import ExpertNames
 
+DEEPSEEK_V3_EXPERTS = ExpertNames(
+    e_score_correction_bias="mlp.gate.e_score_correction_bias",
+    shared="mlp.shared_experts",
+)
+
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     name="deepseek_v3",
@@ -13,6 +18,7 @@ DEEPSEEK_V3 = Family(
     bos_id=0,
     eos_id=1,
     mla=True,
+    rope_interleaved_pairs=None,
     moe=MoEFamily(
         dense="the first",
         first_dense=3,
@@ -22,10 +28,7 @@ DEEPSEEK_V3 = Family(
         scaling=2.5,
         shared="n_shared_experts",
         shared_count=1,
-        names=ExpertNames(
-            e_score_correction_bias="mlp.gate.e_score_correction_bias",
-            shared="mlp.shared_experts",
-        ),
+        names=DEEPSEEK_V3_EXPERTS,
     ),
     aliases=("kimi_k2",),
     # The layers that predict several tokens come after the last decoder layer; they are not loaded.

@@ -1,8 +1,9 @@
 """What distinguishes one model family from another, as data.
 
-The defaults of `Family` and `MoEFamily` are the most common values, so that the file of a family
-lists only what is particular to it. Each file gives the defaults of the family's configuration
-class in transformers 5, which hold where ``config.json`` omits a field.
+The defaults of `Family` and `MoEFamily` are the llama decoder and the most common values, so that
+the file of a family lists only what is particular to it. Each file gives the defaults of the
+family's configuration class in transformers 5, which hold where ``config.json`` omits a field.
+``docs/families.md`` is a table of all families, made from this data.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpishard.config.model_config import ExpertNames
+from mpishard.config.model_config import ExpertNames, LayerNormNames
 from mpishard.config.stored_names import StoredNames
 
 
@@ -33,6 +34,7 @@ class MoEFamily:
     shared_count: int = 0  # the default of that number
     # How experts are chosen: "top k", "noaux_tc", or "topk_method", the field that says so.
     choice: str = "top k"
+    groups: tuple[int, int] = (8, 4)  # the defaults of n_group and topk_group
     scaling: float | None = None  # the default of routed_scaling_factor; None: no such field
     biases: bool = False  # on the router and on the experts
     clamped: bool = False  # the clamped activation of gpt_oss
@@ -49,7 +51,7 @@ class Family:
     kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden / heads
     bos_id: int | None = None
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
     norm_eps: float = 1e-6
     tied: bool = False
 
@@ -58,39 +60,68 @@ class Family:
     qkv_bias_field: str = "attention_bias"
     qkv_bias_default: bool = False
     o_bias: bool = True  # whether o_proj has a bias if q, k and v have one
-    qk_norm: bool = False
-    full_width_qk_norm: bool = False
+    o_bias_field: str | None = (
+        None  # the field that decides about it, of which o_bias is the default
+    )
+    qk_norm: bool | None = False  # of each head; None: the field use_qk_norm decides
+    qk_norm_after_rope: bool = False
+    full_width_qk_norm: bool = False  # of all heads together
+    heads_fill_hidden: bool = False  # head_dim must be hidden / heads
     sinks: bool = False
     mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
 
     # The sliding window is in use in these layers: "never", "everywhere", "everywhere by a switch"
-    # (use_sliding_window), "from a layer" (max_window_layers), "alternating", the first layer
-    # included, or "alternating before a layer".
+    # (use_sliding_window), "from a layer" (max_window_layers) with that switch or "from a layer
+    # without a switch", "alternating", the first layer included, "alternating before a layer",
+    # "all but every nth", the nth being the first that is left out, or "without rope by a switch".
     sliding: str = "never"
     window: int | None = 4096
+    window_layers: int = 28  # the default of max_window_layers
+    nth: int = 0  # the n of "every nth", or the default of the field nth_field
+    nth_field: str | None = None
     needs_window: bool = False  # a null is refused, as transformers refuses it
 
     # Rotary embedding
     theta: float = 10000.0
     rope: dict[str, Any] = field(default_factory=dict)  # the default of rope_scaling
-    rope_interleaved_pairs: bool | None = None  # None: the field rope_interleave decides
+    rope_types: dict[str, str] = field(default_factory=dict)  # another meaning of a rope_type
+    original_positions: int | None = None  # the default of original_max_position_embeddings
+    # Pairs of neighbours are rotated, not of halves; None: the field rope_interleave decides.
+    rope_interleaved_pairs: bool | None = False
+    # The part of each head that is rotated, the default of the field of this name; None: the whole
+    # head, and there is no such field.
+    partial_rotary_factor: float | None = None
+    rotary_dim: bool = False  # the field rotary_dim may give the rotated elements instead
+    # Rotated layers: "all", "no_rope_layers" (a field, or all but every nth of the field
+    # no_rope_layer_interval), or "sliding": those with a window, or all if there is no window.
+    rope_layers: str = "all"
+    # Layers with a window have a rotary embedding without scaling, of this theta; None: all layers
+    # have the same.
+    sliding_theta: float | None = None
+    sliding_theta_field: str | None = None
+    query_scale: bool = False  # rope_parameters has a llama_4_scaling_beta
+    rope_alpha: bool = False  # the dynamic rope may have a fixed alpha, by which theta grows
 
     # Feed-forward
     mlp_bias: bool | None = False
     gated_mlp: bool = True
     activation_field: str = "hidden_act"
     activation: str = "silu"
+    # Another meaning of an activation's name.
+    activation_meanings: dict[str, str] = field(default_factory=dict)
     moe: MoEFamily | None = None
 
-    # Norms and scales of gemma2; a cap or scalar is the default of the field of its name, and None
-    # where the family has no such field.
+    # Norms, scales and soft caps
+    norms: LayerNormNames = LayerNormNames()
     norm_offset: float = 0.0
-    post_norms: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden_size)
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
-    query_pre_attn_scalar: int | None = None
+    # The fields embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
+    multipliers: bool = False
+    caps: dict[str, float | None] = field(default_factory=dict)  # soft caps and their defaults
+    query_pre_attn_scalar: int | None = None  # the default of this field; None: no such field
 
     stored_names: StoredNames = StoredNames()
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields that change nothing in this family
+    # Fields that may only say what happens anyway, of a list in all its entries.
+    fixed: dict[str, Any] = field(default_factory=dict)

@@ -4,6 +4,13 @@ and a sliding window in every second layer."""
 from __future__ import annotations
 
 from mpishard.config.families.family import Family
+from mpishard.config.model_config import LayerNormNames
+
+GEMMA_NORMS = LayerNormNames(
+    attention_post="post_attention_layernorm",
+    ffn="pre_feedforward_layernorm",
+    ffn_post="post_feedforward_layernorm",
+)
 
 GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
@@ -19,10 +26,9 @@ GEMMA2 = Family(
     activation_field="hidden_activation",
     activation="gelu_pytorch_tanh",
     norm_offset=1.0,
-    post_norms=True,
+    norms=GEMMA_NORMS,
     scaled_embedding=True,
-    attn_logit_softcapping=50.0,
-    final_logit_softcapping=30.0,
+    caps={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     query_pre_attn_scalar=256,
     # transformers computes the same whatever hidden_act says.
     ignored=frozenset({"hidden_act", "cache_implementation"}),

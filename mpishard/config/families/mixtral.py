@@ -5,6 +5,15 @@ from __future__ import annotations
 from mpishard.config.families.family import Family, MoEFamily
 from mpishard.config.model_config import ExpertNames, PerExpertNames
 
+MIXTRAL_EXPERTS = ExpertNames(
+    separate=PerExpertNames(
+        router="block_sparse_moe.gate.weight",
+        gate="block_sparse_moe.experts.{}.w1.weight",
+        up="block_sparse_moe.experts.{}.w3.weight",
+        down="block_sparse_moe.experts.{}.w2.weight",
+    )
+)
+
 MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     name="mixtral",
@@ -21,13 +30,6 @@ MIXTRAL = Family(
     moe=MoEFamily(
         ffn="intermediate_size",
         normalized=True,
-        names=ExpertNames(
-            separate=PerExpertNames(
-                router="block_sparse_moe.gate.weight",
-                gate="block_sparse_moe.experts.{}.w1.weight",
-                up="block_sparse_moe.experts.{}.w3.weight",
-                down="block_sparse_moe.experts.{}.w2.weight",
-            )
-        ),
+        names=MIXTRAL_EXPERTS,
     ),
 )

@@ -11,5 +11,6 @@ OLMOE = Family(
     eos_id=50279,
     norm_eps=1e-5,
     full_width_qk_norm=True,
+    heads_fill_hidden=True,
     moe=MoEFamily(ffn="intermediate_size"),
 )
