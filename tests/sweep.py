@@ -21,6 +21,7 @@ from dataclasses import fields, replace
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import covering
 import pytest
@@ -46,6 +47,7 @@ AXES: dict[str, Sequence[Any]] = {  # the forms of a layout, by its fields
     "cp_kv_cache_interleave_size": (1, 3),
 }
 FORMS = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
+SWITCHES = ("sequence_parallel", "flash_decoding")
 LAYOUT_FIELDS = {field.name for field in fields(Layout)}
 EVERY_VARIANT = (*VARIANTS, *MOE_VARIANTS)
 
@@ -95,6 +97,11 @@ def in_effect(layout: Layout, shares: bool) -> Layout:
     return replace(layout, decode_merge=DECODE_MERGES[0], cp_kv_cache_interleave_size=1)
 
 
+def number_of(variant: str) -> int:
+    """A number by which models take turns, which does not change when others come."""
+    return crc32(variant.encode())
+
+
 def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
@@ -134,7 +141,7 @@ def swept_in_float32(ranks: int, variant: str) -> list[Layout]:
     if covering.exhaustive:
         return every_layout(ranks, variant)
     chosen = course(variant)
-    turn = EVERY_VARIANT.index(variant) % len(chosen)
+    turn = number_of(variant) % len(chosen)
     return [one for one in {Layout(): 0, chosen[turn]: 0} if one.world_size == ranks]
 
 
@@ -162,7 +169,8 @@ def _candidates(variant: str, config: ModelConfig) -> Iterator[Layout]:
     draw = random.Random(variant)
     for ranks in COSTS:
         for plain in degrees(ranks):
-            for form in draw.sample(FORMS, 3):
+            for switches in product((False, True), repeat=2):
+                form = draw.choice(FORMS) | dict(zip(SWITCHES, switches, strict=True))
                 ep = draw.choice([n for n in range(1, ranks + 1) if ranks % n == 0])
                 layout = accepted(replace(plain, **form), config)
                 if config.moe is not None:
@@ -175,12 +183,14 @@ def _candidates(variant: str, config: ModelConfig) -> Iterator[Layout]:
 def _effects(layout: Layout, config: ModelConfig) -> Iterator[tuple[Any, ...]]:
     """What a layout, `accepted` for the model, lets it try."""
     tp, cp, dp, kv_heads = layout.tp, layout.cp, layout.dp, config.kv_heads
-    yield ("degrees", tp > 1, cp > 1)
+    yield ("degrees", tp > 1, cp > 1, layout.world_size == 1)
     if dp > 1:
         yield ("replicas",)
+    if layout.world_size == 2:  # where a fault shows first
+        yield ("alone", tp, cp, layout.sequence_parallel)
     if tp > 1:
         yield ("sequence parallel", layout.sequence_parallel)
-        yield ("key/value heads", tp > kv_heads, max(tp, kv_heads) % min(tp, kv_heads) > 0)
+        yield ("key/value heads", tp > kv_heads or (kv_heads % tp > 0 and "uneven"))
     if cp > 1:
         yield ("prefill", layout.cp_prefill)
         yield ("order", layout.cp_order)
@@ -231,7 +241,7 @@ def _designed(ranks: int) -> dict[str, list[Trial]]:
     moe = {"ep": divisors(ranks), "moe_token_dispatcher": TOKEN_DISPATCHERS}
     found: dict[str, list[Trial]] = {variant: [] for variant in REPRESENTATIVES}
     for more in ({"shares": SHARES}, moe):
-        for row in covering.covering(axes | more, allowed=_takers):
+        for row in covering.covering(axes | more, allowed=lambda row: bool(_takers(row))):
             layout = layout_of(row)
 
             def preference(variant: str, layout: Layout = layout) -> tuple[bool, int]:
@@ -296,8 +306,7 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
     heads for, each in one of the 96 combinations of forms. Two ranks have them without forms, too.
     More ranks take turns: which degrees of replicas, with or without forms, and which forms go
     round with the model."""
-    config, number = tiny_config(variant), EVERY_VARIANT.index(variant)
-    found = []
+    config, number, found = tiny_config(variant), number_of(variant), []
     for place, layout in enumerate(degrees(ranks)):
         if layout.tp > config.heads:
             continue
@@ -315,7 +324,7 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
 def every_layout(ranks: int, variant: str) -> list[Layout]:
     """All degrees of `ranks` ranks that fit `variant`, with every `ep`, each in one of the 96
     combinations of forms."""
-    config, number, found = tiny_config(variant), EVERY_VARIANT.index(variant), []
+    config, number, found = tiny_config(variant), number_of(variant), []
     for place, plain in enumerate(degrees(ranks)):
         for ep in divisors(ranks) if config.moe else [1]:
             layout = in_form(plain, config, 37 * number + 29 * place + 7 * ep + 11 * ranks)

@@ -131,10 +131,10 @@ class Remembering(Reference):
                 self.last_logits[ids[:length]] = logits_SV[length - 1]
         return self.last_logits[ids]
 
-    def logits(self, ids_S: Sequence[int], length: int) -> np.ndarray:
+    def logits(self, ids_S: np.ndarray, length: int) -> np.ndarray:
         """The logits (S, V) of the first `length` tokens."""
         whole = ids_S[:length] if self.goes_by_length else ids_S
-        return self.forward(whole)[0][:length]
+        return self.forward(whole.tolist())[0][:length]
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         sequence = list(ids)

@@ -48,7 +48,7 @@ def phases(
     lengths = [0] * len(sequences)
     for counts in PHASES:
         new = []
-        for place in np.flatnonzero(counts):
+        for place in map(int, np.flatnonzero(counts)):
             start, stop = lengths[place], lengths[place] + counts[place]
             if model.uses_dynamic_rope(stop):
                 start, caches[place] = 0, model.allocate_cache(stop)

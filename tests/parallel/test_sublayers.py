@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mpi4py import MPI
+from sweep import swept
 from toys import meshes, oracle, slices, toy, whole_logits
 
 from mpishard.communication.mesh import Mesh
@@ -68,7 +69,7 @@ def mine(x_WD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
 
 
 def test_embedding(comm: MPI.Intracomm, variant: str):
-    for mesh in meshes(comm, variant):
+    for mesh in meshes(comm, variant, swept(comm.size, variant)):
         model = toy(variant, mesh)
         ids_W = np.arange(model.config.vocab)[::-1]
         step = pack([(ids_W, model.allocate_cache(len(ids_W)))], model.sequence_sharding)
@@ -79,7 +80,7 @@ def test_embedding(comm: MPI.Intracomm, variant: str):
 
 def test_attention(comm: MPI.Intracomm, variant: str):
     reference = oracle(variant)
-    for mesh in meshes(comm, variant):
+    for mesh in meshes(comm, variant, swept(comm.size, variant)):
         model = toy(variant, mesh)
         for layer in range(model.config.layers):
             found = attend_in_steps(model, layer)
@@ -89,7 +90,7 @@ def test_attention(comm: MPI.Intracomm, variant: str):
 
 def test_feed_forward(comm: MPI.Intracomm, variant: str):
     reference = oracle(variant)
-    for mesh in meshes(comm, variant):
+    for mesh in meshes(comm, variant, swept(comm.size, variant)):
         model = toy(variant, mesh)
         x_WD = np.concatenate(streams(model))
         step = pack(
@@ -106,7 +107,7 @@ def test_logits(comm: MPI.Intracomm, variant: str):
     """The rows that are wanted, wherever they are, times the head."""
     reference = oracle(variant)
     head = "model.embed_tokens" if reference.config.tied else "lm_head"
-    for mesh in meshes(comm, variant):
+    for mesh in meshes(comm, variant, swept(comm.size, variant)):
         model = toy(variant, mesh)
         x = streams(model)
         feeds = [(np.zeros(len(x_SD), int), model.allocate_cache(len(x_SD))) for x_SD in x]

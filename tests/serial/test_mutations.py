@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tiny_models import VARIANTS
+from sweep import EVERY_VARIANT
 
 ROOT = Path(__file__).parents[2]
 TESTS = {
@@ -30,7 +30,7 @@ TESTS = {
 TRIED = {
     *("llama-bias", "gemma3-old", "granite-plain", "smollm3-nope", "ministral3-scaled"),
 }
-OTHERS = sorted(set(VARIANTS) - TRIED)
+OTHERS = sorted(set(EVERY_VARIANT) - TRIED)
 
 # Name: (what is patched, the file that must go red, a test of it that must fail).
 MISTAKES = {
@@ -78,7 +78,7 @@ MISTAKES = {
         "    return k_gTK[:, :-1], v_gTK[:, :-1], at_T[:-1]\n"
         "KVCache.read = late",
         "model",
-        "test_the_generate_loop_goes_on_as_transformers_does",
+        "test_every_phase_is_the_references",
     ),
     "ids of candidates that forget whose block they are of": (
         "from mpishard.engine import sampling\n"
@@ -119,8 +119,8 @@ MISTAKES = {
         "context.gather_sequence = lambda x, places, mesh: all_gather(\n"
         "    x, mesh.cp, sizes=[len(place) for place in places]\n"
         ")",
-        "model",
-        "test_float64_agrees_with_the_reference",
+        "sublayers",
+        "test_attention",
     ),
     "blocks of tokens that change places": (
         "from mpishard.communication.collectives import reduce_scatter\n"
@@ -151,7 +151,7 @@ MISTAKES = {
         "from mpishard.arithmetic.ops import RMSNorm\n"
         "layers._rms_norm = lambda config, weight: RMSNorm(weight, config.norm_eps)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "norms on the other side of their sub-layers": (
         "from dataclasses import replace\n"
@@ -163,27 +163,27 @@ MISTAKES = {
         "    return replace(layer, attention_norm=after, attention_post_norm=before)\n"
         "model.make_layer = wrong",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "a factor of sub-layers that is forgotten": (
         "from mpishard import layers\n"
         "from mpishard.arithmetic.ops import identity\n"
         "layers.Multiplier = lambda factor: identity",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "layers without rope that are rotated": (
         "from mpishard.rope import RotaryEmbedding\n"
         "right = RotaryEmbedding.__call__\n"
         "RotaryEmbedding.__call__ = lambda self, step: [right(self, step)[0]] * len(self.ropes)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "queries that do not grow with their position": (
         "from mpishard.rope import RotaryEmbedding\n"
         "RotaryEmbedding._query_scale = lambda self, rope, positions_N: None",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
 }
 
