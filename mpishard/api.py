@@ -38,14 +38,15 @@ Where something hangs, or might, a watch says on which rank and in which line:
 from __future__ import annotations
 
 import json
-import operator
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -58,7 +59,7 @@ from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout_checks import check_experts
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
-from mpishard.engine.generate import Timing, check_request, generate
+from mpishard.engine.generate import Timing, check_bias, check_request, generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
@@ -68,14 +69,17 @@ from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
 from mpishard.parallel.expert_load import ExpertLoad
 from mpishard.parallel.router_replay import RoutingRecorder, replay_layer
+from mpishard.prompts import Prompt, as_prompts
 from mpishard.runtime.agreement import raise_on_all
 from mpishard.runtime.launch import launcher
 from mpishard.runtime.malloc import keep_freed_memory
+from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
+from mpishard.storage.fingerprint import fingerprint
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
-from mpishard.storage.source import fingerprint, open_source
+from mpishard.storage.source import notices, open_source
 from mpishard.storage.weights import load_weights
 from mpishard.tokenizer import (
     IncrementalDetokenizer,
@@ -93,7 +97,9 @@ class Completion:
 
     `text` ends before a stop string and is None if the model has no tokenizer; `output_ids`
     include the token that ended the answer. `finish_reason` is "stop" (an end-of-sequence token or
-    a stop string) or "length" (of `max_tokens`, or of the model's positions).
+    a stop string) or "length" (of `max_tokens`, or of the model's positions). `index` is the number
+    of this answer among the `n` of its prompt. `logprobs`, if asked for, has for each of the
+    `output_ids` the log-probabilities of the likeliest tokens and of the one chosen, by their ids.
     """
 
     prompt: str | list[int]
@@ -102,6 +108,8 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    index: int = 0
+    logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass
@@ -114,30 +122,38 @@ class Model:
     decoder: Decoder
     routing_recorder: RoutingRecorder | None = None
     routing_trace: RoutingTrace | None = None
+    notices: tuple[str, ...] = ()  # what a user should know of the checkpoint, a sentence each
 
     @cached_property
     def text(self) -> Tokenizer:
         """The model's tokenizer; UserError if it has none."""
-        return Tokenizer(self.path)
+        return Tokenizer(self.path, most_tokens=self.config.max_position_embeddings)
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether the model can take and give text."""
         return has_tokenizer(self.path)
 
-    def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
         that a text opens. Raises UserError as `Tokenizer` does, and TypeError for ids that are not
         integers."""
-        if isinstance(prompt, str):
-            return self.text.chat(prompt) if chat else self.text.encode(prompt)
+        (given,) = as_prompts([prompt])
+        if isinstance(given, str):
+            return self.text.chat(given) if chat else self.text.encode(given)
         if chat:
             raise UserError("chat takes the text that opens a conversation, not token ids")
-        return [operator.index(token) for token in prompt]
+        return given
 
     def check(self, ids: Sequence[int], what: str) -> None:
         """Refuse token ids that the model cannot take (UserError); `what` names them."""
         check_request(self.decoder, list(ids), what)
+
+    def _encode_and_check(self, prompt: Prompt, what: str, chat: bool = False) -> list[int]:
+        """The token ids of a prompt that the model can take; `what` names it in a UserError."""
+        ids = self.encode(prompt, chat)
+        self.check(ids, what)
+        return ids
 
     def track_expert_load(self) -> ExpertLoad:
         """The rows that experts are given from now on, which are counted as they are routed.
@@ -176,11 +192,16 @@ class Model:
         self.routing_trace = routing_trace
         self.decoder = self.decoder.map_moe_layers(partial(replay_layer, routing_trace))
 
-    def _check_routing(self, encoded: Sequence[Sequence[int]], chosen: int) -> None:
+    def _check_routing(self, encoded: Sequence[Sequence[int]], chosen: int, n: int = 1) -> None:
         """Refuse sequences, of which up to `chosen` more tokens will be fed, whose routing cannot
         be recorded, or which what is to be replayed does not have (UserError)."""
         if self.routing_recorder is None and self.routing_trace is None:
             return
+        if n > 1:
+            raise UserError(
+                f"n {n} makes several answers of one prompt, whose routing is neither recorded nor "
+                "replayed: leave it out"
+            )
         for place, ids in enumerate(encoded):
             longest = min(len(ids) + chosen, self.config.max_position_embeddings)
             if self.decoder.rope_lengths(longest) != self.decoder.rope_lengths(len(ids)):
@@ -201,7 +222,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams = SamplingParams(),  # noqa: B008 (immutable)
         *,
         chat: bool = False,
@@ -210,28 +231,36 @@ class Model:
         timing: Timing | None = None,
         chunked_prefill_size: int | None = None,
     ) -> list[Completion]:
-        """The completions of all `prompts` (texts or token ids), in their order, on every rank.
+        """The completions of all `prompts`, in their order, on every rank; of each prompt the
+        `params.n` completions one after the other. `prompts` is one text, one sequence of token
+        ids, or an iterable of several.
 
-        All are continued as `params` say. `on_text` is called with ``(prompt's place, text)``
-        as text appears and `on_finish` with the places of finished prompts, both on the ranks of
-        the replica that serves the prompt; `timing` is added to, for that replica. Prompts of more
-        than `chunked_prefill_size` tokens enter in several steps.
+        All are continued as `params` say. `on_text` is called with ``(completion's place, text)``
+        as text appears and `on_finish` with the places of finished completions, both on the ranks
+        of the replica that serves the prompt; `timing` is added to, for that replica. Prompts of
+        more than `chunked_prefill_size` tokens enter in several steps.
 
-        Raises UserError for a prompt that is empty, too long, or has ids beyond the vocabulary,
-        where text is asked of a model without a tokenizer, and where logits are not finite.
+        Raises TypeError for what is no prompt; UserError for a prompt that is empty, too long, or
+        has ids beyond the vocabulary, where text is asked of a model without a tokenizer, and where
+        logits are not finite.
         """
         _check_chunk(chunked_prefill_size)
-        encoded = [self.encode(prompt, chat) for prompt in prompts]
-        for place, ids in enumerate(encoded):
-            self.check(ids, f"prompt {place + 1}")
-        self._check_routing(encoded, params.max_tokens - 1)
+        given, n = as_prompts(prompts), params.n
+        check_bias(self.decoder, params)
+        encoded = [
+            self._encode_and_check(prompt, f"prompt {place}", chat)
+            for place, prompt in enumerate(given, 1)
+        ]
+        self._check_routing(encoded, params.max_tokens - 1, n)
         mine = assign_requests(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
         needs_text = params.stop or on_text or not params.skip_special_tokens
         text = self.text if self.has_tokenizer or needs_text else None
         texts = {
-            place: IncrementalDetokenizer(text, encoded[place], params, _writer(on_text, place))
-            for place in mine
+            (place, choice): IncrementalDetokenizer(
+                text, encoded[place], params, _writer(on_text, n * place + choice)
+            )
+            for place, choice in product(mine, range(n))
             if text
         }
         requests = [
@@ -240,31 +269,31 @@ class Model:
                 ids=encoded[place],
                 params=params,
                 eos_ids=params.end_ids(self.config.eos_ids),
-                stop_fn=texts[place].update if params.stop or on_text else None,
+                stop_fn=texts[place, choice].update if params.stop or on_text else None,
+                choice=choice,
             )
-            for place in mine
+            for place, choice in product(mine, range(n))
         ]
 
         outcomes = {}
 
         def finish(request: Request, answer: RequestOutput) -> None:
-            place = request.index
-            outcomes[place] = finish_output(answer.ids, answer.finish_reason, texts.get(place))
+            place, choice = request.index, request.choice
+            result = finish_output(answer.ids, answer.finish_reason, texts.get((place, choice)))
+            outcomes[place, choice] = {**result, "logprobs": answer.logprobs}
             if on_finish:
-                on_finish(place)
+                on_finish(n * place + choice)
 
         limits = SchedulerConfig(chunked_prefill_size=chunked_prefill_size)
         generate(self.decoder, requests, None, finish, timing, limits)
-        results = [json.dumps(outcomes[place]).encode() for place in mine]
+        results = [
+            json.dumps([outcomes[place, choice] for choice in range(n)]).encode() for place in mine
+        ]
         merged = map(json.loads, gather_results(results, len(encoded), self.mesh))
         return [
-            Completion(
-                prompt=prompt if isinstance(prompt, str) else ids,
-                prompt_tokens=len(ids),
-                completion_tokens=len(result["output_ids"]),
-                **result,
-            )
-            for prompt, ids, result in zip(prompts, encoded, merged, strict=True)
+            _completion(prompt, ids, index, result, params)
+            for prompt, ids, answers in zip(given, encoded, merged, strict=True)
+            for index, result in enumerate(answers)
         ]
 
     def batch(
@@ -300,6 +329,7 @@ class Model:
             self.config.max_position_embeddings,
             self.mesh.world.calls,
             chat,
+            self.config.ignored_fields,
         ) as task:
             return self.answer(task, limits, should_stop, on_progress)
 
@@ -316,20 +346,23 @@ class Model:
 
     def logits(
         self,
-        sequences: Sequence[str | Sequence[int]],
+        sequences: Prompt | Iterable[Prompt],
         hidden_states: bool = False,
         chunked_prefill_size: int | None = None,
     ) -> Iterator[LogitsOutput | None]:
-        """The scores of each sequence (token ids or text) in turn, on rank 0 of the mesh; None on
-        the other ranks, which must go through the iterator as well.
+        """The scores of each sequence in turn, on rank 0 of the mesh; None on the others, which
+        must go through the iterator as well. `sequences` is one text, one sequence of token ids, or
+        an iterable of several.
 
         The replicas score as many sequences at a time as there are replicas, so that memory holds
         no more; sequences of more than `chunked_prefill_size` tokens are fed in several steps.
-        Raises UserError for a sequence that is empty, too long, or has ids beyond the vocabulary.
+        Raises TypeError for what is no sequence, and UserError for one that is empty, too long, or
+        has ids beyond the vocabulary.
         """
-        encoded = [self.encode(sequence) for sequence in sequences]
-        for place, ids in enumerate(encoded):
-            self.check(ids, f"sequence {place + 1}")
+        encoded = [
+            self._encode_and_check(sequence, f"sequence {place}")
+            for place, sequence in enumerate(as_prompts(sequences, "sequence"), 1)
+        ]
         _check_chunk(chunked_prefill_size)
         self._check_routing(encoded, 0)
         return score_sequences(self.decoder, encoded, hidden_states, chunked_prefill_size)
@@ -348,6 +381,7 @@ def load(
     *,
     cp: int = 1,
     max_model_len: int | None = None,
+    ignore_config: Sequence[str] = (),
     watch: Watchdog | None = None,
     **layout_options: bool | float | str | None,
 ) -> Model:
@@ -357,13 +391,16 @@ def load(
     the communicator. `layout_options` are the other fields of `mpishard.config.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``cp_prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
-    positions that the configuration allows, whatever the model was trained for. `watch` watches
-    over everything that the model does: see `mpishard.runtime.watchdog.Watchdog`. The process keeps
-    memory that it frees from then on (`mpishard.runtime.malloc`).
+    positions that the configuration allows, whatever the model was trained for. `ignore_config`
+    names fields of config.json that would be refused, but do not change the mathematics, as the
+    caller knows. `watch` watches over everything that the model does: see
+    `mpishard.runtime.watchdog.Watchdog`. The process keeps memory that it frees from then on
+    (`mpishard.runtime.malloc`).
 
-    Raises UserError, on all ranks if on one, where the directory cannot be read or the layout does
-    not fit it: WrongRanks, whose message has the command to type, where another number of ranks
-    would do. Raises TypeError for an option that does not exist or is of another type.
+    Raises UserError, on all ranks if on one, where the directory cannot be read, where it is not
+    the same on all hosts, or where the layout does not fit it: WrongRanks, whose message has the
+    command to type, where another number of ranks would do. Raises TypeError for an option that
+    does not exist or is of another type.
     """
     check_arguments(layout_options)
     if compute_dtype not in DTYPES:
@@ -372,8 +409,8 @@ def load(
         raise UserError(f"max_model_len {max_model_len} must be 1 to {MAX_POSITIONS}")
     keep_freed_memory()
     calls = watch.calls if watch else CallTracker()
+    source = open_on_all(path, comm, ignore_config, calls)
     with raise_on_all(comm, calls):
-        source = open_source(path)
         try:
             layout = resolve_layout(source, comm.size, tp, dp, cp, layout_options)
         except WrongRanks as error:
@@ -390,7 +427,8 @@ def load(
         weights = load_weights(
             source, mesh.weight_sharding, mesh.shard_index, DTYPES[compute_dtype]
         )
-    return Model(Path(path), config, mesh, Decoder(config, weights, mesh))
+    decoder = Decoder(config, weights, mesh)
+    return Model(Path(path), config, mesh, decoder, notices=tuple(notices(source)))
 
 
 @contextmanager
@@ -404,6 +442,7 @@ def open_batch(
     max_model_len: int | None,
     calls: CallTracker | None = None,
     chat: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
     directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
@@ -411,10 +450,11 @@ def open_batch(
     task = None
     with raise_on_all(comm, calls):
         if comm.rank == 0:
+            source = open_source(path, ignore_config)
             metadata = {
-                "model": fingerprint(path),
+                "model": fingerprint(source),
                 "compute_dtype": compute_dtype,
-                "max_model_len": max_model_len or open_source(path).config.max_position_embeddings,
+                "max_model_len": max_model_len or source.config.max_position_embeddings,
             }
             task = BatchJob(Path(input), Path(output), params, metadata, chat)
     with task or nullcontext():
@@ -455,6 +495,27 @@ def scheduler_config(
 def _check_chunk(chunked_prefill_size: int | None) -> None:
     if chunked_prefill_size is not None and chunked_prefill_size < 1:
         raise UserError(f"chunked_prefill_size {chunked_prefill_size} must be at least 1")
+
+
+def _completion(
+    prompt: str | list[int],
+    ids: list[int],
+    index: int,
+    result: dict[str, Any],
+    params: SamplingParams,
+) -> Completion:
+    """The completion of a prompt from what has come through JSON, whose keys are strings."""
+    logprobs = [
+        {int(token): value for token, value in by_id.items()} for by_id in result.pop("logprobs")
+    ]
+    return Completion(
+        prompt=prompt,
+        prompt_tokens=len(ids),
+        completion_tokens=len(result["output_ids"]),
+        index=index,
+        logprobs=None if params.logprobs is None else logprobs,
+        **result,
+    )
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

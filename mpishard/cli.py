@@ -53,13 +53,15 @@ def run_command(
     args = parser.parse_args(words)
     # Not at the top: NumPy reads the number of threads when loaded.
     from mpishard.commands import COMMANDS
+    from mpishard.runtime.floating_point import noted
     from mpishard.runtime.watchdog import Watchdog
 
     if "timeout" in args:
         args.watch = job.enter_context(Watchdog(world, args.timeout, args.check_collectives))
     args.stop_request = stop_request or launch.StopRequest()
     try:
-        COMMANDS[args.command].run(args, world)
+        with noted():
+            COMMANDS[args.command].run(args, world)
     except WrongRanks as error:
         command = f"{launch.launcher()} -n {error.ranks} {retyped(argv, error.tp)}"
         raise error.with_command(command) from None

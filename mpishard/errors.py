@@ -22,10 +22,10 @@ class WrongRanks(UserError):
 
     def __init__(self, sentence: str, ranks: int, tp: int, command: str | None = None) -> None:
         super().__init__(sentence.replace("{command}", command or f"mpirun -n {ranks} …"))
-        self.sentence, self.ranks, self.tp = sentence, ranks, tp
+        self.sentence, self.ranks, self.tp, self.command = sentence, ranks, tp, command
 
-    def __reduce__(self) -> tuple[type[WrongRanks], tuple[str, int, int]]:
-        return WrongRanks, (self.sentence, self.ranks, self.tp)
+    def __reduce__(self) -> tuple[type[WrongRanks], tuple[str, int, int, str | None]]:
+        return WrongRanks, (self.sentence, self.ranks, self.tp, self.command)
 
     def with_command(self, command: str) -> WrongRanks:
         """The same, with the `command` that its reader has to type."""

@@ -11,7 +11,6 @@ import re
 from typing import Any, NoReturn
 
 from mpishard.config.layout import layout_options
-from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 from mpishard.runtime import launch
 
@@ -108,9 +107,22 @@ def number(text: str) -> float:
     return value
 
 
+def bias(text: str) -> tuple[int, float]:
+    """A token id and a number, such as 198=-5, from the command line."""
+    token, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token id and a number, such as 198=-5")
+    return integer(token), number(value)
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     """The model, which most commands are given first."""
     command.add_argument("model", metavar="MODEL", help="a Hugging Face or a shard directory")
+    command.add_argument(
+        "--ignore-config", action="append", default=[], metavar="FIELD",
+        help="a field of config.json that mpishard refuses, but that does not change the "
+        "mathematics, as you know; may be given several times",
+    )  # fmt: skip
 
 
 def add_layout(command: argparse.ArgumentParser) -> None:
@@ -174,44 +186,63 @@ def add_routing(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
-    """The fields of `SamplingParams`."""
+    """The fields of `SamplingParams`. What is not typed is None, so that a model's own defaults can
+    stand in for it."""
     sampling = command.add_argument_group(
         "sampling", "A temperature above 0 makes answers differ with --seed, and with it alone."
     )
     sampling.add_argument(
-        "--max-tokens", "--max-new-tokens", type=count, metavar="N",
-        default=SamplingParams.max_tokens,
+        "--generation-config", default="none", metavar="WHICH",
+        help="where sampling defaults come from: auto, which is MODEL's generation_config.json, or "
+        "such a file or its directory; none (default) is the defaults named here",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--max-tokens", "--max-new-tokens", type=count, default=None, metavar="N",
         help="tokens to generate at most (default: 128)",
     )  # fmt: skip
     sampling.add_argument(
-        "--temperature",
-        type=number,
-        default=SamplingParams.temperature,
-        metavar="X",
-        help="0 is greedy (default: 0)",
+        "--temperature", type=number, default=None, metavar="X", help="0 is greedy (default: 0)"
     )
     sampling.add_argument(
-        "--top-k",
-        type=integer,
-        default=SamplingParams.top_k,
-        metavar="N",
-        help="keep the N likeliest tokens (0: all)",
-    )
+        "--top-k", type=integer, default=None, metavar="N",
+        help="keep the N likeliest tokens (0 or -1: all)",
+    )  # fmt: skip
     sampling.add_argument(
-        "--top-p", type=number, default=SamplingParams.top_p, metavar="X",
+        "--top-p", type=number, default=None, metavar="X",
         help="keep the fewest tokens whose probabilities reach X (default: 1, all)",
     )  # fmt: skip
     sampling.add_argument(
-        "--min-p", type=number, default=SamplingParams.min_p, metavar="X",
+        "--min-p", type=number, default=None, metavar="X",
         help="keep tokens at least X times as probable as the likeliest (default: 0, all)",
     )  # fmt: skip
     sampling.add_argument(
-        "--seed",
-        type=integer,
-        default=SamplingParams.seed,
-        metavar="N",
+        "--seed", type=integer, default=None, metavar="N",
         help="of the random numbers (default: 0)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--n", type=count, default=None, metavar="N", help="answers to each prompt (default: 1)"
     )
+    sampling.add_argument(
+        "--logprobs", type=integer, default=None, metavar="N",
+        help="log-probabilities of the chosen token and of the N likeliest",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--repetition-penalty", type=number, default=None, metavar="X",
+        help="divide logits above 0 of tokens in prompt and answer by X, multiply the others "
+        "(default: 1, none)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--presence-penalty", type=number, default=None, metavar="X",
+        help="subtract X from the logits of tokens in the answer (default: 0)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--frequency-penalty", type=number, default=None, metavar="X",
+        help="subtract X as often as the answer has the token (default: 0)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--logit-bias", type=bias, action="append", default=[], metavar="ID=X",
+        help="add X to the logit of this token; may be given several times",
+    )  # fmt: skip
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
         help="end the answer before this text; may be given several times",

@@ -256,9 +256,9 @@ class Reference:
             gate_up = self.weights[f"{name}.{stacked.gate_up}"][number]
             down = self.weights[f"{name}.{stacked.down}"][number]
             if stacked.transposed:
-                return gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T
-            gate_FD, up_FD = np.split(gate_up, 2)
-            return gate_FD, up_FD, down
+                gate_up, down = gate_up.T, down.T
+            halves = (gate_up[::2], gate_up[1::2]) if stacked.alternating else np.split(gate_up, 2)
+            return halves[0], halves[1], down
         assert separate is not None
         parts = (separate.gate, separate.up, separate.down)
         gate_FD, up_FD, down_DF = (self.weights[f"{name}.{part}".format(number)] for part in parts)

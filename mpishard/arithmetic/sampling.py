@@ -3,8 +3,9 @@
 Sampling is done by the Gumbel-max trick: the token with the largest ``logit / temperature + g``,
 with independent Gumbel noise ``g`` for each token of the vocabulary, is a sample of the softmax
 (Maddison et al. 2014, arXiv 1411.0030). The noise of a token depends on (seed, request, position,
-token id) and on nothing else, so that every rank can make it for its own part of the vocabulary and
-no layout, batch or order of work changes a sample.
+token id) and, where a request has several answers, on the number of the answer. It depends on
+nothing else, so that every rank can make it for its own part of the vocabulary and no layout, batch
+or order of work changes a sample.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ def row_topk(scores_Mv: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]
     return best_MC, column_MC
 
 
-def gumbel(seed: int, request: int, position: int, ids: np.ndarray) -> np.ndarray:
+def gumbel(seed: int, request: int, position: int, ids: np.ndarray, choice: int = 0) -> np.ndarray:
     """Gumbel noise for the tokens `ids`, in float64.
 
     Tokens are hashed with SplitMix64 (Steele et al. 2014) from a key that NumPy's SeedSequence
-    makes of the three numbers.
+    makes of the numbers. `choice` tells several answers of one request apart.
     """
-    key = np.random.SeedSequence([seed, request, position]).generate_state(1, np.uint64)[0]
+    numbers = [seed, request, position, *([choice] if choice else [])]
+    key = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64
         z = key + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -27,8 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from mpishard.batch.answers import Output
 from mpishard.batch.job import BatchJob
 from mpishard.batch.requests import BatchRequest
+from mpishard.batch.texts import AnswerTexts
 from mpishard.communication.collectives import MAX, all_reduce, broadcast
 from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
@@ -64,20 +66,21 @@ class Progress:
 @dataclass
 class Coordinator:
     """Rank 0's side: hands out the requests of `task`, whose token ids `encode` finds, to the
-    replicas, whose first ranks are `leaders`, and writes down their answers. `report` is called
-    after answers have been written."""
+    replicas, whose first ranks are `leaders`, and writes down their answers, for which `texts` has
+    the model's tokenizer. `report` is called after answers have been written."""
 
     task: BatchJob
     post: Mailbox
     leaders: list[int]
     encode: Encode
     report: Callable[[Progress], None]
+    texts: AnswerTexts
     progress: Progress = field(init=False)
     stopped: bool = False
     _asked: Counter[int] = field(default_factory=Counter)
     _heard: set[int] = field(default_factory=set)
     _left: set[int] = field(default_factory=set)
-    _out: dict[int, tuple[BatchRequest, int]] = field(default_factory=dict)
+    _out: dict[int, tuple[BatchRequest, list[int]]] = field(default_factory=dict)
     _ended: bool = False
 
     def __post_init__(self) -> None:
@@ -120,15 +123,16 @@ class Coordinator:
         if message.get("done"):
             self._left.add(source)
         if answer := message.get("answer"):
-            line, prompt_tokens = self._out.pop(answer["place"])
+            line, ids = self._out.pop(answer["place"])
             if answer["refused"]:
                 where = f"{self.task.source} line {line.number}"
                 self._refuse(answer["place"], line, f"{where}: {answer['refused']}", made)
                 return
-            ids = answer["output_ids"]
-            self.progress.prompt_tokens += prompt_tokens
-            self.progress.completion_tokens += len(ids)
-            said = line.answer(answer["text"], ids, answer["finish_reason"], prompt_tokens)
+            outputs = answer["outputs"]
+            self.progress.prompt_tokens += len(ids)
+            self.progress.completion_tokens += sum(len(one["output_ids"]) for one in outputs)
+            echoed = self.texts.of_prompt(line.prompt) if line.echo else ""
+            said = line.answer(outputs, len(ids), self.texts.of_token, echoed)
             made.append((answer["place"], said))
 
     def _refuse(
@@ -162,7 +166,7 @@ class Coordinator:
             except UserError as error:
                 self._refuse(place, line, str(error), made)
                 continue
-            self._out[place] = line, len(ids)
+            self._out[place] = line, ids
             return {"place": place, "ids": ids, "params": asdict(line.params)}
         return None
 
@@ -197,7 +201,8 @@ class ReplicaClient:
         self._replica, self._post, self._coordinator = mesh.replica, post, coordinator
         self._text, self._eos_ids, self._told_to_stop = text, eos_ids, should_stop
         self._leads = mesh.replica.rank == 0
-        self._texts: dict[int, IncrementalDetokenizer] = {}
+        self._texts: dict[tuple[int, int], IncrementalDetokenizer] = {}
+        self._outputs: dict[int, dict[int, Output]] = {}  # of requests with more answers to come
         self._asked = 0  # requests asked for that have not come
         self._stops = self._ends = False  # what the leader has heard
 
@@ -213,17 +218,27 @@ class ReplicaClient:
             if not come and not busy:
                 time.sleep(POLL_SECONDS)
                 come = self._listen()
-        return [self._request(fields) for fields in self._agree(come)]
+        return [request for fields in self._agree(come) for request in self._requests(fields)]
 
     def answer(self, request: Request, answer: RequestOutput) -> None:
-        """Send an answer off. Called on all ranks of the replica, which have the same."""
-        growing = self._texts.pop(request.index, None)
+        """Send the answers of a request off, once all are there. Called on all ranks of the
+        replica, which have the same."""
+        growing = self._texts.pop((request.index, request.choice), None)
         if not self._leads:
             return
         if growing is None and self._text:
             growing = IncrementalDetokenizer(self._text, request.ids, request.params)
-        result = finish_output(answer.ids, answer.finish_reason, growing)
-        self._say({"answer": {"place": answer.index, "refused": answer.error, **result}})
+        output = finish_output(answer.ids, answer.finish_reason, growing)
+        outputs = self._outputs.setdefault(request.index, {})
+        outputs[request.choice] = {
+            **output, "logprobs": answer.logprobs, "refused": answer.error
+        }  # fmt: skip
+        if len(outputs) == request.params.n:
+            del self._outputs[request.index]
+            in_order = [outputs[choice] for choice in range(request.params.n)]
+            refused = next((one["refused"] for one in in_order if one["refused"]), "")
+            message = {"place": request.index, "refused": refused, "outputs": in_order}
+            self._say({"answer": message})
 
     def close(self) -> None:
         """Say that this replica is done, and wait for the end; rank 0 waits for all others."""
@@ -265,17 +280,23 @@ class ReplicaClient:
         own = np.frombuffer(content, np.uint8) if self._leads else np.empty(length, np.uint8)
         return json.loads(broadcast(own, replica).tobytes())
 
-    def _request(self, fields: dict[str, Any]) -> Request:
-        place, ids = fields["place"], fields["ids"]
+    def _requests(self, fields: dict[str, Any]) -> list[Request]:
+        """A request for each answer that a line asks for."""
         params = SamplingParams(**fields["params"])
+        return [self._request(fields, params, choice) for choice in range(params.n)]
+
+    def _request(self, fields: dict[str, Any], params: SamplingParams, choice: int) -> Request:
+        place, ids = fields["place"], fields["ids"]
         stopped = None
         if params.stop and self._text:
-            self._texts[place] = IncrementalDetokenizer(self._text, ids, params)
-            stopped = self._texts[place].update
+            growing = IncrementalDetokenizer(self._text, ids, params)
+            self._texts[place, choice] = growing
+            stopped = growing.update
         return Request(
             index=place,
             ids=ids,
             params=params,
             eos_ids=params.end_ids(self._eos_ids),
             stop_fn=stopped,
+            choice=choice,
         )

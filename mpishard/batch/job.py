@@ -14,9 +14,9 @@ from zlib import crc32
 from mpishard.batch.requests import BatchRequest, read_request
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError, brief
+from mpishard.storage.input_file import BOM, LinesLook, open_input
 from mpishard.storage.journal import Journal, write_whole
-
-BOM = b"\xef\xbb\xbf"
+from mpishard.storage.output_file import check_output, resolved
 
 
 class Span(NamedTuple):
@@ -35,8 +35,8 @@ class BatchJob:
     prompts open a conversation in the model's chat template. `metadata` is what else answers depend
     on.
 
-    Raises UserError where the input cannot be read or has no line, where the output exists or
-    cannot be made, and as `Journal` does.
+    Raises UserError where the input cannot be read or is not lines of JSON, where the output exists
+    or cannot be made, and as `Journal` does.
     """
 
     def __init__(
@@ -47,29 +47,43 @@ class BatchJob:
         metadata: dict[str, Any] | None = None,
         chat: bool = False,
     ) -> None:
-        self.source, self.target, self.defaults, self.chat = source, target, defaults, chat
+        self.source, self.target, self.defaults, self.chat = (
+            source,
+            resolved(target),
+            defaults,
+            chat,
+        )
         check_output("--output", target, source)
         if source.exists() and not source.is_file() and not source.is_dir():
             raise UserError(f"--input {source} is no file: lines have to be read more than once")
+        self._file = open_input("--input", source)
+        try:
+            self._open_journal(target, metadata)
+        except BaseException:
+            self._file.close()
+            raise
+        self._next = 0
+
+    def _open_journal(self, target: Path, metadata: dict[str, Any] | None) -> None:
+        """Read where the lines are, and what an earlier run has answered."""
+        defaults = self.defaults
         self._spans, self._twice, digest = self._read()
-        if not self._spans:
-            raise UserError(f"--input {source} has no line to answer")
-        path = target.with_name(target.name + ".journal")
-        if target.exists() and not path.exists():
+        path = self.target.with_name(self.target.name + ".journal")
+        if self.target.exists() and not path.exists():
             raise UserError(
                 f"--output {target} exists already and no job is to be continued there: give "
                 "another name, or remove it"
             )
-        told = asdict(defaults) | {"chat": chat}
+        told = asdict(defaults) | {"chat": self.chat}
         own = {"input": f"sha256 {digest}", "lines": len(self._spans)}
         self.journal = Journal(path, {**own, **(metadata or {}), **told})
-        self._next = 0
 
     def __enter__(self) -> BatchJob:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.journal.close()
+        self._file.close()
 
     def __len__(self) -> int:
         """The lines that are to be answered, blank ones left out."""
@@ -84,8 +98,7 @@ class BatchJob:
         """What the line at `place` asks for. Raises UserError if the input has changed."""
         span = self._spans[place]
         where = f"{self.source} line {span.number}"
-        with open(self.source, "rb") as file:
-            content = os.pread(file.fileno(), span.length, span.offset)
+        content = os.pread(self._file.fileno(), span.length, span.offset)
         if crc32(content) != span.checksum:
             raise UserError(
                 f"{where} is not what it was when the job began: leave --input as it is until the "
@@ -118,48 +131,35 @@ class BatchJob:
 
     def _read(self) -> tuple[list[Span], dict[int, int], str]:
         """Where the lines are; of those with an earlier one's name that one's number; and the
-        input's digest."""
+        input's digest. Raises UserError for an input that is not lines of JSON."""
         spans: list[Span] = []
         first: dict[Any, int] = {}
         twice: dict[int, int] = {}
         digest = hashlib.sha256()
+        look = LinesLook()
         for span, content in self._raw_lines(digest):
             line = read_request(content, span.number, self.defaults, "")
+            look.take(content, line.is_object)
             if not line.error:
                 earlier = first.setdefault((type(line.name), line.name), span.number)
                 if earlier != span.number:
                     twice[len(spans)] = earlier
             spans.append(span)
+        if problem := look.problem("answer"):
+            raise UserError(f"--input {self.source} {problem}")
         return spans, twice, digest.hexdigest()
 
     def _raw_lines(self, digest: Any) -> Iterator[tuple[Span, bytes]]:
         """The lines of the input that are not blank, without a byte order mark; `digest` takes in
         everything."""
         try:
-            with open(self.source, "rb") as file:
-                end = 0
-                for number, content in enumerate(file, 1):
-                    digest.update(content)
-                    start, end = end, end + len(content)
-                    if start == 0 and content.startswith(BOM):
-                        start, content = len(BOM), content[len(BOM) :]
-                    if content.strip():
-                        yield Span(number, start, len(content), crc32(content)), content
+            end = 0
+            for number, content in enumerate(self._file, 1):
+                digest.update(content)
+                start, end = end, end + len(content)
+                if start == 0 and content.startswith(BOM):
+                    start, content = len(BOM), content[len(BOM) :]
+                if content.strip():
+                    yield Span(number, start, len(content), crc32(content)), content
         except OSError as error:
             raise UserError(f"--input {self.source} cannot be read: {error.strerror}") from None
-
-
-def check_output(
-    flag: str, target: Path, source: Path | None = None, known_as: str = "the --input"
-) -> None:
-    """Refuse what cannot become the file that `flag` names, before any work; it must not be
-    `source`, which the user knows as that."""
-    folder = target.parent
-    if target.is_dir():
-        raise UserError(f"{flag} {target} is a directory: give the name of a file")
-    if not folder.is_dir():
-        raise UserError(f"{flag} {target}: there is no directory {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {target}: the directory {folder} cannot be written to")
-    if source is not None and target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"{flag} {target} is {known_as}: give another name")

@@ -14,12 +14,13 @@ from mpi4py import MPI
 
 from mpishard.batch.dispatch import Coordinator, Progress, ReplicaClient
 from mpishard.batch.job import BatchJob
-from mpishard.batch.requests import BatchRequest
+from mpishard.batch.requests import BatchRequest, is_error
+from mpishard.batch.texts import AnswerTexts
 from mpishard.communication.collectives import MIN, all_reduce
 from mpishard.communication.group import CollectiveCall
 from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
-from mpishard.engine.generate import check_request, serve
+from mpishard.engine.generate import check_bias, check_request, serve
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.errors import UserError
 from mpishard.model import Decoder
@@ -37,6 +38,7 @@ class BatchReport:
     """What became of a job, the same on all ranks: `total` lines, of which `before` had been
     answered by an earlier run and `answered` by this one, `refused` of these with an error; tokens
     and seconds are this run's. Unless it is `complete` it was told to stop; run again, it goes on.
+    `all_refused` says that it is complete, and that no line has an answer but an error.
     """
 
     total: int
@@ -46,6 +48,7 @@ class BatchReport:
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    all_refused: bool = False
 
     @property
     def complete(self) -> bool:
@@ -80,7 +83,10 @@ def run(
         progress = _serve(decoder, directory, task, limits, should_stop, report)
     figures = None
     if task and progress:
+        all_refused = False
         if not task.left:
+            refused = progress.refused == progress.answered
+            all_refused = refused and all(is_error(task.journal[p]) for p in range(len(task)))
             task.finish()
         figures = BatchReport(
             progress.total,
@@ -90,6 +96,7 @@ def run(
             progress.prompt_tokens,
             progress.completion_tokens,
             perf_counter() - started,
+            all_refused,
         )
     with CollectiveCall("broadcast", mesh.world):
         return world.bcast(figures)
@@ -105,13 +112,19 @@ def _serve(
 ) -> Progress | None:
     """Answer what is left of the task; on rank 0 how far that came."""
     mesh = decoder.mesh
-    text = Tokenizer(directory) if has_tokenizer(directory) else None
+    most = decoder.config.max_position_embeddings
+    text = Tokenizer(directory, most_tokens=most) if has_tokenizer(directory) else None
     post = Mailbox(mesh.world.comm)
     coordinator = None
     if task:
         leaders = list(range(0, mesh.layout.world_size, mesh.layout.replica_size))
         coordinator = Coordinator(
-            task, post, leaders, _encoder(decoder, directory, task, text), report
+            task,
+            post,
+            leaders,
+            _encoder(decoder, directory, task, text),
+            report,
+            AnswerTexts(text),
         )
     eos_ids = frozenset(decoder.config.eos_ids)
     client = ReplicaClient(mesh, post, text, eos_ids, should_stop, coordinator)
@@ -129,10 +142,11 @@ def _encoder(
     def encode(line: BatchRequest) -> list[int]:
         where = f"{task.source} line {line.number}"
         try:
+            check_bias(decoder, line.params)
             ids = _ids(line, task.chat, directory, text)
+            check_request(decoder, ids, "the prompt")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        check_request(decoder, ids, where)
         return ids
 
     return encode
@@ -141,7 +155,7 @@ def _encoder(
 def _ids(line: BatchRequest, chat: bool, directory: Path, text: Tokenizer | None) -> list[int]:
     prompt = line.prompt
     are_ids = isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
-    needs_text = line.params.stop or not line.params.skip_special_tokens
+    needs_text = line.params.stop or not line.params.skip_special_tokens or line.echo
     if text is None and (not are_ids or needs_text):
         text = Tokenizer(directory)  # which says that there is none
     if are_ids and chat:

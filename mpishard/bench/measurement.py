@@ -217,7 +217,7 @@ def _feed(decoder: Decoder, caches: list[KVCache], ids_BS: np.ndarray) -> np.nda
     rows = [
         SamplingRow(SamplingParams(), place, cache.length) for place, cache in enumerate(caches)
     ]
-    return np.array(next_tokens(decoder, step, rows))[:, np.newaxis]
+    return np.array([token.id for token in next_tokens(decoder, step, rows)])[:, np.newaxis]
 
 
 def start_together(world: Group) -> float:

@@ -17,6 +17,7 @@ from mpishard.batch.dispatch import Progress
 from mpishard.batch.job import BatchJob
 from mpishard.batch.run import BatchReport
 from mpishard.commands.common import (
+    check_outputs,
     load_model,
     sampling_params,
     say,
@@ -34,6 +35,8 @@ SUMMARY = (
 # The status of a batch that was told to stop and can go on: EX_TEMPFAIL of sysexits.h. Not 143,
 # with which launchers end that were killed themselves.
 STOPPED = 75
+# The status of a batch that is complete, but has no answer that is not an error: EX_DATAERR.
+ALL_REFUSED = 65
 
 REPORT_SECONDS = 30.0  # between two lines about the progress of a batch
 
@@ -80,8 +83,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard batch``: exits with status 75 if it was told to stop before all was answered,
-    which may have been before this call."""
-    params = sampling_params(args)
+    which may have been before this call, and with 65 if every line is answered with an error."""
+    params = sampling_params(args, world)
+    check_outputs(args, world)
     limits = scheduler_config(
         args.max_num_batched_tokens,
         args.max_num_seqs,
@@ -90,7 +94,8 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     )
     args.stop_request.listen()  # MPI may have taken these signals for itself
     files = Path(args.model), args.input, args.output, params, args.compute_dtype
-    with open_batch(world, *files, args.max_model_len, args.watch.calls, args.chat) as task:
+    more = args.max_model_len, args.watch.calls, args.chat, args.ignore_config
+    with open_batch(world, *files, *more) as task:
         if task and task.journal.damaged:
             say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
         model = load_model(args, world)
@@ -106,6 +111,8 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
             )
     if not outcome.complete:
         raise SystemExit(STOPPED)
+    if outcome.all_refused:
+        raise SystemExit(ALL_REFUSED)
 
 
 @contextmanager
@@ -152,6 +159,8 @@ def _conclusion(output: str, outcome: BatchReport) -> str:
     done = outcome.before + outcome.answered
     before = f", {outcome.before} of them by an earlier run" if outcome.before else ""
     refused = f", {outcome.refused} with an error" if outcome.refused else ""
+    if outcome.all_refused:
+        return f"{output}: all {done} lines failed, and have an error in place of an answer{before}"
     if outcome.complete:
         return f"{output}: {done} lines answered{before}{refused}"
     return (

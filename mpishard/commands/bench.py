@@ -8,7 +8,7 @@ import json
 from mpi4py import MPI
 
 from mpishard import bench, options
-from mpishard.commands.common import load_model, tracked_expert_load
+from mpishard.commands.common import check_outputs, load_model, tracked_expert_load
 
 SUMMARY = "Measure speed, against this machine's roofline, and memory."
 
@@ -43,6 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard bench``: prints one table, or one JSON object."""
+    check_outputs(args, world)
     model = load_model(args, world)
     with tracked_expert_load(args, model, world):
         report = bench.measure(model, args.prompt_tokens, args.max_tokens, args.batch, args.repeat)

@@ -16,22 +16,33 @@ from mpi4py import MPI
 from tqdm import tqdm
 
 from mpishard.api import Model, load
-from mpishard.batch.job import check_output
 from mpishard.commands.expert_load import load_report, load_table
 from mpishard.communication.collectives import MAX, all_reduce
 from mpishard.config.layout import LAYOUT_OPTIONS
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
-from mpishard.runtime.agreement import raise_on_all
+from mpishard.runtime.agreement import from_rank_0, raise_on_all
+from mpishard.runtime.floating_point import KINDS, seen_here
 from mpishard.runtime.launch import reaches_terminal, threads_per_rank
+from mpishard.storage.generation_config import read_sampling_defaults
+from mpishard.storage.output_file import check_output
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """How tokens are sampled; refuses a --stop that would stop everything."""
+def sampling_params(args: argparse.Namespace, world: MPI.Intracomm) -> SamplingParams:
+    """How tokens are sampled: as typed, else as --generation-config says, which rank 0 reads.
+    Refuses a --stop that would stop everything."""
     if "" in args.stop:
         raise UserError("--stop '' is empty: give the text that ends an answer")
-    return SamplingParams(**{one.name: getattr(args, one.name) for one in fields(SamplingParams)})
+    defaults: dict[str, Any] = {}
+    if args.generation_config != "none":
+        is_auto = args.generation_config == "auto"
+        path = Path(args.model if is_auto else args.generation_config)
+        defaults = from_rank_0(world, lambda: read_sampling_defaults(path), args.watch.calls)
+    typed = {one.name: getattr(args, one.name) for one in fields(SamplingParams)}
+    return SamplingParams(
+        **defaults | {name: value for name, value in typed.items() if value is not None}
+    )
 
 
 def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
@@ -44,6 +55,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.compute_dtype,
         cp=args.cp,
         max_model_len=args.max_model_len,
+        ignore_config=args.ignore_config,
         watch=args.watch,
         **{name: getattr(args, name) for name in LAYOUT_OPTIONS},
     )
@@ -52,23 +64,32 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         say(
             f"{model.path}: {model.mesh.layout}, {args.compute_dtype}, threads per rank: "
             f"{threads_per_rank()}, {vendor} {'.'.join(map(str, version))}"
+            f"{''.join(f'; {notice}' for notice in model.notices)}"
         )
     return model
+
+
+def check_outputs(args: argparse.Namespace, world: MPI.Intracomm) -> None:
+    """Refuse files that --expert-load and --record-routing cannot write, before the model is
+    loaded; rank 0 will write them."""
+
+    def check() -> None:
+        for flag in ("--expert-load", "--record-routing"):
+            if target := getattr(args, flag[2:].replace("-", "_"), None):
+                check_output(flag, Path(target))
+
+    from_rank_0(world, check, args.watch.calls)
 
 
 @contextmanager
 def tracked_expert_load(
     args: argparse.Namespace, model: Model, world: MPI.Intracomm
 ) -> Iterator[None]:
-    """With --expert-load: counts the load of experts within, and reports it afterwards. The file
-    that it names can be written."""
+    """With --expert-load: counts the load of experts within, and reports it afterwards."""
     if args.expert_load is None:
         yield
         return
     model.check_has_experts("--expert-load")
-    with raise_on_all(world, args.watch.calls):
-        if args.expert_load and world.rank == 0:
-            check_output("--expert-load", Path(args.expert_load))
     load = model.track_expert_load()
     yield
     report = load_report(model, load)
@@ -94,9 +115,6 @@ def routing_files(
             "one of them out"
         )
     if record is not None:
-        with raise_on_all(world, args.watch.calls):
-            if world.rank == 0:
-                check_output("--record-routing", Path(record))
         model.record_routing()
     if replay is not None:
         model.replay_routing(replay, names)
@@ -119,6 +137,20 @@ def write_json(flag: str, target: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{flag} {target} cannot be written: {error.strerror}") from None
 
 
+def say_overflow(model: Model) -> None:
+    """One line if numbers left the range of their type on any rank, without which a result that is
+    wrong would look like any other."""
+    seen = all_reduce(seen_here(), model.mesh.world, MAX)
+    if model.mesh.world.rank == 0 and seen.any():
+        what = " and ".join(kind for kind, was in zip(KINDS, seen, strict=True) if was)
+        is_widest = model.decoder.dtype == np.float64
+        wider = "" if is_widest else "; --compute-dtype float64 has a wider range"
+        say(
+            f"{what} in {model.decoder.dtype} arithmetic: results may be wrong; `mpishard inspect "
+            f"{model.path} --verify` says whether weights are not finite{wider}"
+        )
+
+
 def say_summary(model: Model, timing: Timing, seconds: float) -> None:
     """One line on how it went, of all replicas together; time in communication is rank 0's."""
     mesh = model.mesh
@@ -128,6 +160,7 @@ def say_summary(model: Model, timing: Timing, seconds: float) -> None:
     prompt, generated = all_reduce(tokens, mesh.dp)
     prompt_seconds, generation_seconds = all_reduce(longest, mesh.dp, MAX)
     peak = model.peak_memory()
+    say_overflow(model)
     if mesh.world.rank != 0:
         return
     parts = [_rate("prefill", prompt, prompt_seconds)]
@@ -140,6 +173,7 @@ def say_totals(model: Model, conclusion: str, prompt: int, generated: int, secon
     """One line of the totals of a batch, in which prefill and decode share their steps, behind its
     `conclusion`."""
     share, peak = 100 * model.mesh.ledger.seconds / seconds, model.peak_memory()
+    say_overflow(model)
     if model.mesh.world.rank == 0:
         tokens = f"{prompt} prompt tokens and {generated} completion tokens in {seconds:.1f} s"
         rate = f"{generated / seconds:.1f} completion tokens/s"

@@ -9,12 +9,12 @@ from mpi4py import MPI
 
 from mpishard import options
 from mpishard.arithmetic.eplb import rank_loads, rebalance_experts
-from mpishard.batch.job import check_output
 from mpishard.commands.common import say, write_json
 from mpishard.commands.expert_load import read_loads
 from mpishard.config.expert_placement import ExpertPlacement, num_physical_per_rank
 from mpishard.config.layout import block
 from mpishard.parallel.expert_load import imbalance
+from mpishard.storage.output_file import check_output
 
 SUMMARY = "Place experts on ranks by their load, with redundant experts if asked for (EPLB)."
 

@@ -7,13 +7,16 @@ import json
 import select
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from mpi4py import MPI
 
 from mpishard import options
 from mpishard.api import Completion, Model
 from mpishard.commands.common import (
+    check_outputs,
     load_model,
     progress_bar,
     routing_files,
@@ -22,10 +25,13 @@ from mpishard.commands.common import (
     say_summary,
     tracked_expert_load,
 )
+from mpishard.communication.group import CallTracker
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 from mpishard.parallel.data import assign_requests
+from mpishard.runtime.agreement import from_rank_0
+from mpishard.storage.input_file import read_text
 
 SUMMARY = "Complete one or more prompts."
 
@@ -36,8 +42,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     options.add_model(command)
     command.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT",
+        "--prompt", action=AppendPrompt, dest="prompts", default=[], metavar="TEXT",
         help="may be given several times; - takes all of standard input as it is",
+    )  # fmt: skip
+    command.add_argument(
+        "--prompt-file", action=AppendPrompt, dest="prompts", default=[], metavar="FILE",
+        help="a prompt of any length, which rank 0 reads; may be given several times",
     )  # fmt: skip
     command.add_argument("--chat", action="store_true", help="apply the model's chat template")
     command.add_argument(
@@ -53,10 +63,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard generate``: streams the text of one prompt; prints several in their order."""
-    params = sampling_params(args)
+    params = sampling_params(args, world)
+    if params.logprobs is not None and not args.json:
+        raise UserError(f"--logprobs {params.logprobs} has no effect without --json: give both")
+    prompts = read_prompts(args.prompts, world, args.watch.calls)
+    check_outputs(args, world)
     model = load_model(args, world)
     with tracked_expert_load(args, model, world):
-        prompts = _read_prompts(args.prompt, world)
         names = [str(place) for place in range(len(prompts))]  # the ids of --json
         with routing_files(args, model, names, world):
             timing, seconds = _generate(args, world, model, params, prompts)
@@ -71,10 +84,10 @@ def _generate(
     prompts: list[str],
 ) -> tuple[Timing, float]:
     """Print the completions of `prompts`; the time of prefill and decode, and seconds in all."""
-    streams = len(prompts) == 1 and not args.json
+    streams = len(prompts) == params.n == 1 and not args.json
     timing, started = Timing(), perf_counter()
-    mine = len(assign_requests(len(prompts), model.mesh))
-    with progress_bar(world, 0 if streams else mine, "prompts", "prompt") as advance:
+    mine = params.n * len(assign_requests(len(prompts), model.mesh))
+    with progress_bar(world, 0 if streams else mine, "answers", "answer") as advance:
         completions = model.generate(
             prompts,
             params,
@@ -88,24 +101,53 @@ def _generate(
     if streams:
         print(flush=True)
     else:
-        _print_completions(completions, args.json)
+        _print_completions(completions, args.json, params.n)
     return timing, seconds
 
 
-def _read_prompts(given: list[str], world: MPI.Intracomm) -> list[str]:
-    """The prompts, ``-`` replaced by standard input, which the launcher gives to rank 0 only."""
-    if "-" not in given:
-        return given
-    if given.count("-") > 1:
+class AppendPrompt(argparse.Action):
+    """Appends the text of --prompt or the name of --prompt-file to one list, in the order of the
+    command line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = [*(getattr(namespace, self.dest) or []), (self.option_strings[0], values)]
+        setattr(namespace, self.dest, given)
+
+
+def read_prompts(
+    given: list[tuple[str, str]], world: MPI.Intracomm, calls: CallTracker
+) -> list[str]:
+    """The prompts, in the order of the command line. Rank 0 reads files and standard input, which
+    the launcher gives to it alone, and hands them to the others."""
+    if not given:
+        raise UserError(
+            "a prompt is required: --prompt TEXT or --prompt-file FILE; see "
+            "`mpishard generate --help`"
+        )
+    if given.count(("--prompt", "-")) > 1:
         raise UserError("--prompt - is given twice, but standard input can be read only once")
-    content: bytes = world.bcast(_read_stdin() if world.rank == 0 else None)
+    if all(flag == "--prompt" and value != "-" for flag, value in given):
+        return [text for _, text in given]
+    return from_rank_0(world, lambda: [_read_prompt(*one) for one in given], calls)
+
+
+def _read_prompt(flag: str, value: str) -> str:
+    if flag == "--prompt-file":
+        return read_text(flag, Path(value))
+    if value != "-":
+        return value
     try:
-        text = content.decode()
+        return _read_stdin().decode()
     except UnicodeDecodeError as error:
         raise UserError(
             f"--prompt -: standard input is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from None
-    return [text if prompt == "-" else prompt for prompt in given]
 
 
 def _read_stdin() -> bytes:
@@ -121,10 +163,15 @@ def _read_stdin() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _print_completions(completions: list[Completion], as_json: bool) -> None:
+def _print_completions(completions: list[Completion], as_json: bool, n: int) -> None:
     for place, completion in enumerate(completions):
         if as_json:
-            print(json.dumps({"id": place, **asdict(completion)}, ensure_ascii=False))
+            said = {"id": place // n, **asdict(completion)}
+            if n == 1:
+                del said["index"]
+            if completion.logprobs is None:
+                del said["logprobs"]
+            print(json.dumps(said, ensure_ascii=False))
         else:
             print(f"=== {completion.prompt}\n{completion.text}\n")
     sys.stdout.flush()

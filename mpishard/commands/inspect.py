@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard inspect``: one rank does it, however many were started."""
     if world.rank != 0:
         return
-    source = open_source(args.model)
+    source = open_source(args.model, args.ignore_config)
     print("\n".join(describe(source)), flush=True)
     if args.verify:
         with progress_bar(world, stored_bytes(source), "verifying", "B") as advance:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,9 +14,9 @@ from mpi4py import MPI
 
 from mpishard import options
 from mpishard.api import Model
-from mpishard.batch.job import check_output
-from mpishard.batch.requests import check_fields, name_of, prompt_of, read_object
+from mpishard.batch.fields import check_fields, name_of, prompt_of, read_object
 from mpishard.commands.common import (
+    check_outputs,
     load_model,
     progress_bar,
     routing_files,
@@ -29,6 +27,8 @@ from mpishard.engine.generate import Timing
 from mpishard.errors import UserError, brief
 from mpishard.runtime.agreement import raise_on_all
 from mpishard.scoring import LogitsOutput
+from mpishard.storage.input_file import BOM, LinesLook, open_input
+from mpishard.storage.output_file import check_output, whole_file
 
 SUMMARY = "Score given tokens."
 
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     with raise_on_all(world, args.watch.calls):
         if world.rank == 0:
             check_output("--output", Path(args.output), Path(args.input))
+    check_outputs(args, world)
     model = load_model(args, world)
     with tracked_expert_load(args, model, world):
         sequences = [_encode_line(model, line, where) for where, line in lines]
@@ -88,22 +89,22 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
 def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str, Any]]]:
     """The lines of a JSONL file of sequences to score, each with the words for where it stands;
     UserError for a line that is not one, or whose arrays would have the names of another's."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--input {path} cannot be read: {problem}") from None
-    lines, ids = [], set()
-    for number, text in enumerate(content.split("\n"), 1):
-        if text.strip():
+    lines, ids, look = [], set(), LinesLook()
+    with open_input("--input", path) as file:
+        contents = file.read().removeprefix(BOM).split(b"\n")
+    for content in contents:
+        if content.strip():
+            look.take(content, content.lstrip().startswith(b"{"))
+    if problem := look.problem("score"):
+        raise UserError(f"--input {path} {problem}")
+    for number, content in enumerate(contents, 1):
+        if content.strip():
             where = f"{path} line {number}"
-            line = _parse_line(text, where)
+            line = _parse_line(content, where)
             if line["id"] in ids:
                 raise UserError(f"{where} has the id {brief(repr(line['id']))} of an earlier line")
             ids.add(line["id"])
             lines.append((where, line))
-    if not lines:
-        raise UserError(f"--input {path} has no line to score")
     for where, line in lines:
         before, hidden, _ = line["id"].rpartition(".hidden.")
         if hidden_states and hidden and before in ids:
@@ -114,14 +115,13 @@ def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str
     return lines
 
 
-def _parse_line(text: str, where: str) -> dict[str, Any]:
-    """One line's fields, its id as a string."""
+def _parse_line(text: bytes, where: str) -> dict[str, Any]:
+    """The id of a line, as a string, and its prompt."""
     line = read_object(text, where)
     name = str(name_of(line, "id", where))
     _check_array_name(name, where)
     check_fields(line, FIELDS, where)
-    prompt_of(line, where)
-    return line | {"id": name}
+    return {"id": name, "prompt": prompt_of(line, where)}
 
 
 def _check_array_name(name: str, where: str) -> None:
@@ -139,12 +139,11 @@ def _check_array_name(name: str, where: str) -> None:
 
 
 def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
-    given = line["input_ids"] if line.get("prompt") is None else line["prompt"]
     try:
-        ids = model.encode(given)
+        ids = model.encode(line["prompt"])
+        model.check(ids, "the prompt")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    model.check(ids, where)
     return ids
 
 
@@ -152,21 +151,16 @@ def _write_scores(
     target: Path, names: list[str], scores: Iterator[LogitsOutput | None], advance: Any
 ) -> None:
     """Write the .npz archive `target`, which bears another name until it is complete."""
-    temporary = target.with_name(target.name + ".incomplete")
     try:
-        with zipfile.ZipFile(temporary, "w") as archive:
+        with whole_file(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for name, score in zip(names, scores, strict=True):
                 assert score is not None  # on this rank they all arrive
                 _write_array(archive, name, score.logits)
                 for layer, x_SD in enumerate(score.hidden_states):
                     _write_array(archive, f"{name}.hidden.{layer}", x_SD)
                 advance(1)
-        os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"--output {target} cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

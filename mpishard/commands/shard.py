@@ -11,8 +11,9 @@ from mpishard import options
 from mpishard.commands.common import progress_bar, say
 from mpishard.communication.collectives import barrier
 from mpishard.runtime.agreement import raise_on_all
+from mpishard.runtime.same_model import open_on_all
 from mpishard.storage.convert import Conversion
-from mpishard.storage.source import open_source
+from mpishard.storage.source import notices
 
 SUMMARY = "Shard a model: one HDF5 file for each rank."
 
@@ -44,9 +45,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard shard``: the ranks share the files to be written."""
+    source = open_on_all(args.model, world, args.ignore_config, args.watch.calls)
+    if world.rank == 0 and (said := notices(source)):
+        say(f"{args.model}: {'; '.join(said)}")
     with raise_on_all(world, args.watch.calls):
         ranks = lcm(args.tp * args.cp, args.ep)
-        source = open_source(args.model)
         conversion = Conversion(source, args.out, args.tp, args.dtype, args.ep, ranks)
         if world.rank == 0:
             conversion.prepare()

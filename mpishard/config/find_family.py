@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mpishard.config.families import FAMILIES
@@ -27,7 +28,10 @@ _SIZES = (
     "vocab_size",
 )
 # Fields that a wrapper may have in place of its language model.
-_SHARED = ("eos_token_id", "bos_token_id", "quantization_config", "tie_word_embeddings")
+_SHARED = (
+    *("eos_token_id", "bos_token_id", "tie_word_embeddings"),
+    *("quantization_config", "compression_config"),
+)
 # Words in the names of a wrapper's fields that do not concern its language model.
 _OF_TOWERS = frozenset("vision visual image video media audio projector mm".split())
 _LISTED = "the README lists those that are"
@@ -96,7 +100,16 @@ def _unwrapped(outer: Fields, wrapper: Wrapper) -> tuple[Family, Fields, Wrapper
         of_towers = {field for field in outer.values if _is_of_tower(field)}
         known = WRAPPER_FIELDS[wrapper.name] | of_towers | wrapper.ignored | set(_SHARED)
         outer.reject_unknown(wrapper.name, frozenset(known))
-    return _BY_MODEL_TYPE[name], fields, wrapper
+    return _inside(wrapper, _BY_MODEL_TYPE[name]), fields, wrapper
+
+
+def _inside(wrapper: Wrapper, family: Family) -> Family:
+    """A family as the checkpoints of a wrapper store it."""
+    if not (wrapper.transposed_experts and family.moe):
+        return family
+    names = family.moe.names
+    names = replace(names, stacked=replace(names.stacked, transposed=True))
+    return replace(family, moe=replace(family.moe, names=names))
 
 
 def _is_of_tower(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpishard.config.quantization.scheme import Quantization
 from mpishard.config.stored_names import StoredNames
 
 # No sequence has more positions. Products of positions with sizes then fit into 64 bits.
@@ -92,8 +93,8 @@ class StackedNames:
     gate_up_bias: str | None = None  # (E, 2 F), laid out as gate_up
     down_bias: str | None = None  # (E, D)
     e_score_correction_bias: str | None = None  # (E,); None: as in the other form
-    # If True, gate_up is (E, D, 2 F), with columns of gate and up alternating, and down (E, F, D).
-    transposed: bool = False
+    transposed: bool = False  # gate_up is (E, D, 2 F) and down (E, F, D)
+    alternating: bool = False  # the outputs of gate and up alternate
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,17 @@ class ModelConfig:
     rope_interleaved: bool = False  # rope rotates pairs of neighbours, not of the two halves
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
+    quantization: Quantization | None = None  # of the weights in a checkpoint
     wrapper: str | None = None  # the multimodal architecture around it: its tensors' names differ
     ignored_fields: tuple[str, ...] = field(default=(), compare=False)  # the user answers for them
+    # config.json ties the head to the embedding, but the stored one differs and is used.
+    head_differs: bool = field(default=False, compare=False)
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def text_fields(self) -> dict[str, Any]:
+        """The fields of the language model in `raw`, which are within it in a multimodal file."""
+        return (self.wrapper and self.raw.get("text_config")) or self.raw
 
     @property
     def key_width(self) -> int:

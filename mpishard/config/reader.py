@@ -11,12 +11,14 @@ unknown field: a model that is computed almost right writes fluent, wrong text.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from mpishard.config.families.family import Family
 from mpishard.config.fields import Answered, Fields, as_json
 from mpishard.config.find_family import find_family
 from mpishard.config.model_config import MLAConfig, ModelConfig
+from mpishard.config.quantization.read import read_quantization
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
 from mpishard.config.read_windows import read_windows
@@ -46,12 +48,14 @@ def read_model_config(
     generation: dict[str, Any] | None,
     source: str,
     ignore_config: Iterable[str] = (),
+    quantization: dict[str, Any] | None = None,
 ) -> ModelConfig:
     """The configuration in `raw`, the content of the ``config.json`` that errors call `source`.
 
     `generation` is the content of ``generation_config.json``, or None; its end-of-sequence and
     beginning-of-sequence ids take precedence. The user answers for the fields of `ignore_config`,
-    which are in the file, but which nothing implements.
+    which are in the file, but which nothing implements. `quantization` is the content of
+    ``hf_quant_config.json``, or None; it holds if `raw` has no `quantization_config`.
 
     Raises UserError, with `source`, the field and its value, if the file is inconsistent or needs
     something that is not implemented.
@@ -72,8 +76,10 @@ def read_model_config(
     ropes, max_position_embeddings, rotary_dim = read_ropes(fields, family, rope_dim, windows)
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
-    _refuse_quantized(fields, family)
     bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
+    quantized = read_quantization(fields, quantization, family.quantization)
+    if quantized and wrapper:
+        quantized = replace(quantized, within=True)
     config = ModelConfig(
         family=family.name,
         hidden=hidden,
@@ -113,6 +119,7 @@ def read_model_config(
         rope_interleaved=bool(family.rope_interleaved_pairs) and not mla,
         gated_mlp=family.gated_mlp,
         stored_names=family.stored_names,
+        quantization=quantized,
         wrapper=wrapper.name if wrapper else None,
         ignored_fields=answered.names,
         raw=raw,
@@ -124,15 +131,6 @@ def read_model_config(
     fields.reject_unknown(family.name, family.ignored)
     answered.refuse_needless(raw, source)
     return config
-
-
-def _refuse_quantized(fields: Fields, family: Family) -> None:
-    """Raise UserError for quantized weights, except the family's own quantization."""
-    if family.quantization is None:
-        return  # reject_unknown refuses the field
-    section = fields.section("quantization_config")
-    if section and section.text("quant_method", "") != family.quantization:
-        fields.refuse("quantization_config", f"is not implemented: {family.quantization} is")
 
 
 def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 # What a field asks for, and the value, besides null, with which it changes nothing.
 UNSUPPORTED_FIELDS: dict[str, tuple[str, object]] = {
-    "quantization_config": ("quantized weights", None),
     "auto_map": ("code of its own", {}),
     "per_layer_config": ("layers that differ from each other", {}),
     "pruned_heads": ("pruned heads", {}),

@@ -21,7 +21,9 @@ from typing import Protocol
 import numpy as np
 
 from mpishard.communication.collectives import MAX, all_reduce
+from mpishard.engine.logprobs import step_logprobs
 from mpishard.engine.sampling import NO_TOKEN, SamplingRow, sample
+from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import Scheduler, SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput, Sequence
 from mpishard.errors import UserError
@@ -104,6 +106,16 @@ def check_request(model: Decoder, ids: list[int], what: str) -> None:
             )
 
 
+def check_bias(model: Decoder, params: SamplingParams) -> None:
+    """Raise UserError if `params` bias tokens that the model does not have."""
+    for token, _ in params.bias_pairs:
+        if not 0 <= token < model.config.vocab:
+            raise UserError(
+                f"logit_bias has token id {token}, but the model's ids are 0 to "
+                f"{model.config.vocab - 1}"
+            )
+
+
 def generate(
     model: Decoder,
     requests: Iterable[Request],
@@ -176,14 +188,24 @@ def _next_action(model: Decoder, scheduler: Scheduler, source: RequestSource) ->
     return Action(int(all_reduce(np.array(action, np.int64), model.mesh.moe, MAX)))
 
 
-def next_tokens(model: Decoder, step: Step, rows: list[SamplingRow]) -> list[int]:
+@dataclass(frozen=True)
+class SampledToken:
+    """A chosen token, and log-probabilities by token id if asked for."""
+
+    id: int
+    logprobs: dict[int, float] | None = None
+
+
+def next_tokens(model: Decoder, step: Step, rows: list[SamplingRow]) -> list[SampledToken]:
     """Run the model on `step` and choose a token for each of the `rows`, one for each position
     whose logits the step asks for. All ranks of the replica get the same tokens."""
-    mesh = model.mesh
+    mesh, owner_index = model.mesh, step.logits_owner_index
     logits_Mv = model.forward(step)
-    own_rows = [rows[index] for index in step.logits_owner_index[mesh.cp.rank]]
+    own_rows = [rows[index] for index in owner_index[mesh.cp.rank]]
     tokens_M = np.array(sample(logits_Mv, own_rows, model.config.vocab, mesh), np.int64)
-    return context.gather_sequence(tokens_M, step.logits_owner_index, mesh).tolist()
+    logprobs = step_logprobs(logits_Mv, tokens_M, rows, owner_index, model.config.vocab, mesh)
+    tokens = context.gather_sequence(tokens_M, owner_index, mesh).tolist()
+    return [SampledToken(token, logprobs.get(place)) for place, token in enumerate(tokens)]
 
 
 def _run_step(
@@ -195,9 +217,9 @@ def _run_step(
     gets its next token."""
     step = pack([chunk for _, chunk in chunks], model.sequence_sharding)
     complete = [sequence for sequence, chunk in chunks if not chunk.remaining]
-    rows = [SamplingRow(s.request.params, s.request.index, s.cache.length) for s in complete]
-    for sequence, token in zip(complete, next_tokens(model, step, rows), strict=True):
-        output = sequence.output
+    rows = [sequence.sampling_row for sequence in complete]
+    for sequence, sampled in zip(complete, next_tokens(model, step, rows), strict=True):
+        output, token = sequence.output, sampled.id
         if token == NO_TOKEN:
             output.finish_reason = "error"
             output.error = (
@@ -207,6 +229,8 @@ def _run_step(
             )
             continue
         output.ids.append(token)
+        if sampled.logprobs is not None:
+            output.logprobs.append(sampled.logprobs)
         output.finish_reason = _finish_reason(sequence, token)
         if on_token:
             on_token(sequence.request, token)

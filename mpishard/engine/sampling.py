@@ -13,12 +13,13 @@ Every rank of a replica chooses the same token. In the first two cases all ranks
 numbers, which the owner of each token computed. The filters take exponentials, of which the last
 bit may differ between two machines; therefore rank 0 decides and broadcasts.
 
-sample                   scores_Mv -> local_top_k_candidates -> one token for each row
+sample                   logits_Mv -> local_top_k_candidates -> one token for each row
 local_top_k_candidates   scores_Mv -> the best of each row -> all_gather(tp) -> score_MC, id_MC
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,18 +39,21 @@ NO_TOKEN = -1
 @dataclass(frozen=True)
 class SamplingRow:
     """How to choose the token of one row of logits (one row of vLLM's SamplingMetadata). The random
-    numbers depend on `request` and `position`."""
+    numbers depend on `request`, `position` and `choice`, the number of this answer among several of
+    the request. `process` changes the logits of this rank, (v,), beforehand."""
 
     params: SamplingParams
     request: int
     position: int
+    choice: int = 0
+    process: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def sample(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab: int, mesh: Mesh) -> list[int]:
     """One token for each of the M rows, the same on every rank of the replica. Among equal scores
     the lowest id wins. A row whose largest logit is infinite or not a number gets `NO_TOKEN`."""
     vocab_start = block(vocab, mesh.tp.size, mesh.tp.rank).start
-    scores_Mv = _scores(logits_Mv, rows, vocab_start)
+    scores_Mv = _scores(_process(logits_Mv, rows), rows, vocab_start)
     if any(row.params.filtered for row in rows):
         widest = max(block_sizes(vocab, mesh.tp.size))
         tokens_M = _sample_rows_filtered(scores_Mv, rows, vocab_start, widest, mesh)
@@ -81,6 +85,17 @@ def local_top_k_candidates(
     return pairs_of_all["score"], pairs_of_all["id"]
 
 
+def _process(logits_Mv: np.ndarray, rows: list[SamplingRow]) -> np.ndarray:
+    """The logits after bias and penalties; the same array where no row has any."""
+    if all(row.process is None for row in rows):
+        return logits_Mv
+    processed_Mv = logits_Mv.copy()
+    for logits_v, row in zip(processed_Mv, rows, strict=True):
+        if row.process is not None:
+            logits_v[:] = row.process(logits_v)
+    return processed_Mv
+
+
 def _scores(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int) -> np.ndarray:
     """What tokens are ranked by. A greedy row keeps its logits. A sampled row has logits over
     temperature, with noise unless a filter comes first."""
@@ -92,7 +107,7 @@ def _scores(logits_Mv: np.ndarray, rows: list[SamplingRow], vocab_start: int) ->
         if not row.params.greedy:
             scores_v /= row.params.temperature
             if not row.params.filtered:
-                scores_v += gumbel(row.params.seed, row.request, row.position, id_v)
+                scores_v += _noise(row, id_v)
     return scores_Mv
 
 
@@ -149,5 +164,9 @@ def _sample_filtered(
     kept = num_kept(scores, log_total, params.top_k, params.top_p, params.min_p, complete)
     if kept is None:
         return None
-    noise = gumbel(params.seed, row.request, row.position, ids[:kept])
-    return int(ids[np.argmax(scores[:kept] + noise)])
+    return int(ids[np.argmax(scores[:kept] + _noise(row, ids[:kept]))])
+
+
+def _noise(row: SamplingRow, ids: np.ndarray) -> np.ndarray:
+    """The Gumbel noise of the tokens `ids` in a row."""
+    return gumbel(row.params.seed, row.request, row.position, ids, row.choice)

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mpishard.config.layout import block
+from mpishard.engine.logits_processor import LogitsProcessor
 from mpishard.engine.prefix_cache import PrefixCache
 from mpishard.engine.sequence import Request, RequestOutput, Sequence
 from mpishard.model import Decoder
@@ -142,8 +144,12 @@ class Scheduler:
         if hit:
             cache.copy_prefix(hit.donor.cache, num_cached)
         cache_bytes = self._cache_bytes(request, first_chunk if hit else None)
-        output = RequestOutput(request.index)
-        sequence = Sequence(request, output, cache, cache_bytes, first_chunk)
+        output, process = RequestOutput(request.index), None
+        if request.params.processes_logits:
+            config, tp = self.model.config, self.model.mesh.tp
+            own_tokens = block(config.vocab, tp.size, tp.rank)
+            process = LogitsProcessor(request.params, request.ids, own_tokens)
+        sequence = Sequence(request, output, cache, cache_bytes, first_chunk, process)
         return sequence, sequence.next_chunk(num_tokens)
 
     def _cache_bytes(self, request: Request, first_chunk: FirstChunk | None = None) -> int:

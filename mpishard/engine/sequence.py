@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from mpishard.engine.logits_processor import LogitsProcessor
+from mpishard.engine.sampling import SamplingRow
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.model import Decoder
 from mpishard.sequences.kv_cache import KVCache
@@ -18,9 +21,10 @@ from mpishard.sequences.step import ScheduledChunk
 class Request:
     """A prompt, `ids`, to be continued as `params` say.
 
-    `index` is the request's place in the input; its random numbers depend on it. Generation ends
-    with the first token that is one of `eos_ids`, or after which `stop_fn` is true of all tokens
-    generated so far. That token is the last of the output.
+    `index` is the request's place in the input; its random numbers depend on it, and on `choice`,
+    the number of this answer among several. Generation ends with the first token that is one of
+    `eos_ids`, or after which `stop_fn` is true of all tokens generated so far. That token is the
+    last of the output.
     """
 
     index: int
@@ -28,6 +32,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     eos_ids: frozenset[int] = frozenset()
     stop_fn: Callable[[list[int]], bool] | None = None
+    choice: int = 0
 
     def max_length(self, model: Decoder) -> int:
         """The most positions that the KV cache can hold. The last token of the longest output is
@@ -37,7 +42,8 @@ class Request:
 
 @dataclass
 class RequestOutput:
-    """The tokens generated for a request.
+    """The tokens generated for a request. `logprobs`, if asked for, has for each of them the
+    log-probabilities of the likeliest tokens and of the one chosen, by their ids.
 
     `finish_reason` is "stop", "length" or "error", and empty until generation has ended. `error`
     says why the scheduler rejected the request, or why its generation failed.
@@ -47,6 +53,7 @@ class RequestOutput:
     ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     error: str = ""
+    logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -54,8 +61,9 @@ class Sequence:
     """A request that has been admitted, with its KV cache.
 
     `cache_bytes` is the memory reserved for the cache. `first_chunk` says on which ranks its first
-    positions are. `rope_lengths` are the sequence lengths whose rotary frequencies the cached keys
-    of each layer have, under dynamic RoPE and LongRoPE; empty as long as those are a short one's.
+    positions are. `process` applies bias and penalties. `rope_lengths` are the sequence lengths
+    whose rotary frequencies the cached keys of each layer have, under dynamic RoPE and LongRoPE;
+    empty as long as those are a short one's.
     """
 
     request: Request
@@ -63,6 +71,7 @@ class Sequence:
     cache: KVCache
     cache_bytes: int
     first_chunk: FirstChunk
+    process: LogitsProcessor | None = None
     rope_lengths: tuple[int, ...] = ()
 
     @property
@@ -85,6 +94,16 @@ class Sequence:
         """How many of the `token_ids` the cache does not hold yet: 1 while the sequence decodes,
         more during prefill."""
         return self.num_tokens - self.cache.length
+
+    @property
+    def sampling_row(self) -> SamplingRow:
+        """How the next token is chosen."""
+        request, process = self.request, None
+        if self.process is not None:
+            process = partial(self.process, answer=self.output.ids)
+        return SamplingRow(
+            request.params, request.index, self.cache.length, request.choice, process
+        )
 
     def reset_if_rope_changed(self, model: Decoder) -> None:
         """Empty the cache if the sequence has grown so long that it has other rotary frequencies

@@ -7,38 +7,29 @@ names of `mpishard.config.weight_specs`, also if one tensor holds several of the
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.weight_specs import weight_specs
 from mpishard.errors import UserError, brief
-from mpishard.storage.arrays import DTYPES, StoredArray
-from mpishard.storage.model_dir import read_config, read_json
-from mpishard.storage.mxfp4 import SCALE, dequantize
+from mpishard.storage.arrays import DTYPES, StoredArray, row_blocks
+from mpishard.storage.model_dir import read_config
+from mpishard.storage.quantized.form import FLOATS, Dtypes
+from mpishard.storage.quantized.matrix import CACHE_SCALES, UNREAD, DamagedTensor, canonical
 from mpishard.storage.tensor_locations import Part, TensorLocation, locate_weights
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FLOATS = {
-    "F32": DTYPES["float32"],
-    "F16": DTYPES["float16"],
-    "BF16": DTYPES["bfloat16"],
-}
-PAIRS_OF_FP4 = {"U8": np.dtype(np.uint8)}
-SCALES = {"U8": SCALE, "F8_E8M0": SCALE}
+from mpishard.storage.text_half import text_half
+from mpishard.storage.weight_files import Header, read_headers
 
 EMBEDDING = "model.embed_tokens.weight"
-
-Header = tuple[Path, int, dict[str, Any]]  # file, offset of its data, entry of the tensor
+HEAD = "lm_head.weight"
 
 
 class Checkpoint:
@@ -55,27 +46,55 @@ class Checkpoint:
         self.config = config
         self.locations = locations  # by the name of the weight
         self.arrays = arrays  # by the name of the tensor in the files
+        self.unread: list[str] = []  # tensors of other parts of a multimodal model
         self._shapes = {weight.name: weight.shape for weight in weight_specs(config)}
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, ignore_config: Iterable[str] = ()) -> Checkpoint:
         """The checkpoint in a directory. It is checked that every weight of the model is there with
-        its shape, and no other tensor.
+        its shape, and no other tensor. The user answers for fields of the configuration in
+        `ignore_config`.
+
+        A head that config.json ties to the embedding, but that is stored and differs from it, is
+        used as it is stored; a head that is stored alone is the embedding, too. transformers 5 does
+        the same.
 
         Raises UserError for damaged, truncated or missing files, for missing, misshapen or unknown
-        tensors, and for dtypes other than float32, float16 and bfloat16, and MXFP4 for experts.
+        tensors, and for dtypes and storage forms that cannot be read.
         """
         path = Path(path)
-        config = read_config(path)
-        headers = _read_headers(path)
-        locations = locate_weights(config, headers)
-        _refuse_unknown(config, headers, {name for p in locations.values() for name in p.tensors})
-        checkpoint = cls(path, config, locations, _find_arrays(path, locations, headers))
+        config = read_config(path, ignore_config)
+        headers = read_headers(path)
+        headers, unread = text_half(headers) if config.wrapper else (headers, [])
+        if config.wrapper:
+            config = _transposed_as_stored(config, headers)
         head = f"{config.stored_names.head}.weight"
         if config.tied and head in headers:
-            stored = _stored(head, *headers[head])
-            _check_tied(locations[EMBEDDING].name, checkpoint.arrays, head, stored)
+            embedding = locate_weights(config, _dtypes(headers))[EMBEDDING].name
+            if embedding not in headers:
+                headers[embedding] = headers.pop(head)
+            else:
+                untied = replace(config, tied=False, head_differs=True)
+                if cls._of(path, untied, headers).has_other_head():
+                    config = untied
+        checkpoint = cls._of(path, config, headers)
+        checkpoint.unread = unread
         return checkpoint
+
+    @classmethod
+    def _of(cls, path: Path, config: ModelConfig, headers: dict[str, Header]) -> Checkpoint:
+        locations = locate_weights(config, _dtypes(headers))
+        _refuse_unknown(config, headers, locations)
+        return cls(path, config, locations, _find_arrays(path, locations, headers))
+
+    def has_other_head(self) -> bool:
+        """Whether a head that is a weight of its own differs from the embedding."""
+        for rows in row_blocks(self.shape(HEAD), 4):
+            embedding, head = (self.view(name, (rows, slice(None))) for name in (EMBEDDING, HEAD))
+            if embedding.dtype != head.dtype or embedding.tobytes() != head.tobytes():
+                if (embedding.astype(np.float64) != head.astype(np.float64)).any():  # 0 is -0
+                    return True
+        return False
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of a weight."""
@@ -102,56 +121,54 @@ class Checkpoint:
 
     def _numbers(self, location: TensorLocation, part: Part) -> np.ndarray:
         """The numbers in `part` of the matrix in which a weight is located."""
-        stored = [self.arrays[tensor].map()[location.index] for tensor in location.tensors]
         if location.quantized:
-            blocks, scales = stored
-            return dequantize(blocks, scales, *part)
-        (matrix,) = stored
+            with self._naming_files():
+                return location.quantized.part(self._stored(location), *part)
+        matrix = self.arrays[location.name].map()[location.index]
         return (matrix.swapaxes(-2, -1) if location.transposed else matrix)[part]
 
+    def check_quantized(self) -> None:
+        """Refuse stored indices and sizes of quantized weights that are wrong (UserError)."""
+        with self._naming_files():
+            for location in self.locations.values():
+                if location.quantized:
+                    location.quantized.check(self._stored(location))
 
-def _read_headers(directory: Path) -> dict[str, Header]:
-    if (directory / SINGLE).exists():
-        return _read_header(directory / SINGLE)
-    if not (directory / INDEX).exists():
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: no weights to read")
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UserError(f"{directory / INDEX} has no weight_map from tensor names to file names")
-    files: dict[str, dict[str, Header]] = {}
-    for name, file in weight_map.items():
-        if file not in files:
-            _check_file(directory, file, name)
-            files[file] = _read_header(directory / file)
-        if name not in files[file]:
-            raise UserError(f"{directory / file} lacks {brief(name)}, which {INDEX} places in it")
-    unlisted = {name: header for headers in files.values() for name, header in headers.items()}
-    return unlisted | {name: files[file][name] for name, file in weight_map.items()}
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        """A tensor with impossible values becomes a UserError with its file."""
+        try:
+            yield
+        except DamagedTensor as damage:
+            raise UserError(f"{self.arrays[damage.tensor].path}: {damage}") from None
 
-
-def _check_file(directory: Path, file: str, name: str) -> None:
-    """Refuse a file of the index that is not there, or not below the directory (UserError)."""
-    if Path(file).is_absolute() or ".." in Path(file).parts:
-        raise UserError(
-            f"{directory / INDEX} places {brief(name)} in {brief(file)}, outside of the directory: "
-            "copy that file into it and name it there"
-        )
-    if not os.path.isfile(directory / file):
-        raise UserError(f"{directory / brief(file)} is missing: {INDEX} places {brief(name)} in it")
+    def _stored(self, location: TensorLocation) -> dict[str, np.ndarray]:
+        """The stored tensors of a quantized matrix, by the names that its form has for them."""
+        return {
+            tensor.name: self.arrays[name].map()[location.index]
+            for name, tensor in location.tensors.items()
+        }
 
 
-def _read_header(path: Path) -> dict[str, Header]:
-    try:
-        with safe_open(path, "np"), open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-    except SafetensorError as error:
-        size, problem = path.stat().st_size, brief(str(error), 300)
-        raise UserError(f"{path} ({size} bytes) is truncated or damaged: {problem}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    entries.pop("__metadata__", None)
-    return {name: (path, 8 + length, entry) for name, entry in entries.items()}
+def _dtypes(headers: dict[str, Header]) -> dict[str, str]:
+    return {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
+
+
+def _transposed_as_stored(config: ModelConfig, headers: dict[str, Header]) -> ModelConfig:
+    """The configuration for the experts of qwen3_vl_moe as they are stored: the Hub has them
+    transposed, and transformers 5 writes them as other families do."""
+    if config.moe is None or not config.moe.names.stacked.transposed:
+        return config
+    names, (D, F) = config.moe.names, (config.hidden, config.moe.moe_intermediate_size)
+    shapes = [
+        tuple(entry["shape"][-2:])
+        for name, (_, _, entry) in headers.items()
+        if name.endswith(names.stacked.gate_up)
+    ]
+    if (2 * F, D) not in shapes or 2 * F == D:
+        return config
+    names = replace(names, stacked=replace(names.stacked, transposed=False))
+    return replace(config, moe=replace(config.moe, names=names))
 
 
 def _find_arrays(
@@ -160,22 +177,23 @@ def _find_arrays(
     """The stored arrays of all `locations`, by the names of the tensors."""
     arrays: dict[str, StoredArray] = {}
     for location in locations.values():
-        dtypes = (PAIRS_OF_FP4, SCALES) if location.quantized else (FLOATS,)
-        for (name, shape), known in zip(location.tensors.items(), dtypes, strict=True):
+        experts = location.shape[: len(location.index)] if location.quantized else ()
+        for name, tensor in location.tensors.items():
             if name in arrays:  # it also holds the weight of another expert
                 continue
+            shape = (*experts, *tensor.shape)
             if name not in headers:
                 raise UserError(
                     f"{directory} lacks the tensor {name}, "
                     f"which its config.json calls for in shape {shape}"
                 )
-            array = _stored(name, *headers[name], known)
-            if array.shape != shape:
+            array = _stored(name, *headers[name], tensor.dtypes)
+            if array.shape != shape and not (location.quantized and canonical(array.shape, shape)):
                 raise UserError(
                     f"{array.path}: {name} has shape {array.shape}, "
                     f"but config.json calls for {shape}"
                 )
-            arrays[name] = array
+            arrays[name] = replace(array, shape=shape)
     return arrays
 
 
@@ -184,7 +202,7 @@ def _stored(
     path: Path,
     data_start: int,
     entry: dict[str, Any],
-    dtypes: Mapping[str, np.dtype] = FLOATS,
+    dtypes: Dtypes = FLOATS,
 ) -> StoredArray:
     dtype = dtypes.get(entry["dtype"])
     if dtype is None:
@@ -194,13 +212,30 @@ def _stored(
     return StoredArray(path, data_start + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
 
-def _refuse_unknown(config: ModelConfig, headers: dict[str, Header], known: Container[str]) -> None:
-    unknown = [name for name in headers if name not in known and not _harmless(config, name)]
+def _refuse_unknown(
+    config: ModelConfig, headers: dict[str, Header], locations: dict[str, TensorLocation]
+) -> None:
+    known = {name for location in locations.values() for name in location.tensors}
+    modules = {where.quantized.module for where in locations.values() if where.quantized}
+    unknown = [
+        name
+        for name in headers.keys() - known
+        if not _harmless(config, name) and not _of_quantized(name, modules, headers)
+    ]
     if unknown:
         raise UserError(
             f"{headers[unknown[0]][0]} holds {_listed(unknown)}, "
             f"which a {config.family} model with this config.json does not have"
         )
+
+
+def _of_quantized(name: str, modules: set[str], headers: dict[str, Header]) -> bool:
+    """Whether a tensor is left unread because it belongs to quantized modules: to one of them, or
+    to a cache in FP8."""
+    module, _, end = name.rpartition(".")
+    if module in modules and end == "bias":  # GPTQ's tools write one that is zero
+        return not _stored(name, *headers[name]).map().any()
+    return bool(modules) and (end in CACHE_SCALES or (module in modules and end in UNREAD))
 
 
 def _harmless(config: ModelConfig, name: str) -> bool:
@@ -210,7 +245,7 @@ def _harmless(config: ModelConfig, name: str) -> bool:
     if name.endswith(buffers) or (config.tied and name == f"{names.head}.weight"):
         return True
     # The layers that predict several tokens are stored after the last decoder layer, and not used.
-    more = config.raw.get("num_nextn_predict_layers")
+    more = config.text_fields.get("num_nextn_predict_layers")
     layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     return (
         isinstance(more, int) and layer is not None and int(layer[1]) - config.layers in range(more)
@@ -221,16 +256,3 @@ def _listed(names: Iterable[str]) -> str:
     first, *others = sorted(names)
     first = brief(first)
     return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
-
-
-def _check_tied(
-    embedding_name: str, arrays: dict[str, StoredArray], head_name: str, head: StoredArray
-) -> None:
-    """Refuse a stored head that config.json ties to the embedding, but that differs from it. Every
-    64th row is compared: a head that was trained separately differs everywhere."""
-    embedding = arrays[embedding_name]
-    if head.shape != embedding.shape or (embedding.map()[::64] != head.map()[::64]).any():
-        raise UserError(
-            f"{head.path}: {head_name} differs from {embedding_name}, but config.json ties them; "
-            "set tie_word_embeddings to false to use both"
-        )

@@ -95,7 +95,15 @@ class Conversion:
         """
         if self.out.exists():
             raise UserError(f"{self.out} exists already: remove it or choose another directory")
-        manifest = Manifest(uuid.uuid4().hex, str(self.source.path), self.dtype, self.sharding)
+        config = self.source.config
+        manifest = Manifest(
+            uuid.uuid4().hex,
+            str(self.source.path),
+            self.dtype,
+            self.sharding,
+            config.ignored_fields,
+            config.head_differs,
+        )
         try:
             self._remove_interrupted()
             self._check_space()

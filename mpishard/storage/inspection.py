@@ -15,15 +15,18 @@ from mpishard.config.weight_specs import local_experts, weight_specs
 from mpishard.errors import UserError
 from mpishard.storage.arrays import Progress, StoredArray, checksum
 from mpishard.storage.checkpoint import Checkpoint
+from mpishard.storage.quantized.forms import describe_scheme
 from mpishard.storage.rank_file import Part
 from mpishard.storage.shards import ShardDirectory
-from mpishard.storage.source import Source
+from mpishard.storage.source import Source, notices
 
 
 def describe(source: Source) -> list[str]:
     """Lines that describe a model and the content of each file. Raises UserError if a file of
     shards does not hold the slices of its rank."""
     lines = [f"model         {source.path}", *_model_lines(source.config), _weights_line(source)]
+    lines += _quantized_lines(source)
+    lines += [f"note          {notice}" for notice in notices(source)]
     if isinstance(source, ShardDirectory):
         manifest = source.manifest
         lines.append(f"shards        {manifest.sharding}, made from {manifest.source}")
@@ -37,7 +40,7 @@ def _model_lines(config: ModelConfig) -> list[str]:
     sizes = " and ".join(map(str, sorted(set(windows))))
     reach = f", window {sizes} in {len(windows)} of {config.layers} layers" if windows else ""
     return [
-        f"family        {config.family}",
+        f"family        {config.family}{f', in {config.wrapper}' if config.wrapper else ''}",
         f"layers        {config.layers}",
         f"hidden        {config.hidden}",
         f"heads         {config.heads} query, {config.kv_heads} key/value, width {config.head_dim}",
@@ -83,10 +86,20 @@ def _weights_line(source: Source) -> str:
     return f"weights       {parameters:,} parameters, {' and '.join(dtypes)}"
 
 
+def _quantized_lines(source: Source) -> list[str]:
+    """A line for each storage form: how many matrices have it, and what shares a scale."""
+    if not isinstance(source, Checkpoint):
+        return []
+    schemes = [one.quantized.scheme for one in source.locations.values() if one.quantized]
+    return [
+        f"quantized     {schemes.count(scheme)} matrices: {describe_scheme(scheme)}"
+        for scheme in dict.fromkeys(schemes)
+    ]
+
+
 def _dtype_name(source: Source, name: str) -> str:
-    if isinstance(source, Checkpoint) and source.locations[name].quantized:
-        return "mxfp4"
-    return source.dtype(name).name
+    quantized = source.locations[name].quantized if isinstance(source, Checkpoint) else None
+    return quantized.form.title if quantized else source.dtype(name).name
 
 
 def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:
@@ -159,7 +172,8 @@ def stored_bytes(source: Source) -> int:
 def verify(source: Source, progress: Progress = lambda done: None) -> None:
     """Reads every weight, and calls `progress` with the bytes of each block.
 
-    Raises UserError with file and tensor if a value is not finite. For shards it is also raised if
+    Raises UserError with file and tensor if a value is not finite, or if a stored index or size of
+    a quantized weight is wrong. For shards it is also raised if
     data do not have their checksum, if a file does not hold the slices of its rank, and if two
     ranks hold different values of the same slice.
     """
@@ -167,6 +181,7 @@ def verify(source: Source, progress: Progress = lambda done: None) -> None:
         for name, array in source.arrays.items():
             _, finite = _read_through(array, progress)
             _refuse_infinite(name, array, finite)
+        source.check_quantized()
         return
     first: dict[tuple[str, str], Part] = {}
     for rank in range(source.sharding.ranks):

@@ -28,6 +28,7 @@ from typing import Any
 from zlib import crc32
 
 from mpishard.errors import UserError
+from mpishard.storage.output_file import resolved, whole_file
 from mpishard.storage.parsing import parse_json
 
 FORMAT = "mpishard 2"
@@ -188,23 +189,18 @@ class Journal:
 def write_whole(target: Path, lines: Iterable[bytes]) -> None:
     """Write the file `target`, under another name until it is complete. Raises UserError if the
     disk fails."""
-    temporary = target.with_name(target.name + ".incomplete")
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(target) as temporary, open(temporary, "wb") as file:
             for line in lines:
                 file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_directory(target.parent)
+        sync_directory(resolved(target).parent)
     except OSError as error:
         raise UserError(
             f"--output {target} cannot be written: {error.strerror}; make room, and the same "
             "command goes on from here"
         ) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def sync_directory(directory: Path) -> None:

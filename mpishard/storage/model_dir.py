@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.reader import read_model_config
 from mpishard.errors import UserError
+from mpishard.storage.downloads import refuse_placeholder
 from mpishard.storage.parsing import parse_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+QUANTIZATION_CONFIG = "hf_quant_config.json"
 COMPANIONS = (
     CONFIG,
     GENERATION_CONFIG,
+    QUANTIZATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -32,6 +36,7 @@ COMPANIONS = (
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError with the file and, for malformed JSON, the line
     and column."""
+    refuse_placeholder(path)
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
@@ -49,13 +54,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """The model configuration of a directory, with the token ids of ``generation_config.json`` if
-    there is one. Raises UserError as `read_json` and `read_model_config` do."""
+def read_config(directory: Path, ignore_config: Iterable[str] = ()) -> ModelConfig:
+    """The model configuration of a directory, with the token ids of ``generation_config.json`` and
+    the quantization of ``hf_quant_config.json`` if there are such files. The user answers for its
+    fields in `ignore_config`. Raises UserError as `read_json` and `read_model_config` do."""
     path = directory / CONFIG
-    generation_path = directory / GENERATION_CONFIG
-    generation = read_json(generation_path) if generation_path.exists() else None
-    return read_model_config(read_json(path), generation, str(path))
+    generation, quantization = (
+        read_json(directory / name) if (directory / name).exists() else None
+        for name in (GENERATION_CONFIG, QUANTIZATION_CONFIG)
+    )
+    return read_model_config(read_json(path), generation, str(path), ignore_config, quantization)
 
 
 def copy_companions(source: Path, target: Path) -> None:

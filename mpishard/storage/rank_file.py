@@ -64,6 +64,8 @@ class Manifest:
     source: str
     dtype: str
     sharding: WeightSharding
+    ignore_config: tuple[str, ...] = ()  # fields of config.json that the user answered for
+    head_differs: bool = False  # the head is stored, though config.json ties it to the embedding
 
     @property
     def mapping(self) -> dict[str, int]:
@@ -85,7 +87,15 @@ class Manifest:
             raise UserError(
                 f"{path}: dtype is {brief(repr(dtype))}, not one of {', '.join(DTYPES)}"
             )
-        return cls(conversion, source, dtype, _read_mapping(path, mapping))
+        ignored, head_differs = raw.get("ignore_config", []), raw.get("head_differs", False)
+        if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+            raise UserError(f"{path}: ignore_config is {brief(str(ignored))}, not a list of names")
+        if type(head_differs) is not bool:
+            raise UserError(
+                f"{path}: head_differs is {brief(str(head_differs))}, not true or false"
+            )
+        sharding = _read_mapping(path, mapping)
+        return cls(conversion, source, dtype, sharding, tuple(ignored), head_differs)
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON."""
@@ -95,6 +105,8 @@ class Manifest:
             "source": self.source,
             "dtype": self.dtype,
             "mapping": self.mapping,
+            **({"ignore_config": self.ignore_config} if self.ignore_config else {}),
+            **({"head_differs": True} if self.head_differs else {}),
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
 

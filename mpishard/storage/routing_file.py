@@ -20,8 +20,6 @@ but never processed, and so has no experts.
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import numpy as np
 
 from mpishard.config.model_config import ModelConfig
 from mpishard.errors import UserError, brief
+from mpishard.storage.output_file import whole_file
 from mpishard.storage.parsing import parse_json
 from mpishard.storage.routing_trace import POSITIONS, RoutingTrace
 
@@ -39,22 +38,16 @@ ARRAYS = ("request", "position", "token", "experts", "weights")
 def write_routing(path: Path, trace: RoutingTrace, config: ModelConfig) -> None:
     """Writes the file, under another name until it is complete. Raises OSError if that fails."""
     about = json.dumps(_about(config) | {"requests": trace.request_ids})
-    temporary = path.with_name(path.name + ".incomplete")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                about=np.array(about),
-                request=trace.request_T,
-                position=trace.position_T,
-                token=trace.token_T,
-                experts=trace.experts_TLA,
-                weights=trace.weights_TLA,
-            )
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            about=np.array(about),
+            request=trace.request_T,
+            position=trace.position_T,
+            token=trace.token_T,
+            experts=trace.experts_TLA,
+            weights=trace.weights_TLA,
+        )
 
 
 def read_routing(path: Path, config: ModelConfig, where: str) -> RoutingTrace:

@@ -6,6 +6,8 @@ It holds ``config.json``, tokenizer files, the manifest ``mpishard.json``, and t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +38,26 @@ UNFINISHED_MANIFEST = "mpishard.json.incomplete"  # until all rank files are wri
 class ShardDirectory:
     """The weights of a shard directory. A weight is read when it is asked for."""
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path, manifest: Manifest, ignore_config: Iterable[str] = ()):
         self.path = path
         self.manifest = manifest
         self.sharding = manifest.sharding
-        self.config = read_config(path)
+        self.config = read_config(path, dict.fromkeys((*manifest.ignore_config, *ignore_config)))
+        if manifest.head_differs:
+            self.config = replace(self.config, tied=False, head_differs=True)
         self.weights = {weight.name: weight for weight in weight_specs(self.config)}
         self._parts: dict[int, dict[str, Part]] = {}
         self._checked_parts: set[tuple[int, str]] = set()
 
     @classmethod
-    def open(cls, path: str | Path) -> ShardDirectory:
-        """The shards in a directory. Raises UserError unless all files are there, belong together
-        and cover every weight; it gives both values if two differ."""
+    def open(cls, path: str | Path, ignore_config: Iterable[str] = ()) -> ShardDirectory:
+        """The shards in a directory. The user answers for fields of the configuration in
+        `ignore_config`, beside those that the manifest names.
+
+        Raises UserError unless all files are there, belong together and cover every weight; it
+        gives both values if two differ."""
         path = Path(path)
-        shards = cls(path, Manifest.read(path / MANIFEST))
+        shards = cls(path, Manifest.read(path / MANIFEST), ignore_config)
         shards.check_files()
         return shards
 

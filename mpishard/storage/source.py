@@ -2,49 +2,83 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mpishard.errors import UserError
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.storage.model_dir import COMPANIONS, CONFIG
+from mpishard.storage.downloads import unfinished_downloads
+from mpishard.storage.foreign_formats import foreign_file, foreign_format
+from mpishard.storage.model_dir import CONFIG
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
+from mpishard.storage.text_half import modules_of
 
 Source = Checkpoint | ShardDirectory
 
 
-def open_source(path: str | Path) -> Source:
-    """The checkpoint or the shards in a directory; ``mpishard.json`` tells which it is.
+def open_source(path: str | Path, ignore_config: Iterable[str] = ()) -> Source:
+    """The checkpoint or the shards in a directory; ``mpishard.json`` tells which it is. The user
+    answers for fields of its configuration in `ignore_config`.
 
     Raises UserError if there is neither, and as `Checkpoint.open` and `ShardDirectory.open` do.
     """
     path = Path(path)
-    if not path.is_dir():
-        problem = "is not a directory" if path.exists() else "does not exist"
-        raise UserError(
-            f"model {path} {problem}: give a local Hugging Face directory or a shard directory"
-        )
+    _check_directory(path)
     if (path / MANIFEST).exists():
-        return ShardDirectory.open(path)
+        return ShardDirectory.open(path, ignore_config)
     if (path / UNFINISHED_MANIFEST).exists():
         raise UserError(f"{path} is an interrupted conversion: run `mpishard shard` again")
     if any(path.glob("rank-*.h5")):
         raise UserError(f"{path} has rank files but no {MANIFEST}: the copy is incomplete")
     if not (path / CONFIG).exists():
+        other = foreign_format(path)
         raise UserError(
             f"{path} has neither {CONFIG} (a Hugging Face directory) nor {MANIFEST} (shards)"
+            f"{f': {other}' if other else ''}{unfinished_downloads(path)}"
         )
-    return Checkpoint.open(path)
+    return Checkpoint.open(path, ignore_config)
 
 
-def fingerprint(path: Path) -> str:
-    """A digest that identifies a model directory, independent of its path: of the content of the
-    small files, and of the names and sizes of files of weights."""
-    digest = hashlib.sha256()
-    for name in (*COMPANIONS, MANIFEST):
-        if (path / name).is_file():
-            digest.update(name.encode() + b"\0" + (path / name).read_bytes() + b"\0")
-    weights = [*path.glob("*.safetensors"), *path.glob("rank-*.h5")]
-    for file in sorted(weights):
-        digest.update(f"{file.name} {file.stat().st_size}\0".encode())
-    return f"sha256 {digest.hexdigest()}"
+def _check_directory(path: Path) -> None:
+    """Refuse a model that is no directory, or one that cannot be read (UserError)."""
+    try:
+        os.stat(path / ".")
+        os.listdir(path)
+    except NotADirectoryError:
+        other = foreign_file(path.name)
+        problem = f"is not a directory{f', and {other}' if other else ''}"
+    except FileNotFoundError:
+        problem = "does not exist"
+    except OSError as error:
+        raise UserError(f"cannot read model {path}: {error.strerror}") from None
+    except ValueError:  # a character that no path has
+        problem = "does not exist"
+    else:
+        return
+    raise UserError(
+        f"model {path} {problem}: give a local Hugging Face directory or a shard directory"
+    )
+
+
+def _tied_in(fields: dict[str, Any]) -> Any:
+    return fields.get("tie_word_embeddings")
+
+
+def notices(source: Source) -> list[str]:
+    """What a user of a model should know before its numbers, a sentence each."""
+    config, said = source.config, []
+    if config.ignored_fields:
+        said.append(f"ignored fields of {CONFIG}: {', '.join(config.ignored_fields)}")
+    if config.head_differs and True in map(_tied_in, (config.raw, config.text_fields)):
+        said.append(
+            "the stored output head differs from the embedding and is used, although "
+            "tie_word_embeddings is true"
+        )
+    if isinstance(source, Checkpoint) and source.unread:
+        said.append(
+            f"the text half of {config.wrapper}: {len(source.unread)} tensors of "
+            f"{modules_of(source.unread)} are unread"
+        )
+    return said

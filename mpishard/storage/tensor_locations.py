@@ -1,20 +1,21 @@
 """The locations of weights in a checkpoint.
 
 Most weights are tensors of their own. But one tensor may also hold several weights: q, k and v of a
-layer, its gate and up, or those of all its experts. It may be transposed, and quantized. A
-`TensorLocation` says which elements of which tensor make up a weight, so that all other code sees
-one weight for each projection and each expert. How the stored elements become numbers is another
-matter, of `mpishard.storage.checkpoint`.
+layer, its gate and up, or those of all its experts. It may be transposed. A `TensorLocation` says
+which elements of which tensor make up a weight, so that all other code sees one weight for each
+projection and each expert. How the elements of a quantized tensor become numbers is another matter,
+of `mpishard.storage.quantized`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from mpishard.config.model_config import ModelConfig, MoEConfig
 from mpishard.config.weight_specs import WeightSpec, weight_specs
-from mpishard.storage.mxfp4 import BLOCK_SIZE
+from mpishard.storage.quantized.form import FLOATS, Tensor
+from mpishard.storage.quantized.matrix import QuantizedMatrix, find_matrix
 
 Part = tuple[slice, ...]  # of a matrix or a vector, one slice for each axis
 
@@ -59,24 +60,28 @@ class TensorLocation:
     """The location of a weight: some `rows` of a matrix, or elements of a vector.
 
     The matrix is the tensor `name`, or ``tensor[index]`` of a tensor of all experts, and its
-    transpose if `transposed`. A `quantized` tensor is stored as two tensors, blocks and their
-    scales: see `mpishard.storage.mxfp4`.
+    transpose if `transposed`. A `quantized` matrix is stored as several tensors in its place.
     """
 
     name: str
-    shape: tuple[int, ...]  # of the tensor as stored or, if quantized, as dequantized
+    shape: tuple[int, ...]  # of the tensor, if it is not quantized
     index: tuple[int, ...] = ()
     transposed: bool = False
     rows: Rows | None = None  # None: all
-    quantized: bool = False
+    quantized: QuantizedMatrix | None = None
 
     @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the stored tensors."""
-        if not self.quantized:
-            return {self.name: self.shape}
-        groups = (*self.shape[:-1], self.shape[-1] // BLOCK_SIZE)
-        return {f"{self.name}_blocks": (*groups, BLOCK_SIZE // 2), f"{self.name}_scales": groups}
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, by name."""
+        if self.quantized:
+            return self.quantized.tensors
+        return {self.name: Tensor("", FLOATS, self.shape)}
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (outputs, inputs), or of the vector."""
+        shape = self.shape[len(self.index) :]
+        return shape[::-1] if self.transposed else shape
 
     def parts(self, part: Part) -> Iterator[Part]:
         """The parts of the matrix that, one below the other, are this `part` of the weight."""
@@ -88,18 +93,32 @@ class TensorLocation:
             yield (piece, *columns)
 
 
-def locate_weights(config: ModelConfig, stored: Container[str]) -> dict[str, TensorLocation]:
+def locate_weights(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, TensorLocation]:
     """The location of each weight of a model, by its name, in a checkpoint with the tensors
-    `stored`. A missing weight has the location at which its family stores it."""
+    `stored`, which have these dtypes. A missing weight has the location at which its family stores
+    it. Raises UserError as `find_matrix` does."""
     locations, prefix = {}, _prefix(config, stored)
     for weight in weight_specs(config):
-        possible = _possible_locations(config, weight, prefix)
+        possible = [
+            _as_quantized(config, location, stored)
+            for location in _possible_locations(config, weight, prefix)
+        ]
         there = (one for one in possible if any(name in stored for name in one.tensors))
         locations[weight.name] = next(there, possible[0])
     return locations
 
 
-def _prefix(config: ModelConfig, stored: Container[str]) -> str:
+def _as_quantized(
+    config: ModelConfig, location: TensorLocation, stored: Mapping[str, str]
+) -> TensorLocation:
+    """The same location, with a matrix that is stored quantized; it is never transposed."""
+    if len(location.matrix_shape) != 2:
+        return location
+    matrix = find_matrix(config.quantization, location.name, location.matrix_shape, stored)
+    return replace(location, quantized=matrix, transposed=False) if matrix else location
+
+
+def _prefix(config: ModelConfig, stored: Mapping[str, str]) -> str:
     """What the names of all tensors but the head begin with in this checkpoint."""
     names = config.stored_names
     embedding = names.modules.get("model.embed_tokens", "embed_tokens")
@@ -179,7 +198,7 @@ def _stacked_locations(
     else:
         name = stacked.gate_up_bias if bias else stacked.gate_up
         shape = (moe.num_experts, 2 * F, *weight.shape[1:])
-        if stacked.transposed:  # then the outputs of gate and up alternate
+        if stacked.alternating:
             rows = Rows(start=int(part == "up"), run=1, period=2)
         else:
             rows = Rows(start=F * (part == "up"), run=F, period=2 * F)
@@ -187,7 +206,4 @@ def _stacked_locations(
     if bias or not stacked.transposed:
         return [TensorLocation(name, shape, (expert,), rows=rows)]
     swapped = (shape[0], shape[2], shape[1])
-    locations = [TensorLocation(name, swapped, (expert,), transposed=True, rows=rows)]
-    if shape[-1] % BLOCK_SIZE == 0:
-        locations.append(TensorLocation(name, shape, (expert,), rows=rows, quantized=True))
-    return locations
+    return [TensorLocation(name, swapped, (expert,), transposed=True, rows=rows)]

@@ -11,9 +11,14 @@ import tokenizers
 
 from mpishard.errors import UserError, brief
 from mpishard.tokenizer.chat_template import ChatTemplate
+from mpishard.tokenizer.length_bound import LengthBound
 from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
 
 TOKENIZER = "tokenizer.json"
+
+# A text with more characters than this for each token that it may have is looked at before it is
+# encoded: tokens of all languages have fewer on average.
+LONG_TOKEN = 8
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -26,13 +31,16 @@ class Tokenizer:
     chat template if it has one.
 
     `add_bos` says whether a prompt begins with the token of that name; None leaves it to the
-    tokenizer. `notices` are sentences for the user: what other programs do differently with these
+    tokenizer. A text that has more than `most_tokens` for certain is refused before it is encoded.
+    `notices` are sentences for the user: what other programs do differently with these
     files. Raises UserError if the directory has no ``tokenizer.json``, where a file cannot be read,
     and for an `add_bos` without such a token.
     """
 
-    def __init__(self, directory: Path, add_bos: bool | None = None) -> None:
-        self.directory, self._add_bos = directory, add_bos
+    def __init__(
+        self, directory: Path, add_bos: bool | None = None, most_tokens: int | None = None
+    ) -> None:
+        self.directory, self._add_bos, self._most_tokens = directory, add_bos, most_tokens
         self.tokenizer = _read_tokenizer(directory)
         settings = read_settings(directory)
         tokens = SpecialTokens(self.tokenizer, directory, settings)
@@ -68,7 +76,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The token ids of `text`, with the tokens that the tokenizer adds to a prompt unless
-        `special` is false. Raises UserError for what cannot be written in UTF-8."""
+        `special` is false. Raises UserError for what cannot be written in UTF-8 or is too long."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -76,11 +84,26 @@ class Tokenizer:
                 f"the prompt {text[:40]!r} is not valid text: character {error.start} "
                 "is no character of Unicode; give UTF-8"
             ) from None
+        self._check_length(text)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if not special or self._add_bos in (None, self._adds_bos):
             return ids
         assert self._bos_id is not None
         return [self._bos_id, *ids] if self._add_bos else ids[1:]
+
+    def _check_length(self, text: str) -> None:
+        most = self._most_tokens
+        if most is None or len(text) <= LONG_TOKEN * most:
+            return
+        if (least := self._length_bound.at_least(text, most + 1)) > most:
+            raise UserError(
+                f"the prompt of {len(text)} characters has at least {least} tokens, but the model "
+                f"has only {most} positions; shorten it, or allow more with --max-model-len"
+            )
+
+    @cached_property
+    def _length_bound(self) -> LengthBound:
+        return LengthBound(self.tokenizer)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`, special tokens left out unless `skip_special_tokens` is false."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Remake tests/golden: what Hugging Face transformers computes for the tiny models of the tests.
 
-    python scripts/dev/make_goldens.py [VARIANT …]
+    python scripts/dev/make_goldens.py [VARIANT | repetition_penalty …]
 
 Needs torch and transformers (the `dev` extra). For each variant and prompt P it stores, in float32:
 ids_P (S,), logits_P (S, V) at every position, hidden_P (layers + 1, S, D): the residual stream
@@ -39,6 +39,7 @@ from mpishard.reference import Reference  # noqa: E402
 
 EVERY_VARIANT = VARIANTS | MOE_VARIANTS
 GOLDEN = ROOT / "tests" / "golden"
+REPETITION_PENALTY = "repetition_penalty"
 CONTINUATION = 8
 LEAST_MARGIN = 2e-3  # of the logits' standard deviation, ten times the tolerance of the tests
 LEAST_ROUTER_MARGIN = 2e-4  # of the scores, a hundred times what rounding does to them
@@ -49,14 +50,39 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     GOLDEN.mkdir(exist_ok=True)
-    for variant in sys.argv[1:] or EVERY_VARIANT:
+    for variant in [name for name in sys.argv[1:] if name in EVERY_VARIANT] or (
+        [] if sys.argv[1:] else EVERY_VARIANT
+    ):
         arrays = golden(variant)
         np.savez_compressed(GOLDEN / f"{variant}.npz", **arrays)
         print(f"{variant}: least margin {arrays['margin']:.4f} of the logits' standard deviation")
+    if not sys.argv[1:] or REPETITION_PENALTY in sys.argv[1:]:
+        np.savez_compressed(GOLDEN / f"{REPETITION_PENALTY}.npz", **repetition_penalty())
     if not sys.argv[1:]:
         for file in GOLDEN.glob("*.npz"):
-            if file.stem not in EVERY_VARIANT:
+            if file.stem not in [*EVERY_VARIANT, REPETITION_PENALTY]:
                 file.unlink()
+
+
+def repetition_penalty() -> dict[str, Any]:
+    """What transformers' RepetitionPenaltyLogitsProcessor makes of random logits (V,) after the
+    tokens `ids`, for each `penalty`."""
+    random = np.random.RandomState(5)
+    logits = 4 * random.standard_normal((1, 301)).astype(np.float32)
+    ids, penalties = random.randint(0, 301, 24), np.array([0.7, 1.1, 3.0])
+    processed = [
+        transformers.RepetitionPenaltyLogitsProcessor(penalty)(
+            torch.tensor(ids)[None], torch.tensor(logits)
+        )[0].numpy()
+        for penalty in penalties.tolist()
+    ]
+    return {
+        "transformers": np.array(transformers.__version__),
+        "ids": ids,
+        "logits": logits,
+        "penalty": penalties,
+        "processed": np.stack(processed),
+    }
 
 
 def golden(variant: str) -> dict[str, Any]:

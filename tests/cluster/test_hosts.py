@@ -23,6 +23,7 @@ import pytest
 from commands.shell import completions
 from mpi_runner import Launch, run_mpi
 from mpi_runner.launch import CHECKOUT, mpirun
+from mpi_runner.warm import end_warm_ranks
 
 HOSTS = CHECKOUT / "tests" / "lab" / "hosts.py"
 MODEL, MIXTURE = (CHECKOUT / "data" / name for name in ("cpython-4m", "cpython-moe-7m"))
@@ -43,6 +44,8 @@ def hosts():
     if trial.returncode == 2:
         pytest.skip(trial.stderr.strip())
     assert trial.returncode == 0, trial.stderr
+    yield
+    end_warm_ranks()  # which are on hosts that no other test wants
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from mpi_runner.launch import CHECKOUT, environment, mpirun, sweep_shared_memory
 LAB = CHECKOUT / "tests" / "lab" / "slurm.py"
 SCRIPTS = CHECKOUT / "scripts" / "slurm"
 MODEL, MIXTURE = (CHECKOUT / "data" / name for name in ("cpython-4m", "cpython-moe-7m"))
+pytestmark = pytest.mark.waits(60)
 NAMES = ["tensor", "data", "expert", "long-context", "chain"]
 
 
@@ -101,7 +102,7 @@ COMMANDS = {
         "--chunked-prefill-size",
         "4096",
     ]
-    + ["--prompt", "-", "--seed", "1", "some text"],
+    + ["--prompt-file", "{INPUT}", "--seed", "1"],
     "chain": ["batch", "{MODEL}", "--dp", "2", "--tp", "4"]
     + ["--input", "{INPUT}", "--output", "{OUTPUT}", "--seed", "1"],
 }

@@ -196,11 +196,14 @@ def test_damaged_lines_are_answered_in_their_place(model, job, expected, capfd):
     damaged: list[Any] = [
         ("{", "line 3 is not valid JSON"),
         ('"text"', 'line 4 must be an object with an "id"'),
-        ({"id": "a", "prompt": ""}, "line 5 is empty: it has no token"),
-        ({"id": "b", "input_ids": [67]}, "line 6 has token id 67, but the model's ids are 0 to 66"),
-        (long, "line 7 has 65 tokens, but the model has only 64 positions; shorten it"),
+        ({"id": "a", "prompt": ""}, "line 5: the prompt is empty: it has no token"),
+        (
+            {"id": "b", "input_ids": [67]},
+            "line 6: the prompt has token id 67, but the model's",
+        ),
+        (long, "line 7: the prompt has 65 tokens, but the model has only 64 positions; "),
         ({"id": "c", "prompt": "\ud800"}, "line 8: the prompt '\\ud800' is not valid text"),
-        ({"id": "d", "prompt": "a", "top_k": -1}, "line 9: top_k -1 is out of range"),
+        ({"id": "d", "prompt": "a", "top_k": -2}, "line 9: top_k -2 is out of range"),
         ({"id": 0, "prompt": "a"}, "line 10 has the id 0 of line 1"),
     ]
     lines = asked()
@@ -417,9 +420,14 @@ def test_a_torn_journal_is_repaired(job, undisturbed):
     assert work.result() == undisturbed
 
 
-@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    "rank, n, layout", [(None, 2, "--dp 2"), (1, 2, "--dp 2"), (3, 4, "--tp 2")]
+    "notice, rank, n, layout",
+    [
+        (signal.SIGTERM, None, 2, "--dp 2"),
+        (signal.SIGUSR1, None, 2, "--dp 2"),
+        (signal.SIGUSR1, 1, 2, "--dp 2"),
+        (signal.SIGTERM, 3, 4, "--tp 2"),
+    ],
 )
 def test_a_job_that_is_told_to_stop_stops_after_a_step(job, undisturbed, notice, rank, n, layout):
     """All ranks, if one alone is told; or all by way of the launcher."""
@@ -672,7 +680,7 @@ def test_inputs_that_cannot_be(model, tmp_path):
             "argument --kv-cache-memory-bytes: expected one argument",
         ),
         ("--stop=", "--stop '' is empty: give the text that ends an answer"),
-        ("--top-p 2", "top_p 2.0 is out of range: it must be above 0 and at most 1"),
+        ("--top-p 2", "top_p 2.0 is out of range: it must be 0 to 1"),
         ("--json", "unrecognized arguments: --json"),
     ],
 )

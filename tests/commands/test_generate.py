@@ -18,6 +18,7 @@ from tiny_models import tiny_config, tiny_weights
 from commands.shell import VARIANT, answered, completions, mpishard, refusal
 from mpishard.cli import run_command
 from mpishard.commands import generate
+from mpishard.communication.group import CallTracker
 from mpishard.model import Decoder
 from mpishard.reference import Reference
 from mpishard.sequences.step import Step
@@ -288,7 +289,8 @@ def test_standard_input_that_does_not_come_is_not_awaited_in_silence(monkeypatch
     with open(end) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         threading.Timer(1, send).start()
-        assert generate._read_prompts(["a", "-"], MPI.COMM_SELF) == ["a", "late"]
+        given = [("--prompt", "a"), ("--prompt", "-")]
+        assert generate.read_prompts(given, MPI.COMM_SELF, CallTracker()) == ["a", "late"]
     assert capfd.readouterr().err.startswith("--prompt -: waiting for standard input")
 
 

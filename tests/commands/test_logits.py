@@ -130,8 +130,9 @@ def test_positions_can_be_added(model, tmp_path):
     [
         ("", "has no line to score"),
         ('{"id": "a", "input_ids": [1]', "line 1 is not valid JSON"),
-        ("[" * 100000, "line 1 is not valid JSON"),
-        ("[1, 2]", 'line 1 must be an object with an "id", not [1, 2]'),
+        ("{" * 100000, "line 1 is not valid JSON"),
+        ("[" * 100000, "has no line that is a JSON object; the first begins with [[[[[[["),
+        ("[1, 2]", "is one JSON array, not a JSON object a line: `jq -c '.[]'` makes lines of it"),
         ('{"input_ids": [1]}', 'line 1 must be an object with an "id"'),
         ('{"id": true, "input_ids": [1]}', 'must be an object with an "id"'),
         ('{"id": "a\\u0000", "input_ids": [1]}', "cannot name an array: it has a NUL"),
@@ -144,12 +145,15 @@ def test_positions_can_be_added(model, tmp_path):
         ('{"id": "a", "input_ids": [1], "prompt": "b"}', 'either "input_ids" or "prompt"'),
         ('{"id": "a", "input_ids": "b"}', '"input_ids" must be a list of integers, not "b"'),
         ('{"id": "a", "input_ids": [1.5]}', '"input_ids" must be a list of integers, not [1.5]'),
-        ('{"id": "a", "prompt": [1]}', '"prompt" must be a string, not [1]'),
+        (
+            '{"id": "a", "prompt": [1.5]}',
+            '"prompt" must be one string or one list of token ids',
+        ),
         ('{"id": "a", "ids": [1]}', 'unknown field "ids"; known are "id", "input_ids", "prompt"'),
-        ('{"id": "a", "input_ids": []}', "line 1 is empty"),
+        ('{"id": "a", "input_ids": []}', "line 1: the prompt is empty"),
         ('{"id": "a", "input_ids": [67]}', "token id 67, but the model's ids are 0 to 66"),
         ('{"id": "a", "input_ids": [-1]}', "token id -1"),
-        ('{"id": "a", "input_ids": [1' + ", 1" * 64 + "]}", "line 1 has 65 tokens, but the model"),
+        ('{"id": "a", "input_ids": [1' + ", 1" * 64 + "]}", "line 1: the prompt has 65 tokens,"),
         ('{"id": 1, "input_ids": [1]}\n{"id": "1", "prompt": "a"}', "line 2 has the id '1' of an"),
         ('{"id": "a", "input_ids": [1]}\n\n{"id": "b", "prompt": 1}', "line 3: "),
     ],
@@ -166,9 +170,9 @@ def test_input_that_cannot_be_read(model, tmp_path):
     words = ["--output", tmp_path / "out.npz"]
     message = refusal(2, "logits", model, "--input", tmp_path / "none.jsonl", *words)
     assert message.endswith("none.jsonl cannot be read: No such file or directory")
-    (tmp_path / "noise.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "noise.jsonl").write_bytes(b'{"id": "\xff"}')
     message = refusal(None, "logits", model, "--input", tmp_path / "noise.jsonl", *words)
-    assert "noise.jsonl cannot be read: 'utf-8' codec can't decode" in message
+    assert message.endswith("noise.jsonl line 1 is not UTF-8 text: invalid start byte at byte 8")
 
 
 def test_ids_that_are_names_of_hidden_states(model, tmp_path):

@@ -198,11 +198,23 @@ def test_flash_decoding_without_grouped_heads(tmp_path):
     [
         ("--temperature -1", "temperature -1.0 is out of range: it must be 0 (greedy) or at"),
         ("--temperature inf", "temperature inf is out of range"),
-        ("--top-k -1", "top_k -1 is out of range"),
-        ("--top-p 0", "top_p 0.0 is out of range: it must be above 0 and at most 1"),
+        ("--top-k -2", "top_k -2 is out of range"),
+        ("--top-p -0.1", "top_p -0.1 is out of range: it must be 0 to 1"),
         ("--top-p 1.01", "top_p 1.01 is out of range"),
         ("--min-p 2", "min_p 2.0 is out of range: it must be 0 to 1"),
-        ("--seed -1", "seed -1 is out of range: it must be 0 to 2**64 - 1"),
+        ("--seed -2", "seed -2 is out of range: it must be 0 to 2**64 - 1"),
+        ("--repetition-penalty 0", "repetition_penalty 0.0 is out of range: it must be 1e-6 to"),
+        ("--presence-penalty 3", "presence_penalty 3.0 is out of range: it must be -2 to 2"),
+        ("--frequency-penalty -3", "frequency_penalty -3.0 is out of range: it must be -2 to 2"),
+        ("--logit-bias 5", "argument --logit-bias: '5' is not a token id and a number, such as"),
+        ("--logit-bias a=5", "argument --logit-bias: 'a' is not a whole number"),
+        ("--logit-bias 5=b", "argument --logit-bias: 'b' is not a number"),
+        ("--logit-bias 5=200", "a logit_bias of 200.0 is out of range: it must be -100 to 100"),
+        ("--logit-bias 67=1", "logit_bias has token id 67, but the model's ids are 0 to 66"),
+        ("--logprobs 2", "--logprobs 2 has no effect without --json: give both"),
+        ("--logprobs 21 --json", "logprobs 21 is out of range"),
+        ("--n 0", "argument --n: 0 must be at least 1"),
+        ("--n 129", "n 129 is out of range: it must be 1 to 128"),
         ("--seed 18446744073709551616", "seed 18446744073709551616 is out of range"),
         ("--stop=", "--stop '' is empty"),
         ("--cp 0", "argument --cp/--context-parallel-size: 0 must be at least 1"),
@@ -217,7 +229,7 @@ def test_options_out_of_range(model, words, sentence):
 
 def test_a_wrong_call_on_several_ranks(model):
     assert refusal(3, "generate", model) == (
-        "the following arguments are required: --prompt; see `mpishard generate --help`"
+        "a prompt is required: --prompt TEXT or --prompt-file FILE; see `mpishard generate --help`"
     )
 
 

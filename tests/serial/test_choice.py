@@ -109,13 +109,25 @@ def test_noise_is_the_same_on_every_machine():
     """Integer arithmetic makes it; these values are part of what a seed promises."""
     found = gumbel(7, 1, 2, np.array([0, 5]))
     np.testing.assert_allclose(found, [0.8842925110, 1.4982073600], atol=1e-9)
+    np.testing.assert_array_equal(gumbel(7, 1, 2, np.array([0, 5]), choice=0), found)
+    others = [gumbel(7, 1, 2, np.array([0, 5]), choice) for choice in range(4)]
+    assert len(np.unique(others)) == 8, "each answer of a request has noise of its own"
 
 
 def test_unless_told_otherwise_sampling_is_greedy_unfiltered_and_ends_with_the_text():
     params = SamplingParams()
     assert params.greedy and not params.filtered and not SamplingParams(temperature=1).filtered
     assert (params.seed, params.max_tokens, params.stop) == (0, 128, ())
-    assert not params.ignore_eos
+    assert not params.ignore_eos and not params.processes_logits
+    assert (params.logprobs, params.n) == (None, 1)
+
+
+def test_values_that_mean_none_are_none():
+    assert SamplingParams(top_k=-1, seed=-1) == SamplingParams()
+    assert SamplingParams(temperature=1, top_p=0).greedy
+    bias = SamplingParams(logit_bias={9: 1, 2: -1})
+    assert bias == SamplingParams(logit_bias=[(2, -1), (9, 1)]) and hash(bias)
+    assert bias.logit_bias == ((2, -1.0), (9, 1.0)) and bias.processes_logits
 
 
 @pytest.mark.parametrize(
@@ -125,12 +137,20 @@ def test_unless_told_otherwise_sampling_is_greedy_unfiltered_and_ends_with_the_t
         ("temperature", float("nan"), "0 (greedy) or at least 1e-6"),
         ("temperature", float("inf"), "0 (greedy) or at least 1e-6"),
         ("temperature", 1e-310, "0 (greedy) or at least 1e-6"),
-        ("top_k", -1, "0 (no filter) or more"),
-        ("top_p", 0, "above 0 and at most 1"),
-        ("top_p", 1.01, "above 0 and at most 1"),
+        ("top_k", -2, "0 or -1 (no filter), or more"),
+        ("top_p", -0.01, "0 to 1"),
+        ("top_p", 1.01, "0 to 1"),
         ("min_p", -0.5, "0 to 1"),
         ("min_p", 1.5, "0 to 1"),
-        ("seed", -1, "0 to 2**64 - 1"),
+        ("seed", -2, "0 to 2**64 - 1, or -1 for none"),
+        ("repetition_penalty", 0, "1e-6 to 1e6 (1: none)"),
+        ("repetition_penalty", float("inf"), "1e-6 to 1e6 (1: none)"),
+        ("presence_penalty", -2.1, "-2 to 2"),
+        ("frequency_penalty", float("nan"), "-2 to 2"),
+        ("logprobs", 21, "0 (of the chosen token alone) to 20"),
+        ("logprobs", -1, "0 (of the chosen token alone) to 20"),
+        ("n", 0, "1 to 128"),
+        ("n", 129, "1 to 128"),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, value: Any, right: str):

@@ -27,15 +27,16 @@ def test_what_a_command_does_unless_told_otherwise():
     assert generate == {
         "command": "generate",
         "model": "M",
-        "prompt": ["a"],
+        "ignore_config": [],
+        "prompts": [("--prompt", "a")],
         "chat": False,
         "json": False,
-        "max_tokens": 128,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "seed": 0,
+        "generation_config": "none",
+        **dict.fromkeys("max_tokens temperature top_k top_p min_p seed n logprobs".split()),
+        "repetition_penalty": None,
+        "presence_penalty": None,
+        "frequency_penalty": None,
+        "logit_bias": [],
         "stop": [],
         "ignore_eos": False,
         "stop_token_ids": (),
@@ -65,7 +66,7 @@ def test_what_a_command_does_unless_told_otherwise():
         "check_collectives": False,
     }
     batch = vars(parse("batch", "M", "--input", "I", "--output", "O"))
-    for name in ("command", "prompt", "json", "record_routing", "replay_routing"):
+    for name in ("command", "prompts", "json", "record_routing", "replay_routing"):
         del generate[name]
     assert batch == generate | {
         "command": "batch",
@@ -130,8 +131,18 @@ def test_switches_of_experts_can_be_typed_as_they_are_written():
 
 
 def test_some_flags_may_be_repeated():
-    args = parse(*GENERATE, "--prompt", "-", "--stop", "x", "--stop=y")
-    assert args.prompt == ["a", "-"] and args.stop == ["x", "y"]
+    words = (
+        "--prompt - --prompt-file F --prompt=b --stop x --stop=y --logit-bias 5=2 --logit-bias=6=-1"
+    )
+    args = parse(*GENERATE, *words.split())
+    assert args.prompts == [
+        ("--prompt", "a"),
+        ("--prompt", "-"),
+        ("--prompt-file", "F"),
+        ("--prompt", "b"),
+    ]
+    assert args.stop == ["x", "y"] and args.logit_bias == [(5, 2.0), (6, -1.0)]
+    assert parse("generate", "M").prompts == [], "what was given before is not kept"
 
 
 def test_other_names_of_a_flag():
@@ -193,7 +204,6 @@ def test_what_cannot_be_typed(words, sentence):
     [
         ("", "required: COMMAND; see `mpishard --help`"),
         ("generat M", "invalid choice: 'generat' (choose from"),
-        ("generate M", "required: --prompt; see `mpishard generate --help`"),
         ("generate --prompt a", "required: MODEL"),
         ("shard M OUT", "required: --tp/--tensor-parallel-size"),
         ("shard M --tp 2", "required: OUT"),

@@ -268,6 +268,7 @@ def test_defaults_of_gpt_oss():
             gate_up_bias="mlp.experts.gate_up_proj_bias",
             down_bias="mlp.experts.down_proj_bias",
             transposed=True,
+            alternating=True,
         ),
     )
 
@@ -1112,6 +1113,11 @@ def test_qwen3_vl(family, name):
     if name == "qwen3_vl_moe":
         least |= {"norm_topk_prob": True, "num_key_value_heads": 16, "head_dim": 128}
     right = replace(read(family, tie_word_embeddings=True, **least), wrapper=name)
+    if right.moe:
+        stacked = replace(right.moe.names.stacked, transposed=True)
+        right = replace(
+            right, moe=replace(right.moe, names=replace(right.moe.names, stacked=stacked))
+        )
     for rope in ({"rope_type": "default"} | MROPE, {"rope_theta": 500000.0} | MROPE, MROPE, None):
         for field in ("rope_scaling", "rope_parameters"):
             assert qwen_vl(name, {"text_config": text | {field: rope}}) == right
@@ -1387,7 +1393,6 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     *[
         ("llama", {name: value}, f"asks for {what}, not implemented: {REMOVE}")
         for name, value, what in [
-            ("quantization_config", {"quant_method": "awq"}, "quantized weights"),
             ("auto_map", {"AutoModel": "modeling.Model"}, "code of its own"),
             ("partial_rotary_factor", 0.5, "a rotation of part of each head"),
             ("final_logit_softcapping", 30.0, "soft-capped logits"),
@@ -1436,12 +1441,12 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "gpt_oss",
         {"quantization_config": {"quant_method": "awq"}},
-        'quantization_config = {"quant_method": "awq"} is not implemented: mxfp4 is',
+        'quantization_config.quant_method = "awq" must be one of mxfp4: take the model',
     ),
     (
         "mixtral",
         {"quantization_config": {"quant_method": "mxfp4"}},
-        'quantization_config = {"quant_method": "mxfp4"} asks for quantized weights',
+        'quantization_config.quant_method = "mxfp4" must be one of fp8, fbgemm_fp8, ',
     ),
     ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not implemented: 1 is"),
     (

@@ -48,7 +48,8 @@ def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def test_there_are_goldens_of_every_variant():
-    assert {file.stem for file in GOLDEN.glob("*.npz")} == set(EVERY_VARIANT)
+    others = {"repetition_penalty"}
+    assert {file.stem for file in GOLDEN.glob("*.npz")} == set(EVERY_VARIANT) | others
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -28,6 +28,7 @@ def fake_model() -> Any:
         config=SimpleNamespace(max_position_embeddings=1000),
         sequence_sharding=SequenceSharding(),
         uses_dynamic_rope=lambda length: False,
+        rope_lengths=lambda length: (0,),
         allocate_cache=lambda capacity, *_: KVCache(1, 1, capacity, 1, np.dtype(np.float32)),
         cache_bytes=cache_bytes,
     )

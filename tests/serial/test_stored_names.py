@@ -41,7 +41,7 @@ def checkpoint(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A checkpoint of one of the forms, under the last of its prefixes."""
     names = FORMS[request.param]
     config = replace(tiny_config(VARIANT), stored_names=names)
-    monkeypatch.setattr(checkpoint_module, "read_config", lambda path: config)
+    monkeypatch.setattr(checkpoint_module, "read_config", lambda *_: config)
     (tmp_path / "config.json").write_text("{}")
     tensors = stored(config, tiny_weights(VARIANT), names.prefixes[-1])
     save_file(tensors, tmp_path / "model.safetensors")
@@ -65,7 +65,7 @@ def test_every_cut_of_every_weight(checkpoint):
 
 
 def test_loaded_verified_and_converted(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("mpishard.storage.shards.read_config", lambda path: checkpoint.config)
+    monkeypatch.setattr("mpishard.storage.shards.read_config", lambda *_: checkpoint.config)
     verify(checkpoint)
     monkeypatch.setattr(
         "mpishard.storage.convert.row_blocks", lambda shape, _: row_blocks(shape, 1 << 22)

@@ -30,5 +30,6 @@ GEMMA3 = Family(
     scaled_embedding=True,
     caps={"final_logit_softcapping": None},
     query_pre_attn_scalar=256,
-    ignored=frozenset({"hidden_act", "cache_implementation"}),
+    # transformers writes _sliding_window_pattern beside layer_types, and does not read it.
+    ignored=frozenset({"hidden_act", "cache_implementation", "_sliding_window_pattern"}),
 )

@@ -37,6 +37,7 @@ GPT_OSS = Family(
                 gate_up_bias="mlp.experts.gate_up_proj_bias",
                 down_bias="mlp.experts.down_proj_bias",
                 transposed=True,
+                alternating=True,
             ),
         ),
     ),

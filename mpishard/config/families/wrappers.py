@@ -22,6 +22,7 @@ class Wrapper:
     # The language model's fields where the file has none, and those that no file can change.
     defaults: dict[str, Any] = field(default_factory=dict)
     always: dict[str, Any] = field(default_factory=dict)
+    transposed_experts: bool = False  # see `StackedNames.transposed`
     ignored: frozenset[str] = frozenset()  # fields beside text_config that change nothing
 
 
@@ -69,6 +70,7 @@ WRAPPERS = (
         {"qwen3_vl_moe_text": "qwen3_moe"},
         defaults=_QWEN3_VL | {"num_key_value_heads": 16, "head_dim": 128},
         always={"norm_topk_prob": True},
+        transposed_experts=True,
     ),
     Wrapper(
         "kimi_k25",
