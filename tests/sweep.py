@@ -34,7 +34,7 @@ from mpishard.config.layout import (
     TOKEN_DISPATCHERS,
     Layout,
 )
-from mpishard.config.layout_checks import check_experts
+from mpishard.config.layout_checks import check_experts, check_tensor_parallel
 from mpishard.config.model_config import ModelConfig
 from mpishard.errors import UserError
 
@@ -109,10 +109,11 @@ def divisors(number: int) -> list[int]:
 def fits(layout: Layout, config: ModelConfig) -> bool:
     """Whether the model has heads and experts for `layout`."""
     try:
+        check_tensor_parallel(config, layout.tp)
         check_experts(config, layout, [])
     except UserError:
         return False
-    return layout.tp <= config.heads
+    return True
 
 
 def over(layouts_of: Callable[[int, str], Collection[Any]]) -> Callable[[Any], Any]:
@@ -202,7 +203,7 @@ def _effects(layout: Layout, config: ModelConfig) -> Iterator[tuple[Any, ...]]:
         width = max(1, layout.replica_size // layout.ep)
         yield ("experts", layout.ep > 1, width > 1)
         yield ("replicas that share experts", layout.replicas_per_ep_group > 1)
-        if layout.ep * width > 1:
+        if layout.ep > 1:
             yield ("dispatch", layout.moe_token_dispatcher)
 
 
@@ -308,7 +309,7 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
     round with the model."""
     config, number, found = tiny_config(variant), number_of(variant), []
     for place, layout in enumerate(degrees(ranks)):
-        if layout.tp > config.heads:
+        if not fits(layout, config):
             continue
         if ranks > 2 and layout.dp > 1 and (number + place) % 4 and not covering.exhaustive:
             continue  # replicas are copies of fewer ranks' layouts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -119,8 +120,9 @@ class Remembering(Reference):
 
     @property
     def goes_by_length(self) -> bool:
-        """Whether a sequence has other rotary frequencies than its beginning."""
-        return self.config.rope.kind == "dynamic"
+        """Whether a sequence may have other rotary frequencies than its beginning."""
+        lengths = (rope.frequency_length(sys.maxsize) for rope in self.config.ropes)
+        return any(lengths)
 
     def logits_after(self, ids_S: Sequence[int]) -> np.ndarray:
         """The logits (V,) after a sequence, which may be the beginning of one that is known."""

@@ -21,6 +21,7 @@ TESTS = {
     "model": "tests/parallel/test_model.py",
     "schedule": "tests/parallel/test_schedule.py",
     "sampling": "tests/parallel/test_sampling.py",
+    "linear_attention": "tests/parallel/test_linear_attention.py",
 }
 
 # The variant in which a mistake is made, if not the usual one: it uses the option concerned.
@@ -63,6 +64,21 @@ MISTAKES = {
         "toys.specs_of_shard = wrong",
         "sublayers",
         "test_feed_forward",
+    ),
+    "a convolution that does not see the rank before": (
+        "import numpy as np\n"
+        "from mpishard.parallel import linear_attention\n"
+        "right = linear_attention._rows_before\n"
+        "linear_attention._rows_before = lambda *of: np.zeros_like(right(*of))",
+        "linear_attention",
+        "test_states_are_carried_through_chunks_batches_and_decode",
+    ),
+    "runs composed from the last to the first": (
+        "from mpishard.parallel import linear_attention\n"
+        "right = linear_attention.runs_of\n"
+        "linear_attention.runs_of = lambda chunks: right(chunks)[::-1]",
+        "linear_attention",
+        "test_states_are_carried_through_chunks_batches_and_decode",
     ),
     "a swapped key/value head": (
         "from mpishard.config import weight_specs\n"
