@@ -20,7 +20,8 @@ _NO_MATHEMATICS = frozenset(
     architecture name aliases max_position_embeddings kv_heads head_dim bos_id eos_id norm_eps tied
     activation_field activation_meanings window window_layers needs_window theta rope rope_types
     original_positions same uniform quantization ignored fixed heads_fill_hidden nth nth_field
-    sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim
+    sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim spellings variant
+    architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
     """.split()
 )
 _NORMS = {
@@ -82,7 +83,19 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "sliding_theta": f"layers with a window have a rope of their own, of theta {value}",
         "query_scale": "queries that grow with their position",
         "rope_alpha": "a dynamic rope of fixed stretch",
-        "mlp_bias": "biases in the feed-forward network (a field)",
+        "forms": f"by fields: {value}",
+        "positions": {"learned": "learned positions", "alibi": "ALiBi in place of positions"}.get(
+            str(value)
+        ),
+        "position_offset": f"position 0 in row {value}",
+        "layer_norm": "LayerNorm",
+        "norm_weight": "norms without weight",
+        "norm_bias": "norms with a bias",
+        "embedding_norm": "a norm of the embedding",
+        "parallel_residual": "a parallel residual",
+        "logit_scale": f"logits times {value} unless a field says otherwise",
+        "head_bias": "a bias on the head",
+        "mlp_bias": "biases in the feed-forward network" + ("" if value else " (a field)"),
         "activation": f"activation {value}",
         "gated_mlp": "a feed-forward network without a gate",
         "stored_names": ", ".join(_stored(family)),
@@ -115,6 +128,8 @@ _CAPPED = {"attn_logit_softcapping": "scores", "final_logit_softcapping": "logit
 
 
 def _where(norms: LayerNormNames) -> str:
+    if norms == LayerNormNames(ffn=None):
+        return "one norm for both sub-layers"
     return _NORMS.get((norms.attention is not None, norms.attention_post is not None), "")
 
 

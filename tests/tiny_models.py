@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from stored import stored
+from tiny_layer_norm_models import LAYER_NORM_SEEDS, LAYER_NORM_VARIANTS
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.reader import read_model_config
@@ -450,6 +451,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 
+VARIANTS |= LAYER_NORM_VARIANTS
+
 # Mixtures of experts. Their numbers, the number that a token goes to and the width of one differ
 # too, and few divide.
 MOE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -821,6 +824,7 @@ _SEEDS = {
     "gemma2-capped": 75,
     "gemma2-plain": 9,
 }
+_SEEDS |= LAYER_NORM_SEEDS
 
 
 def tiny_config(variant: str) -> ModelConfig:
@@ -1129,11 +1133,11 @@ def _draw(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> n
     below zero and those of the groups left out must be put below them."""
     if name.endswith("e_score_correction_bias"):
         return random.randint(-89, 90, shape) / 256 - 1
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         return 1 + random.randint(-42, 43, shape) / 128
     return random.randint(-89, 90, shape) / 256
 
 
 def _draw_offset(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The same, norms as their distance from 1, which is what a Gemma stores."""
-    return _draw(random, name, shape) - ("norm" in name)
+    return _draw(random, name, shape) - ("norm" in name and not name.endswith("bias"))

@@ -16,11 +16,12 @@ one key/value head, query by query. A value is Y numbers wide, which need not be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from mpishard.arithmetic.alibi import Alibi, LinearBiases
 from mpishard.arithmetic.gemm import SMALL_GEMM_SIZE
 from mpishard.arithmetic.ops import sigmoid, softcap
 
@@ -44,13 +45,27 @@ class AttentionSpec:
     softcap * tanh(x / softcap)`` (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each
     head's softmax, without a value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it);
     `apply_sinks` adds them once all keys are merged. `values_in_keys` says that values are the
-    first Y numbers of the keys (MLA), and need not be cached or sent beside them."""
+    first Y numbers of the keys (MLA), and need not be cached or sent beside them.
+
+    `alibi` adds biases that fall with the distance of a key, of this rank's query heads, and
+    `group_alibi` those of all ranks that share its key/value heads and the cache (flash
+    decoding)."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks_h: np.ndarray | None = None
     values_in_keys: bool = False
+    alibi: LinearBiases | None = None
+    group_alibi: LinearBiases | None = None
+
+    def of_heads(self, heads: slice) -> AttentionSpec:
+        """The same for some of the query heads."""
+        return self if self.alibi is None else replace(self, alibi=self.alibi.of_heads(heads))
+
+    def of_group(self) -> AttentionSpec:
+        """The same for the query heads of all ranks that share this rank's key/value heads."""
+        return self if self.alibi is None else replace(self, alibi=self.group_alibi)
 
 
 def attend(
@@ -70,12 +85,13 @@ def attend(
     S, h, K = q_ShK.shape
     g = len(k_gTK)
     q_SgXK = q_ShK.reshape(S, g, h // g, K)
+    alibi = Alibi(spec.alibi, g, q_pos_S, k_pos_T) if spec.alibi is not None else None
     if S == 1:
         seen = _seen_by_one(q_pos_S[0], k_pos_T, spec.window)
-        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK[:, seen], v_gTY[:, seen], spec)
+        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK, v_gTY, seen, spec, alibi)
     else:
         bounds = _seen(q_pos_S, k_pos_T, spec.window)
-        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec)
+        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec, alibi)
     return out_SgXY.reshape(S, h, v_gTY.shape[2]), lse_SgX.reshape(S, h)
 
 
@@ -128,13 +144,19 @@ def _seen(
 
 
 def _attend_one(
-    q_1gXK: np.ndarray, k_gTK: np.ndarray, v_gTY: np.ndarray, spec: AttentionSpec
+    q_1gXK: np.ndarray,
+    k_gTK: np.ndarray,
+    v_gTY: np.ndarray,
+    seen: slice,
+    spec: AttentionSpec,
+    alibi: Alibi | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one query over all the keys: ``(out_gXY, lse_gX)``.
+    """Attention of one query over the keys that it has `seen`: ``(out_gXY, lse_gX)``.
 
     Products with keys and values are cut so short that OpenBLAS does not pack them: over thousands
     of keys that takes half the time, if ``k.T`` is in C order, as a cache keeps it.
     """
+    k_gTK, v_gTY = k_gTK[:, seen], v_gTY[:, seen]
     _, g, X, K = q_1gXK.shape
     (_, T, Y), dtype = v_gTY.shape, q_1gXK.dtype
     if T == 0:
@@ -147,6 +169,8 @@ def _attend_one(
         np.matmul(q_gXK, k_gKT[:, :, keys], out=scores_gXT[:, :, keys])
     if spec.softcap is not None:
         softcap(scores_gXT, spec.softcap)
+    if alibi is not None:
+        alibi.add(scores_gXT, slice(None), seen)
     peak_gX1 = scores_gXT.max(axis=-1, keepdims=True)
     scores_gXT -= peak_gX1
     weights_gXT = np.exp(scores_gXT, out=scores_gXT)
@@ -165,6 +189,7 @@ def _attend_many(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     spec: AttentionSpec,
+    alibi: Alibi | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of each query over its keys, block by block of heads and queries: ``(out_SgXY,
     lse_SgX)``."""
@@ -179,7 +204,8 @@ def _attend_many(
             q_gSXK = q_SgXK[queries, heads].transpose(1, 0, 2, 3)
             q_gPK = q_gSXK.reshape(len(q_gSXK), -1, K) * q_SgXK.dtype.type(spec.scale)
             keys = k_gTK[heads], v_gTY[heads], start_S[queries], stop_S[queries]
-            out_gPY, lse_gP, shifted = _attend_block(q_gPK, *keys, spec.softcap, shifted)
+            biases = alibi.select(heads, queries) if alibi is not None else None
+            out_gPY, lse_gP, shifted = _attend_block(q_gPK, *keys, spec.softcap, biases, shifted)
             out_gSXY = out_gPY.reshape(*q_gSXK.shape[:-1], Y)
             out_SgXY[queries, heads] = out_gSXY.transpose(1, 0, 2, 3)
             lse_SgX[queries, heads] = lse_gP.reshape(q_gSXK.shape[:-1]).transpose(1, 0, 2)
@@ -193,11 +219,12 @@ def _attend_block(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     cap: float | None,
+    alibi: Alibi | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Attention of a block of scaled queries and whether its scores had to be shifted, which those
     of the same heads' next block will then be from the start: ``(out_gPY, lse_gP, shifted)``."""
-    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap
+    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap, alibi
     if not shifted:
         with np.errstate(over="ignore", invalid="ignore"):
             sum_gPY, total_gP1, peak_gP1 = _sums(*block, shifted=False)
@@ -217,6 +244,7 @@ def _sums(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     cap: float | None,
+    alibi: Alibi | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over the keys that each query sees of ``weight * value`` and of ``weight``, where a
@@ -234,6 +262,8 @@ def _sums(
         weights_gPT = q_gPK[:, rows] @ k_gTK[:, start:stop].transpose(0, 2, 1)
         if cap is not None:
             softcap(weights_gPT, cap)
+        if alibi is not None:
+            alibi.add(weights_gPT, slice(first, last), slice(start, stop))
         _hide(weights_gPT, start, stop, start_S[first:last], stop_S[first:last])
         if shifted:
             before_gP1 = peak_gP1[:, rows].copy()

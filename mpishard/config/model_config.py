@@ -201,7 +201,7 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool  # RMSNorm over each head of q and k
+    qk_norm: bool  # a norm over each head of q and k
     ropes: tuple[Rope, ...]  # the rotary embedding of each layer
     # The sliding window of each layer: the number of keys that a query sees, its own included.
     windows: tuple[int | None, ...]
@@ -213,7 +213,23 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     norms: LayerNormNames = LayerNormNames()
-    norm_offset: float = 0.0  # added to the weight of every RMSNorm
+    norm_offset: float = 0.0  # added to the weight of every norm
+    layer_norm: bool = False  # norms are LayerNorm, not RMSNorm
+    norm_weight: bool = True  # norms have a weight
+    norm_bias: bool = False  # norms have a bias
+    embedding_norm: bool = False  # of the residual stream as it enters the first layer
+    per_head_norm: bool = False  # of each head of q and k, with a weight for each head
+    # Attention and feed-forward network read the same residual stream, and both are added to it.
+    # Without a norm of its own the feed-forward network reads what attention reads.
+    parallel_residual: bool = False
+    learned_positions: int = 0  # rows of the embedding of positions; 0: there is none
+    position_offset: int = 0  # the row of position 0
+    # Scores fall with the distance of a key, for each head by its own slope (ALiBi, arXiv
+    # 2108.12409): "exact", or "in bfloat16" as Falcon computes it; None: they do not.
+    alibi: str | None = None
+    clip_qkv: float | None = None  # queries, keys and values are cut off at this absolute value
+    inverse_layer_scale: bool = False  # scores are divided by the number of the layer, from 1
+    head_bias: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5

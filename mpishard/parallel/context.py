@@ -75,7 +75,8 @@ def ring_attention(
             q_pos_S = segment.positions_by_rank[cp.rank]
             for mine, kv_X1TK in _per_kv_head(segment.token_slice, q_NhK.shape[1], kv_XgTK):
                 k_1TK, v_1TY = _keys_and_values(kv_X1TK, v_NgY)
-                part = attend(q_NhK[mine], q_pos_S, k_1TK, v_1TY, k_pos_T, spec)
+                heads = spec.of_heads(mine[1])
+                part = attend(q_NhK[mine], q_pos_S, k_1TK, v_1TY, k_pos_T, heads)
                 out_NhY[mine], lse_Nh[mine] = merge_attn_states(out_NhY[mine], lse_Nh[mine], *part)
                 arriving.progress()
         received = arriving.wait()

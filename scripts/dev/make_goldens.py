@@ -189,10 +189,13 @@ def router_margin(variant: str, sequences: list[list[int]]) -> float:
 
 def load(directory: str) -> transformers.PreTrainedModel:
     """The model, which must have found each of its weights in the checkpoint and left none."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    # Falcon's eager attention adds its biases twice.
+    is_biased_twice = config.model_type == "falcon" and config.alibi
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
-        attn_implementation="eager",
+        attn_implementation="sdpa" if is_biased_twice else "eager",
         experts_implementation="eager",
         output_loading_info=True,
     )

@@ -15,8 +15,12 @@ from mpishard.model import Decoder
 from mpishard.parallel import tensor
 from mpishard.sequences.step import Step, pack
 
-# Biases; few, one and uneven key/value heads; windows; norms of heads; dynamic RoPE.
-VARIANTS = "llama-bias llama-gqa llama-mqa mistral-window qwen3-mixed llama-dynamic-old".split()
+# Biases; few, one and uneven key/value heads; windows; norms of heads; dynamic RoPE; learned
+# positions, whose first rows are not used; ALiBi; a head with a bias.
+VARIANTS = """
+    llama-bias llama-gqa llama-mqa mistral-window qwen3-mixed llama-dynamic-old opt-plain
+    falcon-grouped-alibi phi-normed
+""".split()
 
 pytestmark = [pytest.mark.ranks(1, 2, 3, 4), pytest.mark.parametrize("variant", VARIANTS)]
 
@@ -69,12 +73,16 @@ def mine(x_WD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:
 
 
 def test_embedding(comm: MPI.Intracomm, variant: str):
+    weights = oracle(variant).weights
     for mesh in meshes(comm, variant, swept(comm.size, variant)):
         model = toy(variant, mesh)
-        ids_W = np.arange(model.config.vocab)[::-1]
+        ids_W = np.arange(model.config.vocab)[: model.config.max_position_embeddings][::-1]
         step = pack([(ids_W, model.allocate_cache(len(ids_W)))], model.sequence_sharding)
-        x_nD = model.stream.embed(step.ids_N, model.embedding_vD, model.vocab_start, mesh)
-        expected = oracle(variant).weights["model.embed_tokens.weight"][ids_W]
+        x_nD = model.stream.embed(model.embedding, step, mesh)
+        expected = weights["model.embed_tokens.weight"][ids_W]
+        if model.config.learned_positions:
+            rows = slice(model.config.position_offset, model.config.position_offset + len(ids_W))
+            expected = expected + weights["model.embed_positions.weight"][rows]
         agree(model.gather_sequence(x_nD, step), expected)
 
 
@@ -116,4 +124,5 @@ def test_logits(comm: MPI.Intracomm, variant: str):
         assert model.head is not None
         logits_MV = whole_logits(tensor.logits(x_MD, model.head), model, step)
         last_MD = np.array([x_SD[-1] for x_SD in x])
-        agree(logits_MV, last_MD @ reference.weights[f"{head}.weight"].T)
+        bias_V = reference.weights["lm_head.bias"] if reference.config.head_bias else 0
+        agree(logits_MV, last_MD @ reference.weights[f"{head}.weight"].T + bias_V)

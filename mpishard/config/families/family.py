@@ -8,9 +8,11 @@ family's configuration class in transformers 5, which hold where ``config.json``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpishard.config.fields import Fields
 from mpishard.config.model_config import ExpertNames, LayerNormNames
 from mpishard.config.stored_names import StoredNames
 
@@ -49,6 +51,12 @@ class Family:
     name: str  # as `model_type` spells it
     max_position_embeddings: int
     aliases: tuple[str, ...] = ()  # other spellings of `model_type`
+    architecture_aliases: tuple[str, ...] = ()  # and of `architectures`
+    # How the family spells fields that others have as well, the first one in transformers.
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # The family as the fields of one configuration have it, where they choose among forms.
+    variant: Callable[[Fields], Family] | None = None
+    forms: str = ""  # what `variant` decides, in words
     kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden / heads
     bos_id: int | None = None
@@ -66,9 +74,13 @@ class Family:
     )
     qk_norm: bool | None = False  # of each head; None: the field use_qk_norm decides
     qk_norm_after_rope: bool = False
+    per_head_norm: bool = False  # of each head, with a weight for each head
     full_width_qk_norm: bool = False  # of all heads together
     heads_fill_hidden: bool = False  # head_dim must be hidden / heads
     sinks: bool = False
+    clip_qkv: float | None = None
+    attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    inverse_layer_scale: bool = False  # and divided by the number of the layer, from 1
     mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
 
     output_gate: bool = False
@@ -84,6 +96,11 @@ class Family:
     nth: int = 0  # the n of "every nth", or the default of the field nth_field
     nth_field: str | None = None
     needs_window: bool = False  # a null is refused, as transformers refuses it
+
+    # Positions are known by "rope", by a "learned" embedding, by "alibi", or by the same with
+    # biases that are rounded, "alibi in bfloat16".
+    positions: str = "rope"
+    position_offset: int = 0  # the row of position 0 in the learned embedding, and rows beside it
 
     # Rotary embedding
     theta: float = 10000.0
@@ -108,7 +125,10 @@ class Family:
 
     # Feed-forward
     mlp_bias: bool | None = False
+    mlp_bias_field: str = "mlp_bias"
+    mlp_bias_default: bool = False
     gated_mlp: bool = True
+    ffn_multiple: int | None = None  # of hidden_size, where intermediate_size is null or absent
     activation_field: str = "hidden_act"
     activation: str = "silu"
     # Another meaning of an activation's name.
@@ -118,10 +138,17 @@ class Family:
     # Norms, scales and soft caps
     norms: LayerNormNames = LayerNormNames()
     norm_offset: float = 0.0
+    layer_norm: bool = False
+    norm_weight: bool = True
+    norm_bias: bool = False
+    embedding_norm: bool = False
+    parallel_residual: bool = False
     scaled_embedding: bool = False  # by sqrt(hidden_size)
     # The fields embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
     multipliers: bool = False
     caps: dict[str, float | None] = field(default_factory=dict)  # soft caps and their defaults
+    logit_scale: float | None = None  # the default of this field; None: no such field
+    head_bias: bool = False
     query_pre_attn_scalar: int | None = None  # the default of this field; None: no such field
 
     stored_names: StoredNames = StoredNames()
