@@ -54,6 +54,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
         args.compute_dtype,
         cp=args.cp,
         max_model_len=args.max_model_len,
+        add_bos=getattr(args, "add_bos", None),
         ignore_config=args.ignore_config,
         watch=args.watch,
         **{name: getattr(args, name) for name in LAYOUT_OPTIONS},
@@ -66,6 +67,12 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
             f"{''.join(f'; {notice}' for notice in model.notices)}"
         )
     return model
+
+
+def say_notices(model: Model, world: MPI.Intracomm) -> None:
+    """Say once what the user may want to know of the model's tokenizer."""
+    for notice in model.text.notices if world.rank == 0 else ():
+        say(notice)
 
 
 def check_outputs(args: argparse.Namespace, world: MPI.Intracomm) -> None:

@@ -190,6 +190,7 @@ def test_descriptions_and_tokenizer_come_along(checkpoint, tmp_path):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
     kept.append("chat_templates/tool_use.jinja")
+    (checkpoint / "chat_templates").mkdir()
     for name in kept:
         (checkpoint / name).write_text(f"content of {name}")
     (checkpoint / "README.md").write_text("stays")
