@@ -546,6 +546,8 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
         # Turns within the trained length: few are slowed down, many left alone, some in between.
         turns_J = rope.original_positions * plain_J / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
+        if low == high:
+            return np.where(turns_J > high, plain_J, plain_J / rope.factor)
         kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
         return kept_J * plain_J + (1 - kept_J) * plain_J / rope.factor
     if rope.kind == "yarn":

@@ -37,9 +37,9 @@ def llama3_frequencies(
 ) -> np.ndarray:
     """Llama 3.1's frequencies: those that turn more than `high` times within the
     `original_max_position` length are kept, those that turn less than `low` times divided by
-    `factor`, the others blended."""
+    `factor`, the others blended. There are no others if `low` is `high`."""
     turns_J = original_max_position * inv_freq_J / (2 * math.pi)
-    kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
+    kept_J = np.clip((turns_J - low) / max(high - low, 1e-9), 0, 1)
     return kept_J * inv_freq_J + (1 - kept_J) * inv_freq_J / factor
 
 

@@ -192,10 +192,9 @@ class _Reader:
                 low_freq_factor=section.number("low_freq_factor"),
                 high_freq_factor=section.number("high_freq_factor"),
             )
-            if rope.high_freq_factor <= rope.low_freq_factor:
-                section.refuse(
-                    "high_freq_factor", f"must be above low_freq_factor = {rope.low_freq_factor:g}"
-                )
+            if rope.high_freq_factor < rope.low_freq_factor:
+                low = f"{rope.low_freq_factor:g}"
+                section.refuse("high_freq_factor", f"must be at least low_freq_factor = {low}")
         elif kind == "longrope":
             rope = Rope(
                 kind,

@@ -182,6 +182,7 @@ def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
                 f"must be a multiple of num_attention_heads = {heads}, or head_dim must be given",
             )
         head_dim = hidden // heads
+    fields.only("attention_head_dim", head_dim)  # as Hunyuan's published files call it
     rotates_all = family.positions == "rope" and family.partial_rotary_factor is None
     if head_dim % 2 and rotates_all:
         fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
