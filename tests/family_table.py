@@ -20,8 +20,8 @@ _NO_MATHEMATICS = frozenset(
     architecture name aliases max_position_embeddings kv_heads head_dim bos_id eos_id norm_eps tied
     activation_field activation_meanings window window_layers needs_window theta rope rope_types
     original_positions same uniform quantization ignored fixed heads_fill_hidden nth nth_field
-    sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim spellings variant ffn
-    ffn_field architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
+    sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim spellings variant
+    ffn ffn_field architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
     """.split()
 )
 _NORMS = {
