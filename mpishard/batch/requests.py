@@ -11,8 +11,8 @@ answered is answered with the reason, in its own form.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpishard.batch.answers import (
@@ -25,7 +25,7 @@ from mpishard.batch.answers import (
     openai_body,
     plain_answer,
 )
-from mpishard.batch.chat import read_messages
+from mpishard.batch.chat import TEMPLATE_FIELDS, read_messages, template_kwargs
 from mpishard.batch.fields import (
     check_fields,
     name_of,
@@ -39,7 +39,7 @@ from mpishard.batch.params import PARAMS, openai_params, read_params
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 
-PLAIN_FIELDS = ("id", "prompt", "input_ids", *PARAMS)
+PLAIN_FIELDS = ("id", "prompt", "input_ids", "chat_template_kwargs", *PARAMS)
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 PARAMS_OF_BODY = (*PARAMS, "max_completion_tokens", "top_logprobs", "best_of")
 
@@ -52,7 +52,6 @@ UNRELATED = (
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "suffix": ("",),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -68,10 +67,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "documents": ([],),
     "priority": (0,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+}
+NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (False,)}
+NEUTRAL_IN_COMPLETION: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "documents": ([],),
+    "chat_template_kwargs": ({},),
 }
 
 
@@ -89,6 +93,7 @@ class BatchRequest:
     echo: bool = False
     error: str = ""
     is_object: bool = True
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def answer(
         self,
@@ -150,7 +155,10 @@ def read_request(content: bytes, number: int, defaults: SamplingParams, where: s
         check_fields(fields, PLAIN_FIELDS, where)
         line = replace(line, name=name_of(fields, "id", where))
         return replace(
-            line, prompt=prompt_of(fields, where), params=read_params(fields, defaults, where)
+            line,
+            prompt=prompt_of(fields, where),
+            params=read_params(fields, defaults, where),
+            chat_template_kwargs=template_kwargs(fields, where),
         )
     except UserError as error:
         name = None if isinstance(line.name, bool | float | list | dict) else line.name
@@ -179,9 +187,9 @@ def _read_body(
 ) -> BatchRequest:
     is_chat = line.form == CHAT
     prompt = "messages" if is_chat else "prompt"
-    known = (prompt, *PARAMS_OF_BODY, "echo", *UNRELATED, *NEUTRAL)
+    known = (prompt, *PARAMS_OF_BODY, "echo", *TEMPLATE_FIELDS, *UNRELATED, *NEUTRAL)
     check_fields(body, known, f"{where}: its body")
-    neutral = NEUTRAL | ({"echo": (False,)} if is_chat else {})
+    neutral = NEUTRAL | (NEUTRAL_IN_CHAT if is_chat else NEUTRAL_IN_COMPLETION)
     for name, values in neutral.items():
         if name in body and not any(_same(body[name], value) for value in values):
             raise UserError(
@@ -201,7 +209,12 @@ def _read_body(
             "scores the tokens of a prompt"
         )
     read = read_messages if is_chat else one_prompt
-    return replace(line, prompt=read(body.get(prompt), where), params=params)
+    return replace(
+        line,
+        prompt=read(body.get(prompt), where),
+        params=params,
+        chat_template_kwargs=template_kwargs(body, where) if is_chat else {},
+    )
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -11,8 +11,8 @@ from mpishard.config.model_config import MoEConfig
 MOST_EXPERTS = 200_000
 
 # The spellings of the number of experts, and of the number of experts per token.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOP_K = ("num_experts_per_tok", "experts_per_token")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
 
 _DEFAULT_ALPHA = 1.702
 _DEFAULT_LIMIT = 7.0
@@ -54,6 +54,7 @@ def read_moe(fields: Fields, family: MoEFamily, layers: int) -> MoEConfig:
         group_score="top-2 sum" if family.choice == "noaux_tc" else "max",
         shared_expert_intermediate_size=_shared_width(fields, family, ffn),
         shared_gate=family.names.shared_gate is not None,
+        scale_inputs=family.scale_inputs,
         router_bias=family.biases,
         expert_bias=family.biases,
         alpha=fields.number("swiglu_alpha", _DEFAULT_ALPHA) if family.clamped else None,
@@ -67,6 +68,14 @@ def _moe_layers(fields: Fields, family: MoEFamily, layers: int) -> tuple[bool, .
         fields.only("moe_layer_freq", 1)
         first = fields.non_negative_integer("first_k_dense_replace", family.first_dense)
         return tuple(layer >= first for layer in range(layers))
+    if family.dense == "interleaved":
+        step = fields.integer("interleave_moe_layer_step", 1)
+        chosen = fields.get("moe_layers")
+        if chosen is None:
+            return tuple((layer + 1) % step == 0 for layer in range(layers))
+        if not isinstance(chosen, list) or not all(type(layer) is int for layer in chosen):
+            fields.refuse("moe_layers", "must be a list of the numbers of layers")
+        return tuple(layer in chosen for layer in range(layers))
     if family.dense == "by step":
         step = fields.integer("decoder_sparse_step", 1)
         dense = fields.get("mlp_only_layers") or []
@@ -105,5 +114,7 @@ def _shared_width(fields: Fields, family: MoEFamily, ffn: int) -> int:
     if family.shared is None:
         return 0
     if not family.shared_count:
+        if family.shared_default is not None:
+            return fields.non_negative_integer(family.shared, family.shared_default)
         return fields.integer(family.shared)
     return ffn * (fields.optional_integer(family.shared, absent=family.shared_count) or 0)

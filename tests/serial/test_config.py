@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import MOE_VARIANTS, VARIANTS, raw_config, tiny_config
 
+from mpishard.config.families.wrappers import WRAPPERS
 from mpishard.config.known_fields import COMMON_FIELDS, KNOWN_FIELDS
 from mpishard.config.model_config import (
     ExpertNames,
@@ -99,6 +102,7 @@ def test_defaults_of_llama():
         qk_norm=False,
         ropes=(Rope(kind="default", theta=10000.0, original_positions=2048),) * 3,
         windows=(None, None, None),
+        chunks=(None, None, None),
         max_position_embeddings=2048,
         eos_ids=(2,),
         bos_id=1,
@@ -967,6 +971,7 @@ def test_tiny_models_are_read(variant):
         ("never_heard_of", []),
         ("never_heard_of", {}),
         ("internal_version", "1.0"),
+        ("attention_head_dim", 2),
         ("document_attention", True),
         ("partial_rotary_factor", 1.0),
         ("residual_multiplier", 1.0),
@@ -1147,6 +1152,14 @@ def test_the_text_half_of_kimi():
     }
     right = read("deepseek_v3", tie_word_embeddings=True)
     assert read_model_config(raw, None, SOURCE) == replace(right, wrapper="kimi_k25")
+
+
+def test_the_page_on_checkpoints_lists_all_wrappers():
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    for wrapper in WRAPPERS:
+        assert re.search(rf"^\|.*\b{wrapper.name}\b.*\|", page, re.MULTILINE), wrapper.name
+        for family in wrapper.families.values():
+            assert re.search(rf"^\|.*\b{wrapper.name}\b.*\| .*\b{family}\b", page, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -1336,8 +1349,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, not 0.5"),
     (
         "llama",
-        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}},
-        "rope_scaling.high_freq_factor = 4.0 must be above low_freq_factor = 4",
+        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.5}},
+        "rope_scaling.high_freq_factor = 4.0 must be at least low_freq_factor = 4.5",
+    ),
+    (
+        "llama",
+        {"attention_head_dim": 4},
+        "attention_head_dim = 4 is not implemented: 2 is",
     ),
     (
         "llama",
