@@ -77,6 +77,7 @@ from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
 from mpishard.storage.fingerprint import fingerprint
+from mpishard.storage.generation_config import read_sampling_defaults
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
 from mpishard.storage.source import notices, open_source
@@ -295,6 +296,12 @@ class Model:
             for prompt, ids, answers in zip(given, encoded, merged, strict=True)
             for index, result in enumerate(answers)
         ]
+
+    def default_sampling_params(self, **given: Any) -> SamplingParams:
+        """The parameters that are `given`, and for the others the defaults of the model's
+        ``generation_config.json``: vLLM's get_default_sampling_params. Raises UserError as
+        `read_sampling_defaults` does."""
+        return SamplingParams(**{**read_sampling_defaults(self.path), **given})
 
     def batch(
         self,

@@ -96,19 +96,19 @@ def not_text(start: bytes) -> str:
 
 
 class LinesLook:
-    """What the lines of a file look like together. Single lines may be damaged; a file that is
-    something else than lines of JSON is refused as a whole."""
+    """What the lines of a file look like together, of which some are `objects`. Single lines may be
+    damaged; a file that is something else than lines of JSON is refused as a whole."""
 
     def __init__(self) -> None:
         self._first = self._last = b""
-        self._count = self._objects = 0
+        self._count = self.objects = 0
 
     def take(self, line: bytes, is_object: bool) -> None:
         """Look at the next `line` that is not blank, which may be a JSON object."""
         self._first = self._first or line.strip()[:LOOK]
         self._last = line.strip()[-LOOK:]
         self._count += 1
-        self._objects += is_object
+        self.objects += is_object
 
     def problem(self, purpose: str) -> str:
         """Why the file is not lines of JSON, as the end of a sentence; "" if it is. `purpose` is
@@ -118,7 +118,7 @@ class LinesLook:
         is_list = self._first.startswith(b"[") and self._last.endswith(b"]")
         if is_list and (self._count == 1 or not self._first.endswith(b"]")):
             return "is one JSON array, not a JSON object a line: `jq -c '.[]'` makes lines of it"
-        if self._objects:
+        if self.objects:
             return ""
         if b"\r" in self._first and self._count == 1:
             return "has lone carriage returns for line ends: `tr '\\r' '\\n'` makes lines of it"
