@@ -246,6 +246,7 @@ class Model:
         logits are not finite.
         """
         _check_chunk(chunked_prefill_size)
+        _check_params(params)
         given, n = as_prompts(prompts), params.n
         check_bias(self.decoder, params)
         encoded = [
@@ -326,6 +327,7 @@ class Model:
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
         """
+        _check_params(params)
         with open_batch(
             self.mesh.world.comm,
             self.path,
@@ -523,6 +525,13 @@ def _completion(
         logprobs=None if params.logprobs is None else logprobs,
         **result,
     )
+
+
+def _check_params(params: object) -> None:
+    if not isinstance(params, SamplingParams):
+        raise TypeError(
+            f"params are of type {type(params).__name__}: give mpishard.SamplingParams(…)"
+        )
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

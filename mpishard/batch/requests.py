@@ -70,9 +70,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "priority": (0,),
+    "include_reasoning": (True,),
+    "return_hidden_states": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
+
+
+NEUTRAL_IN_CHATS = {"echo": (False,), "add_special_tokens": (False,)}
+NEUTRAL_IN_COMPLETIONS = {"add_special_tokens": (True,)}
 
 
 @dataclass(frozen=True)
@@ -179,9 +185,9 @@ def _read_body(
 ) -> BatchRequest:
     is_chat = line.form == CHAT
     prompt = "messages" if is_chat else "prompt"
-    known = (prompt, *PARAMS_OF_BODY, "echo", *UNRELATED, *NEUTRAL)
+    known = (prompt, *PARAMS_OF_BODY, "echo", "add_special_tokens", *UNRELATED, *NEUTRAL)
     check_fields(body, known, f"{where}: its body")
-    neutral = NEUTRAL | ({"echo": (False,)} if is_chat else {})
+    neutral = NEUTRAL | (NEUTRAL_IN_CHATS if is_chat else NEUTRAL_IN_COMPLETIONS)
     for name, values in neutral.items():
         if name in body and not any(_same(body[name], value) for value in values):
             raise UserError(

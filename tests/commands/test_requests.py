@@ -55,6 +55,7 @@ NOT_LINES = {
     "UTF-16": (LINES.decode().encode("utf-16"), "is UTF-16: convert it to UTF-8, `iconv -f UTF-16"),
     "big-endian": (b"\xfe\xff" + LINES.decode().encode("utf-16-be"), "is UTF-16: convert it"),
     "no mark": (LINES.decode().encode("utf-16-le"), "is UTF-16: convert it to UTF-8"),
+    "no Latin": ("語語語語".encode("utf-16"), "is UTF-16: convert it to UTF-8"),
     "UTF-32": (LINES.decode().encode("utf-32"), "is UTF-32: convert it to UTF-8"),
     "array": (json.dumps(RECORDS).encode(), JQ),
     "array, indented": (json.dumps(RECORDS, indent=2).encode(), JQ),
@@ -73,7 +74,7 @@ NOT_LINES = {
     ),
     "zstd": (b"\x28\xb5\x2f\xfd\x04\x00", "is a zstd file, not text: unpack or convert it first"),
     "Parquet": (b"PAR1\x15\x04", "is a Parquet file, not text"),
-    "noise": (bytes(range(7, 0, -1)) + b"\0" + LINES, "is not text: it has a NUL at byte 7"),
+    "noise": (b"\7ELF\0\3" + LINES[1:24], "is not text: it has NULs, and begins with \\x07ELF"),
     "CSV": (
         b"id,prompt\n0,a\n",
         "has no line that is a JSON object; the first begins with id,p",
@@ -107,7 +108,16 @@ def test_what_is_not_lines_is_refused_as_a_whole(model, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "first", [b"[1, 2]\n", b"[\n", b"{\n", b"\r\n[1\n", b'{"id": 0, "prompt": "a"},\n', b"\xff\n"]
+    "first",
+    [
+        b"[1, 2]\n",
+        b"[\n",
+        b"{\n",
+        b"\r\n[1\n",
+        b'{"id": 0, "prompt": "a"},\n',
+        b"\xff\xfe\0\n",
+        b"\0\n",
+    ],
 )
 def test_a_damaged_line_does_not_make_it_another_kind_of_file(model, tmp_path, first):
     job = Job(tmp_path, [])
@@ -125,6 +135,16 @@ def test_packed_input_is_read(model, tmp_path):
     right = job.here(model, *GREEDY)
     job.source.write_bytes(gzip.compress(job.source.read_bytes()))
     assert job.here(model, *GREEDY) == right
+    job.source.write_bytes(2 * gzip.compress(b"") + job.source.read_bytes())
+    assert job.here(model, *GREEDY) == right, "several members, as of `cat a.gz b.gz`"
+
+
+def test_output_whose_name_says_so_is_packed(model, tmp_path):
+    job = Job(tmp_path, asked())
+    right = job.here(model, *GREEDY)
+    here("batch", model, *GREEDY, "--input", job.source, "--output", tmp_path / "out.gz")
+    lines = gzip.decompress((tmp_path / "out.gz").read_bytes()).splitlines()
+    assert [json.loads(line) for line in lines] == right
 
 
 def test_packed_input_is_scored(model, tmp_path):
@@ -306,7 +326,8 @@ def test_prompt_files_that_cannot_be(model, tmp_path, monkeypatch):
     for content, sentence in (
         (b"abc\xff", "is not UTF-8 text: invalid start byte at byte 3"),
         ("é".encode("utf-16"), "is UTF-16: convert it to UTF-8, `iconv -f UTF-16 -t UTF-8`"),
-        (b"abc\0def", "is not text: it has a NUL at byte 3"),
+        (bytes(9), "is not text: it has NULs"),
+        ("語".encode("utf-16"), "is UTF-16: convert it to UTF-8, `iconv -f UTF-16 -t UTF-8`"),
     ):
         file.write_bytes(content)
         assert refusal_here("generate", model, "--prompt-file", file) == (
@@ -315,6 +336,13 @@ def test_prompt_files_that_cannot_be(model, tmp_path, monkeypatch):
     assert "cannot be read: Is a directory" in refusal_here(
         "generate", model, "--prompt-file", tmp_path
     )
+
+
+def test_a_prompt_may_come_through_a_pipe(model):
+    """As a shell makes one of `--prompt-file <(command)`, where there is no launcher."""
+    (right,) = completions(None, model, "--prompt", "the in", *GREEDY)
+    words = ["--prompt-file", "/dev/stdin", *GREEDY]
+    assert completions(None, model, *words, input="the in") == [right]
 
 
 def test_an_empty_prompt_file_is_an_empty_prompt(model, tmp_path):
