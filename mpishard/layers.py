@@ -26,10 +26,11 @@ from mpishard.arithmetic.ops import (
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import kv_replica_ranks
-from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig
+from mpishard.config.model_config import LinearAttentionConfig, MLAConfig, ModelConfig, MoEConfig
 from mpishard.config.weight_specs import experts_by_ep_rank, weight_specs
 from mpishard.parallel import expert
 from mpishard.parallel.expert import MoELayer
+from mpishard.parallel.linear_attention import GatedDeltaNet
 from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.parallel.qkv import MLA, Attention, FullWidthNorm
 from mpishard.parallel.tensor import FeedForward, GatedFeedForward, UngatedFeedForward
@@ -44,7 +45,7 @@ class Layer:
     after a sub-layer the factor of what the sub-layer adds to the residual stream."""
 
     attention_norm: Norm
-    attention: Attention | MLA
+    attention: Attention | MLA | GatedDeltaNet
     attention_post_norm: Norm
     ffn_norm: Norm
     ffn: FeedForward | MoELayer
@@ -80,11 +81,7 @@ def make_layer(
         ffn = _feed_forward(w, config)
     return Layer(
         attention_norm=make_norm(config, w, "attention_norm"),
-        attention=(
-            _mla(config, config.mla, number, w)
-            if config.mla
-            else _attention(config, number, w, mesh)
-        ),
+        attention=_any_attention(config, number, w, mesh),
         attention_post_norm=_post_norm(config, w, "attention_post_norm"),
         ffn_norm=make_norm(config, w, "ffn_norm"),
         ffn=ffn,
@@ -115,6 +112,38 @@ def _linear(w: Fields, field: str) -> Linear:
     return Linear(w[field], w.get(f"{field}_bias"))
 
 
+def _any_attention(
+    config: ModelConfig, number: int, w: Fields, mesh: Mesh
+) -> Attention | MLA | GatedDeltaNet:
+    if config.linear_attention and config.linear_attention.layers[number]:
+        return _gated_delta_net(config, config.linear_attention, w)
+    if config.mla:
+        return _mla(config, config.mla, number, w)
+    return _attention(config, number, w, mesh)
+
+
+def _gated_delta_net(
+    config: ModelConfig, linear: LinearAttentionConfig, w: Fields
+) -> GatedDeltaNet:
+    g, h = len(w["k"]) // linear.key_width, len(w["rate"])
+    return GatedDeltaNet(
+        q=_linear(w, "q"),
+        k=_linear(w, "k"),
+        v=_linear(w, "v"),
+        o_gate=_linear(w, "o_gate"),
+        rate=_linear(w, "rate"),
+        decay=_linear(w, "decay"),
+        taps_XT=np.concatenate([w[f"{part}_taps"][:, 0] for part in ("q", "k", "v")]),
+        log_a_h=w["log_a"],
+        dt_bias_h=w["dt_bias"],
+        norm=RMSNorm(w["o_norm"], config.norm_eps),  # without the offset of the other norms
+        o=_linear(w, "o"),
+        key_head_h=np.arange(h) // (h // g),
+        key_width=linear.key_width,
+        value_width=linear.value_width,
+    )
+
+
 def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Attention:
     scale = config.attention_scale or config.head_dim**-0.5
     q_norm = k_norm = None
@@ -133,6 +162,7 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         k_norm=k_norm,
         norm_after_rope=config.qk_norm_after_rope,
         full_width_norm=_full_width_norm(config, w, mesh) if config.full_width_qk_norm else None,
+        o_gate=_linear(w, "o_gate") if config.output_gate else None,
         interleaved=config.rope_interleaved,
     )
 

@@ -23,8 +23,11 @@ from mpishard.layers import make_layer, make_norm, weights_by_field
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import select_attention
 from mpishard.parallel.expert import MoELayer
+from mpishard.parallel.linear_attention import GatedDeltaNet, select_linear_attention
+from mpishard.parallel.qkv import Rope
 from mpishard.rope import RotaryEmbedding
 from mpishard.sequences.kv_cache import KVCache
+from mpishard.sequences.recurrent_state import NO_STATES, StateShape
 from mpishard.sequences.sharding import FirstChunk, SequenceSharding
 from mpishard.sequences.step import Step
 
@@ -39,6 +42,7 @@ class ResidualStream(NamedTuple):
 
     embed: Callable[..., np.ndarray]
     attention: Callable[..., np.ndarray]
+    linear_attention: Callable[..., np.ndarray]
     feed_forward: Callable[..., np.ndarray]
     moe: Callable[..., np.ndarray]
     select_logits_rows: Callable[..., np.ndarray]
@@ -49,6 +53,7 @@ RESIDUAL_STREAMS = {
     "whole": ResidualStream(
         tensor.embed,
         tensor.attention,
+        tensor.linear_attention,
         tensor.feed_forward,
         expert.feed_forward,
         tensor.select_logits_rows,
@@ -57,6 +62,7 @@ RESIDUAL_STREAMS = {
     "sequence-parallel": ResidualStream(
         sequence.embed,
         sequence.attention,
+        sequence.linear_attention,
         sequence.feed_forward,
         expert.sequence_feed_forward,
         sequence.select_logits_rows,
@@ -96,7 +102,16 @@ class Decoder:
         sharded = mesh.layout.sequence_parallel
         self.stream = RESIDUAL_STREAMS["sequence-parallel" if sharded else "whole"]
         self.attend = select_attention(mesh.layout)
+        self.recur = select_linear_attention(mesh.layout)
         self.rope = RotaryEmbedding(config, self.layer_numbers, self.dtype)
+        linear = [config.is_linear(number) for number in self.layer_numbers]
+        # Where a layer's keys and values, or its states, are among those of its kind.
+        self.cache_places = [linear[:place].count(one) for place, one in enumerate(linear)]
+        self._attention_layers = linear.count(False)
+        self._state_shapes = [
+            state_shape_of(config, linear.count(True), mesh.layout.tp, rank)
+            for rank in range(mesh.tp.size)
+        ]
         # Of this rank and of those beside it, by which all know the fullest cache.
         self._sequence_shardings = [
             sequence_sharding_of(config, mesh.layout, mesh.cp.rank, rank)
@@ -115,17 +130,20 @@ class Decoder:
             if hidden_state_hook:
                 hidden_state_hook(self.layer_numbers[index], x_nD)
             h_nD = layer.attention_norm(x_nD)
-            x_nD = x_nD + layer.attention_post_norm(
-                stream.attention(
-                    h_nD, layer.attention, index, step, ropes[index], self.attend, mesh
-                )
-            )
+            y_nD = self._attention(h_nD, index, step, ropes[index])
+            x_nD = x_nD + layer.attention_post_norm(y_nD)
             h_nD = layer.ffn_norm(x_nD)
             feed_forward = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
             x_nD = x_nD + layer.ffn_post_norm(feed_forward(h_nD, layer.ffn, step, mesh))
         if hidden_state_hook:
             hidden_state_hook(self.layer_numbers.stop, self.norm(x_nD))
         return self.exit(self, x_nD, step)
+
+    def _attention(self, h_nD: np.ndarray, index: int, step: Step, rope: Rope) -> np.ndarray:
+        w, cached, mesh = self.layers[index].attention, self.cache_places[index], self.mesh
+        if isinstance(w, GatedDeltaNet):
+            return self.stream.linear_attention(h_nD, w, cached, step, self.recur, mesh)
+        return self.stream.attention(h_nD, w, cached, step, rope, self.attend, mesh)
 
     def gather_sequence(self, x_nD: np.ndarray, step: Step) -> np.ndarray:
         """The residual stream of all the step's tokens, in the order of the sequences, from each
@@ -168,8 +186,8 @@ class Decoder:
         if self.uses_dynamic_rope(capacity):  # it is computed anew in chunks of any length
             slots = max(slots, self.sequence_sharding.max_local_slots(capacity))
         latent = config.mla.kv_lora_rank if config.mla else 0
-        layers, width = len(self.layers), config.key_width
-        return KVCache(layers, self.kv_heads, capacity, width, self.dtype, slots, latent)
+        sizes = self._attention_layers, self.kv_heads, capacity, config.key_width
+        return KVCache(*sizes, self.dtype, slots, latent, self._state_shapes[self.mesh.tp.rank])
 
     def cache_bytes(self, capacity: int, first_chunk: FirstChunk | None = None) -> int:
         """Upper bound on the bytes that the cache of a sequence of up to `capacity` positions takes
@@ -178,10 +196,12 @@ class Decoder:
         config, most = self.config, None
         if first_chunk is not None:
             most = self.sequence_sharding.max_rank_positions(first_chunk, capacity)
-        position = len(self.layers) * config.kv_cache_dim * self.dtype.itemsize
+        position = self._attention_layers * config.kv_cache_dim * self.dtype.itemsize
+        ranks = zip(self._sequence_shardings, self._kv_heads, self._state_shapes, strict=True)
         return max(
             sharding.max_local_slots(capacity, most) * kv_heads * position
-            for sharding, kv_heads in zip(self._sequence_shardings, self._kv_heads, strict=True)
+            + states.numbers * self.dtype.itemsize
+            for sharding, kv_heads, states in ranks
         )
 
 
@@ -227,6 +247,18 @@ def sequence_sharding_of(
         kv_replica_rank=tp_rank - ranks.start,
         interleave_size=layout.cp_kv_cache_interleave_size,
     )
+
+
+def state_shape_of(config: ModelConfig, layers: int, tp: int, tp_rank: int) -> StateShape:
+    """The sizes of the states that a sequence has on a rank in so many `layers` of linear
+    attention."""
+    linear = config.linear_attention
+    if linear is None:
+        return NO_STATES
+    h = len(range(linear.heads)[query_heads_of(linear, tp, tp_rank)])
+    g = len(range(linear.kv_heads)[kv_heads_of(linear, tp, tp_rank)])
+    K, Y = linear.key_width, linear.value_width
+    return StateShape(layers, h, K, Y, 2 * g * K + h * Y, linear.taps)
 
 
 def _kv_heads(config: ModelConfig, layout: Layout, tp_rank: int) -> int:

@@ -92,7 +92,11 @@ class Reference:
         the norm before the feed-forward network makes of it."""
         norms = self.config.norms
         attention = self.latent_attention if self.config.mla else self.attention
-        y_SD = attention(self.layer_norm(x_SD, layer, norms.attention), layer)
+        normed_SD = self.layer_norm(x_SD, layer, norms.attention)
+        if self.config.is_linear(layer):
+            y_SD = self.linear_attention(normed_SD, f"model.layers.{layer}.linear_attn")
+        else:
+            y_SD = attention(normed_SD, layer)
         y_SD = self.layer_norm(y_SD, layer, norms.attention_post)
         x_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
         return x_SD, self.layer_norm(x_SD, layer, norms.ffn)
@@ -132,7 +136,49 @@ class Reference:
             else:
                 weights_SS = softmax(scores_SS)
             out_SHK[:, h] = weights_SS @ v_SGK[:, g]
-        return self.linear(out_SHK.reshape(S, -1), f"{name}.o_proj", c.o_bias)
+        out_SX = out_SHK.reshape(S, -1)
+        if c.output_gate:
+            out_SX = out_SX * sigmoid(self.linear(x_SD, f"{name}.gate_proj", c.qkv_bias))
+        return self.linear(out_SX, f"{name}.o_proj", c.o_bias)
+
+    def linear_attention(self, x_SD: np.ndarray, name: str) -> np.ndarray:
+        """The gated delta net called `name`, token by token: Yang et al. 2024, arXiv 2412.06464."""
+        c = self.config.linear_attention
+        assert c is not None
+        S, K, Y = len(x_SD), c.key_width, c.value_width
+        q_SX, k_SX, v_SX = (self.convolved(x_SD, name, part) for part in ("q", "k", "v"))
+        rate_SH = sigmoid(self.linear(x_SD, f"{name}.b_proj", False))
+        step_SH = softplus(
+            self.linear(x_SD, f"{name}.a_proj", False) + self.weights[f"{name}.dt_bias"]
+        )
+        decay_SH = np.exp(-np.exp(self.weights[f"{name}.A_log"]) * step_SH)
+        out_SHY = np.zeros((S, c.heads, Y), x_SD.dtype)
+        for h in range(c.heads):
+            g = h // (c.heads // c.kv_heads)  # neighbouring value heads share a key head
+            q_SK = unit(q_SX[:, g * K : (g + 1) * K]) / math.sqrt(K)
+            k_SK = unit(k_SX[:, g * K : (g + 1) * K])
+            state_KY = np.zeros((K, Y), x_SD.dtype)
+            for t in range(S):
+                state_KY = state_KY * decay_SH[t, h]
+                v_Y = v_SX[t, h * Y : (h + 1) * Y]
+                state_KY = state_KY + np.outer(k_SK[t], rate_SH[t, h] * (v_Y - k_SK[t] @ state_KY))
+                out_SHY[t, h] = q_SK[t] @ state_KY
+        mean_square = np.mean(out_SHY**2, axis=-1, keepdims=True)
+        out_SHY = out_SHY / np.sqrt(mean_square + self.config.norm_eps)
+        out_SX = (out_SHY * self.weights[f"{name}.norm.weight"]).reshape(S, -1)
+        gated_SX = out_SX * silu(self.linear(x_SD, f"{name}.z_proj", False))
+        return self.linear(gated_SX, f"{name}.out_proj", False)
+
+    def convolved(self, x_SD: np.ndarray, name: str, part: str) -> np.ndarray:
+        """The queries "q", keys or values of all heads, each channel convolved over the positions
+        up to its own: (S, X)."""
+        taps_XT = self.weights[f"{name}.{part}_conv1d.weight"][:, 0]
+        y_SX = self.linear(x_SD, f"{name}.{part}_proj", False)
+        out_SX = np.zeros_like(y_SX)
+        for t in range(len(y_SX)):
+            for back in range(min(t + 1, taps_XT.shape[1])):
+                out_SX[t] += y_SX[t - back] * taps_XT[:, -1 - back]
+        return silu(out_SX)
 
     def positioned(self, x_SHK: np.ndarray, layer: int) -> np.ndarray:
         """Queries or keys of a layer, turned by their positions: of each head the elements that
@@ -346,6 +392,16 @@ def silu(x: np.ndarray) -> np.ndarray:
     """x times the logistic function of x."""
     with np.errstate(over="ignore"):  # exp(-x) = inf is right: the quotient is 0
         return x / (1 + np.exp(-x))
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """log(1 + exp(x))."""
+    return np.logaddexp(0, x)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """`x` at length 1 along its last axis, as the gated delta rule takes queries and keys."""
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:

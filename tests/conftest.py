@@ -1,7 +1,10 @@
 """How the tests run, and what they have at hand.
 
-- ``pytest`` runs everything: serial tests in its own process, and for each number of ranks one
-  ``mpirun -n N`` with all tests of that size. ``pytest -k np4`` runs those on four ranks.
+- ``pytest`` runs everything: serial tests in its own process and, beside it, in one for commands;
+  and for each number of ranks one ``mpirun -n N`` with all tests of that size. ``pytest -k np4``
+  runs those on four ranks. With ``-s`` or ``--pdb`` all serial tests run in pytest's process.
+- ``pytestmark = pytest.mark.waits(60)`` says that the tests of a module mostly wait, for about a
+  minute in all: they run in a process of their own, beside tests that compute.
 - ``mpirun -n 4 python -m pytest --with-mpi`` runs the tests on four ranks, without the controller.
 - ``@pytest.mark.ranks`` on a test (or ``pytestmark = pytest.mark.ranks`` in a module) makes it a
   multi-rank test, on 1, 2, 3, 4 and 8 ranks; ``@pytest.mark.ranks(2, 4, timeout=20)`` chooses.

@@ -19,7 +19,7 @@ _NO_MATHEMATICS = frozenset(
     """
     architecture name aliases max_position_embeddings kv_heads head_dim bos_id eos_id norm_eps tied
     activation_field activation_meanings window window_layers needs_window theta rope rope_types
-    original_positions stored_names quantization ignored fixed heads_fill_hidden nth nth_field
+    original_positions same uniform quantization ignored fixed heads_fill_hidden nth nth_field
     sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim
     """.split()
 )
@@ -67,6 +67,8 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "qk_norm_after_rope": "these after rope",
         "full_width_qk_norm": "norms over all heads of q and of k",
         "sinks": "attention sinks",
+        "output_gate": "gated attention: its output times sigmoid(gate x)",
+        "linear_attention": "gated delta nets in the layers of linear_attention",
         "mla": "multi-head latent attention",
         "sliding": f"sliding window: {str(value).replace('nth', nth)}",
         "rope_interleaved_pairs": "rope on pairs of neighbours" + ("" if value else " (a field)"),
@@ -82,6 +84,8 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "rope_alpha": "a dynamic rope of fixed stretch",
         "mlp_bias": "biases in the feed-forward network (a field)",
         "activation": f"activation {value}",
+        "gated_mlp": "a feed-forward network without a gate",
+        "stored_names": ", ".join(_stored(family)),
         "moe": "experts: " + ", ".join(_experts(family)) if family.moe else "",
         "norms": _where(family.norms),
         "norm_offset": f"norms times {value} + weight",
@@ -91,6 +95,20 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "query_pre_attn_scalar": f"scores divided by the root of query_pre_attn_scalar, {value}",
     }
     return phrases.get(name) or f"{name} = {value}"
+
+
+def _stored(family: Family) -> Iterator[str]:
+    names = family.stored_names
+    if names.qkv:
+        yield f"q, k and v in one tensor{' by key/value head' if names.qkv_by_kv_head else ''}"
+    if names.gate_up or names.shared_gate_up:
+        yield "gate and up in one tensor"
+    if names.transposed:
+        yield "transposed matrices"
+    if names.modules or names.layers != "layers":
+        yield "other names of tensors"
+    if names.unused:
+        yield "layers that are not used"
 
 
 _CAPPED = {"attn_logit_softcapping": "scores", "final_logit_softcapping": "logits"}

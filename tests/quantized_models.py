@@ -63,13 +63,13 @@ def _scales(random: np.random.RandomState, shape: tuple[int, ...], dtype: Any) -
     return random.uniform(0.5, 1.5, shape).astype(dtype)
 
 
-def _pack(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
-    """Eight codes of four bits along the last axis in each word; `order` has the places of them."""
-    short = -codes.shape[-1] % 8
-    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
-    words = np.zeros((*codes.shape[:-1], codes.shape[-1] // 8), np.uint32)
+def _pack(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8)), bits: int = 4) -> np.ndarray:
+    """As many codes along the last axis in each word as `order` has places."""
+    each = len(order)
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % each)])
+    words = np.zeros((*codes.shape[:-1], codes.shape[-1] // each), np.uint32)
     for element, place in enumerate(order):
-        words |= codes[..., element::8].astype(np.uint32) << np.uint32(4 * place)
+        words |= codes[..., element::each].astype(np.uint32) << np.uint32(bits * place)
     return words.view(np.int32)
 
 
@@ -145,6 +145,20 @@ def int4(group: int, zeros: bool = False, ordered: bool = False) -> Callable[...
         return tensors, _means(codes, zero_points, scales, of)
 
     return draw
+
+
+def packed_int8(random: np.random.RandomState, rows: int, columns: int) -> Drawn:
+    """pack-quantized with eight bits, and a zero point and a scale for each row."""
+    codes = random.randint(0, 256, (rows, columns))
+    zeros = random.randint(120, 137, (rows, 1))
+    scales = (_scales(random, (rows, 1), np.float32) / 400).astype(np.float16)
+    tensors = {
+        "weight_packed": _pack(codes, (0, 1, 2, 3), 8),
+        "weight_scale": scales,
+        "weight_shape": np.array([rows, columns], np.int64),
+        "weight_zero_point": np.ascontiguousarray(_pack(zeros.T, (0, 1, 2, 3), 8).T),
+    }
+    return tensors, _means(codes, zeros, scales, np.zeros(columns, int))
 
 
 def awq(group: int) -> Callable[..., Drawn]:
@@ -334,6 +348,11 @@ MODELS: dict[str, Model] = {
         _compressed("pack-quantized", "int", 4, "group", group_size=16, actorder="group"),
         int4(16, ordered=True),
     ),
+    "packed-int8": Model(
+        LLAMA,
+        _compressed("pack-quantized", "int", 8, "channel", symmetric=False),
+        packed_int8,
+    ),
     "awq": Model(
         LLAMA,
         {
@@ -348,6 +367,7 @@ MODELS: dict[str, Model] = {
     ),
     "gptq": Model(LLAMA, _GPTQ, gptq(16, less=1)),
     "gptq-ordered": Model(LLAMA, _GPTQ | {"desc_act": True}, gptq(16, less=1, ordered=True)),
+    "gptq-rows": Model(LLAMA, _GPTQ | {"group_size": -1}, gptq(1 << 20, less=1)),
     "gptq-v2": Model(LLAMA, _GPTQ | {"checkpoint_format": "gptq_v2"}, gptq(16, less=0)),
     "nvfp4": Model(
         LLAMA,

@@ -46,13 +46,40 @@ def _fused(config: ModelConfig, weights: Weights) -> Weights:
             q, k, v = (left.pop(f"{before}self_attn.{part}_proj.{kind}") for part in "qkv")
             fused[f"{before}{names.qkv}.{kind}"] = _qkv(config, q, k, v)
             continue
-        before, found, kind = name.partition("mlp.gate_proj.")
-        if names.gate_up and found:
-            both = [left.pop(f"{before}mlp.{part}_proj.{kind}") for part in ("gate", "up")]
-            fused[f"{before}{names.gate_up}.{kind}"] = np.concatenate(both)
+        before, found, kind = name.partition("self_attn.q_proj.")
+        if config.output_gate and found:
+            q, gate = (left.pop(f"{before}self_attn.{part}_proj.{kind}") for part in ("q", "gate"))
+            fused[name] = _head_by_head(config.heads, q, gate)
             continue
-        fused[name] = left.pop(name)
+        before, found, _ = name.partition("linear_attn.q_proj.")
+        if config.linear_attention and found:
+            before += "linear_attn"
+            part = {one: left.pop(f"{before}.{one}_proj.weight") for one in "qkvzba"}
+            key_heads = config.linear_attention.kv_heads
+            fused[f"{before}.in_proj_qkvz.weight"] = _head_by_head(
+                key_heads, *(part[one] for one in "qkvz")
+            )
+            fused[f"{before}.in_proj_ba.weight"] = _head_by_head(key_heads, part["b"], part["a"])
+            taps = [left.pop(f"{before}.{one}_conv1d.weight") for one in "qkv"]
+            fused[f"{before}.conv1d.weight"] = np.concatenate(taps)
+            continue
+        for network, module in (("mlp", names.gate_up), ("shared_mlp", names.shared_gate_up)):
+            before, found, kind = name.partition(f".{network}.gate_proj.")
+            if module and found:
+                both = [
+                    left.pop(f"{before}.{network}.{part}_proj.{kind}") for part in ("gate", "up")
+                ]
+                fused[f"{before}.{module}.{kind}"] = np.concatenate(both)
+                break
+        else:
+            fused[name] = left.pop(name)
     return fused
+
+
+def _head_by_head(heads: int, *parts: np.ndarray) -> np.ndarray:
+    """The rows of each head of all `parts` after those of the head before."""
+    split = [np.split(part, heads) for part in parts]
+    return np.concatenate([rows for of_head in zip(*split, strict=True) for rows in of_head])
 
 
 def _qkv(config: ModelConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -16,9 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from stored import stored
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.reader import read_model_config
+from mpishard.config.stored_names import StoredNames
 from mpishard.config.weight_specs import per_expert_names, weight_specs
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -101,6 +103,17 @@ _FAMILIES = {
     "dots1": "Dots1ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "arcee": "ArceeForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "mimo": "MiMoForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
 }
 
 
@@ -368,6 +381,73 @@ VARIANTS: dict[str, dict[str, Any]] = {
         sliding_window_pattern=2,
         rope_theta=200.0,
     ),
+    # The first prompt is at the trained length, so that its continuation grows out of it.
+    "phi3-longrope": _family(
+        *("phi3", 6, 2, 48, 41, 63),
+        original_max_position_embeddings=11,
+        partial_rotary_factor=0.75,
+        sliding_window=9,
+        rope_theta=7.0,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0, 1.2, 1.5],
+            "long_factor": [1.5, 2.5, 8.0],
+        },
+    ),
+    "glm-partial": _family(
+        *("glm", 6, 2, 34, 43, 61),
+        head_dim=12,
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 50.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "glm4-partial": _family(
+        *("glm4", 8, 4, 28, 45, 67),
+        head_dim=10,
+        attention_bias=False,
+        partial_rotary_factor=0.4,
+        rope_theta=50.0,
+    ),
+    "arcee-relu2": _family(
+        *("arcee", 6, 3, 36, 47, 69),
+        head_dim=8,
+        hidden_act="relu2",
+        attention_bias=True,
+        mlp_bias=True,
+        rope_theta=200.0,
+    ),
+    "hunyuan_v1_dense-alpha": _family(
+        *("hunyuan_v1_dense", 4, 2, 38, 49, 71),
+        head_dim=10,
+        attention_bias=True,
+        rope_theta=20.0,
+        rope_scaling={
+            "type": "dynamic",
+            "alpha": 9.0,
+            "factor": 1.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    ),
+    "mimo-plain": _family(
+        *("mimo", 6, 3, 40, 51, 73),
+        head_dim=8,
+        attention_bias=True,
+        num_nextn_predict_layers=1,
+        rope_theta=200.0,
+    ),
+    "internlm2-dynamic": _family(
+        *("internlm2", 8, 2, 48, 53, 75),
+        bias=True,
+        max_position_embeddings=13,
+        rope_theta=200.0,
+        rope_scaling={"type": "dynamic", "factor": 3.0},
+    ),
 }
 
 # Mixtures of experts. Their numbers, the number that a token goes to and the width of one differ
@@ -624,6 +704,29 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         routed_scaling_factor=1.6,
         rope_theta=100.0,
     ),
+    "qwen3_next-mixed": _family(
+        *("qwen3_next", 6, 2, 34, 27, 95),
+        head_dim=12,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=8,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=3,
+        num_experts=7,
+        num_experts_per_tok=2,
+        moe_intermediate_size=13,
+        shared_expert_intermediate_size=11,
+        mlp_only_layers=[2],
+        norm_topk_prob=True,
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "minimax_m2-partial": _family(
         *("minimax_m2", 6, 2, 33, 15, 93),
         head_dim=10,
@@ -633,6 +736,39 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         scoring_func="sigmoid",
         use_qk_norm=True,
         rope_theta=100.0,
+    ),
+    "granitemoe-plain": _family(
+        *("granitemoe", 6, 3, 31, 14, 71),
+        head_dim=10,
+        attention_bias=True,
+        num_local_experts=7,
+        num_experts_per_tok=3,
+        embedding_multiplier=1.5,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+        logits_scaling=1.7,
+        rope_theta=200.0,
+    ),
+    "granitemoeshared-plain": _family(
+        *("granitemoeshared", 8, 4, 33, 16, 73),
+        head_dim=6,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        shared_intermediate_size=19,
+        embedding_multiplier=1.4,
+        residual_multiplier=0.7,
+        attention_multiplier=0.3,
+        logits_scaling=1.6,
+        rope_theta=200.0,
+    ),
+    "hunyuan_v1_moe-alpha": _family(
+        *("hunyuan_v1_moe", 4, 2, 35, 17, 75),
+        head_dim=8,
+        attention_bias=True,
+        num_experts=6,
+        moe_topk=[2, 2],
+        rope_theta=20.0,
+        rope_scaling={"type": "dynamic", "alpha": 9.0, "factor": 1.0},
     ),
 }
 
@@ -672,8 +808,16 @@ _SEEDS = {
     "granite-plain": 1,
     "smollm3-nope": 2,
     "exaone4-hybrid": 2,
+    "glm-partial": 1,
+    "hunyuan_v1_moe-alpha": 1,
+    "internlm2-dynamic": 1,
+    "arcee-relu2": 1,
+    "hunyuan_v1_dense-alpha": 5,
+    "granitemoe-plain": 15,
+    "granitemoeshared-plain": 2,
     "dots1-groups": 3,
     "glm4_moe-partial": 3,
+    "qwen3_next-mixed": 0,
     "gemma2-capped": 75,
     "gemma2-plain": 9,
 }
@@ -703,22 +847,32 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
             for weight in weight_specs(config)
         }
     wide = ("e_score_correction_bias",)  # as in every checkpoint
+    offset = config.norm_offset != 0  # which the norms of linear attention do not have
     return {
-        name: _draw(random, name, shape).astype(np.float32 if name.endswith(wide) else dtype)
+        name: (_draw_offset if offset and "linear_attn" not in name else _draw)(
+            random, name, shape
+        ).astype(np.float32 if name.endswith(wide) else dtype)
         for name, shape in _moe_shapes(config).items()
     }
 
 
 def separate_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """The same, with the experts one by one under the partition table's names, where the family
-    only stores them together: gate and up take turns in columns, and all is transposed."""
+    only stores them together: gate over up, or both take turns in columns and all is transposed."""
     config, weights = tiny_config(variant), tiny_weights(variant, dtype)
     if config.moe is None or config.moe.names.separate is not None:
         return weights
     names, stacked = per_expert_names(config.moe), config.moe.names.stacked
+    F = config.moe.moe_intermediate_size
     for layer in np.flatnonzero(config.moe.layers):
         name = f"model.layers.{layer}."
         gate_up, down = weights.pop(name + stacked.gate_up), weights.pop(name + stacked.down)
+        if not stacked.transposed:
+            for expert in range(config.moe.num_experts):
+                weights[name + names.gate.format(expert)] = gate_up[expert, :F]
+                weights[name + names.up.format(expert)] = gate_up[expert, F:]
+                weights[name + names.down.format(expert)] = down[expert]
+            continue
         gate_up_bias = weights.pop(f"{name}{stacked.gate_up_bias}")
         down_bias = weights.pop(f"{name}{stacked.down_bias}")
         for expert in range(config.moe.num_experts):
@@ -766,7 +920,8 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, V = config.hidden, config.vocab
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config.layers):
-        of_layer = _attention_shapes(config) | {
+        attention = _linear_shapes if config.is_linear(layer) else _attention_shapes
+        of_layer = attention(config) | {
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
@@ -811,6 +966,10 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["o_proj.weight"] = (D, q)
     if config.o_bias:
         shapes["o_proj.bias"] = (D,)
+    if config.output_gate:
+        shapes["gate_proj.weight"] = (q, D)
+        if config.qkv_bias:
+            shapes["gate_proj.bias"] = (q,)
     if config.qk_norm:
         shapes |= {f"{part}_norm.weight": (config.head_dim,) for part in "qk"}
     if config.full_width_qk_norm:
@@ -818,6 +977,22 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.sinks:
         shapes["sinks"] = (config.heads,)
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    D, linear = config.hidden, config.linear_attention
+    assert linear is not None
+    H, Y = linear.heads, linear.value_width
+    keys, values = linear.kv_heads * linear.key_width, H * Y
+    shapes: dict[str, tuple[int, ...]] = {"A_log": (H,), "dt_bias": (H,), "norm.weight": (Y,)}
+    for part, rows in (("q", keys), ("k", keys), ("v", values)):
+        shapes[f"{part}_proj.weight"] = (rows, D)
+        shapes[f"{part}_conv1d.weight"] = (rows, 1, linear.taps)
+    shapes |= {
+        f"{part}_proj.weight": (rows, D) for part, rows in (("z", values), ("b", H), ("a", H))
+    }
+    shapes["out_proj.weight"] = (D, values)
+    return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
 
 
 def _latent_shapes(config: ModelConfig, mla: MLAConfig) -> dict[str, tuple[int, ...]]:
@@ -848,6 +1023,16 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
     if not moe.layers[layer]:
         return _gated_shapes("mlp", config.ffn, D, config.mlp_bias)
     separate, E, F = moe.names.separate, moe.num_experts, moe.moe_intermediate_size
+    shapes: dict[str, tuple[int, ...]]
+    if separate is None and not moe.names.stacked.transposed:
+        stacked = moe.names.stacked
+        shapes = {
+            stacked.router: (E, D),
+            stacked.gate_up: (E, 2 * F, D),
+            stacked.down: (E, D, F),
+        }
+        width = moe.shared_expert_intermediate_size
+        return shapes | (_gated_shapes(moe.names.shared, width, D, False) if width else {})
     if separate is None:
         return {
             "mlp.router.weight": (E, D),
@@ -857,7 +1042,7 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
             "mlp.experts.down_proj": (E, F, D),
             "mlp.experts.down_proj_bias": (E, D),
         }
-    shapes: dict[str, tuple[int, ...]] = {separate.router: (E, D)}
+    shapes = {separate.router: (E, D)}
     if moe.names.e_score_correction_bias:
         shapes[moe.names.e_score_correction_bias] = (E,)
     for expert in range(E):
@@ -907,6 +1092,8 @@ def write_checkpoint(
     (directory / "config.json").write_text(json.dumps(config | {spelling: dtype}, indent=2))
 
     weights = (stacked_weights if stacked else tiny_weights)(variant, DTYPES[dtype])
+    if tiny_config(variant).stored_names != StoredNames():
+        weights = stored(tiny_config(variant), weights)
     if shards == 1:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         return directory

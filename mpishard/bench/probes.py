@@ -93,14 +93,17 @@ class TimedDecoder(Decoder):
 
 
 class LayerSample(Decoder):
-    """The first layer of each kind of a model, of which it has as many as it has windows."""
+    """The first layer of each kind of a model: of each window, and of linear attention."""
 
     def __init__(self, model: Decoder) -> None:
         model = model.map_moe_layers(lambda _, w: replace(w, hooks=()))
         self.__dict__.update(model.__dict__)
-        windows = model.config.windows
-        self.layer_numbers = range(len(set(windows)))
-        self.layers = [model.layers[windows.index(window)] for window in dict.fromkeys(windows)]
+        config = model.config
+        kinds = [(window, config.is_linear(n)) for n, window in enumerate(config.windows)]
+        firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        self.layer_numbers = range(len(firsts))
+        self.layers = [model.layers[first] for first in firsts]
+        self.cache_places = [model.cache_places[first] for first in firsts]
 
 
 def arithmetic_clock(ledger: Ledger) -> float:

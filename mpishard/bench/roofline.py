@@ -136,7 +136,9 @@ def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray)
     ascending, in which the query sees the key: those of all layers together."""
     earlier_S = np.searchsorted(keys_T, queries_S, side="right")
     pairs = 0
-    for window in config.windows:
+    for layer, window in enumerate(config.windows):
+        if config.is_linear(layer):
+            continue
         left = 0 if window is None else np.searchsorted(keys_T, queries_S - window, side="right")
         pairs += int((earlier_S - left).sum())
     return pairs

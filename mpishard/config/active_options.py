@@ -39,6 +39,15 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         yield f"norms of q and k by head{' after rope' if config.qk_norm_after_rope else ''}"
     if config.full_width_qk_norm:
         yield "norms of q and k over all heads"
+    if config.linear_attention:
+        linear = config.linear_attention
+        yield (
+            f"gated delta nets in {sum(linear.layers)} of {config.layers} layers: "
+            f"{linear.heads} value heads of {linear.value_width}, {linear.kv_heads} key heads of "
+            f"{linear.key_width}, convolution of {linear.taps}"
+        )
+    if config.output_gate:
+        yield "gated attention"
     if config.sinks:
         yield "attention sinks"
     if config.attn_logit_softcapping is not None:

@@ -124,6 +124,14 @@ class Fields:
         if self.get(name) not in (None, *allowed):
             self.refuse(name, f"is not implemented: {' and '.join(map(as_json, allowed))} {verb}")
 
+    def unlist(self, name: str) -> None:
+        """Take the entry of a list, whose entries must all be the same, for the field's value."""
+        value = self.values.get(name)
+        if isinstance(value, list) and value:
+            if any(one != value[0] for one in value):
+                self.refuse(name, "is not implemented: all entries must be the same")
+            self.values = self.values | {name: value[0]}
+
     def fixed(self, name: str, value: Any, reader: str) -> None:
         """Raise UserError if the field is there and says something else than `value`, or a list of
         it. `reader` names the family for which nothing else is implemented."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from mpishard.config.expert_placement import ExpertPlacement
 from mpishard.config.model_config import ModelConfig
@@ -238,7 +239,19 @@ def layout_options() -> tuple[LayoutOption, ...]:
     return (*(_DEFINED[axis] for axis in reversed(AXES)), *LAYOUT_OPTIONS.values())
 
 
-def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
+class Heads(Protocol):
+    """What has query heads that share key/value heads: a model, or its linear attention."""
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads."""
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key/value heads, each of which serves as many query heads."""
+
+
+def kv_heads_of(config: Heads, tp: int, rank: int) -> slice:
     """The key/value heads that tensor-parallel rank `rank` of `tp` computes and caches."""
     if tp <= config.kv_heads:
         return block(config.kv_heads, tp, rank)
@@ -246,7 +259,7 @@ def kv_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
     return slice(head, head + 1)
 
 
-def query_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
+def query_heads_of(config: Heads, tp: int, rank: int) -> slice:
     """The query heads that tensor-parallel rank `rank` of `tp` computes: all query heads of its
     key/value heads, or its share of the query heads of the one that it holds with other ranks."""
     per_kv = config.heads // config.kv_heads
@@ -258,7 +271,7 @@ def query_heads_of(config: ModelConfig, tp: int, rank: int) -> slice:
     return slice(head * per_kv + share.start, head * per_kv + share.stop)
 
 
-def kv_replica_ranks(config: ModelConfig, tp: int, rank: int) -> tuple[int, range]:
+def kv_replica_ranks(config: Heads, tp: int, rank: int) -> tuple[int, range]:
     """The first key/value head of tensor-parallel rank `rank` of `tp`, and the ranks that hold the
     same key/value heads: `rank` alone unless ``tp > kv heads``."""
     if tp <= config.kv_heads:

@@ -21,6 +21,13 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
             f"--tp {tp} is more than the model's {config.heads} query heads: "
             f"a rank without a head would have nothing to do; use --tp 1 to {config.heads}"
         )
+    linear = config.linear_attention
+    if linear and tp > linear.heads:
+        raise UserError(
+            f"--tp {tp} is more than the {linear.heads} value heads of the model's linear "
+            f"attention: a rank without a head would have nothing to do; use --tp 1 to "
+            f"{min(config.heads, linear.heads)}"
+        )
 
 
 def check_expert_parallel(moe: MoEConfig, ep: int) -> None:

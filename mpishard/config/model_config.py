@@ -163,6 +163,27 @@ class MLAConfig:
 
 
 @dataclass(frozen=True)
+class LinearAttentionConfig:
+    """The layers whose attention is a gated delta net (arXiv 2412.06464). In place of keys and
+    values they keep one matrix of `key_width` x `value_width` numbers for each value head.
+
+    The heads are divided over ranks as those of attention are: value heads as query heads, and the
+    key heads that they share, each with its queries, as key/value heads."""
+
+    layers: tuple[bool, ...]  # whether each layer has it
+    heads: int  # H, value heads
+    kv_heads: int  # G, key heads
+    key_width: int  # K
+    value_width: int  # Y
+    taps: int  # of the convolution of queries, keys and values over positions
+
+    @property
+    def channels(self) -> int:
+        """The channels of the convolution, of all heads."""
+        return 2 * self.kv_heads * self.key_width + self.heads * self.value_width
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The configuration of a decoder. `raw` is the ``config.json`` that it was read from."""
 
@@ -197,6 +218,8 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
     embedding_scale: float = 1.0
+    linear_attention: LinearAttentionConfig | None = None
+    output_gate: bool = False  # attention's output is multiplied by sigmoid(gate x)
     residual_scale: float = 1.0  # of what a sub-layer adds to the residual stream
     logits_scale: float = 1.0
     # The norms of q and k (by head) come after the rotary embedding.
@@ -212,6 +235,10 @@ class ModelConfig:
     # config.json ties the head to the embedding, but the stored one differs and is used.
     head_differs: bool = field(default=False, compare=False)
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether `layer` has linear attention."""
+        return self.linear_attention is not None and self.linear_attention.layers[layer]
 
     @property
     def text_fields(self) -> dict[str, Any]:

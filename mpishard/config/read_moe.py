@@ -11,8 +11,8 @@ from mpishard.config.model_config import MoEConfig
 MOST_EXPERTS = 200_000
 
 # The spellings of the number of experts, and of the number of experts per token.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOP_K = ("num_experts_per_tok", "experts_per_token")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k")
 
 _DEFAULT_ALPHA = 1.702
 _DEFAULT_LIMIT = 7.0
@@ -105,5 +105,7 @@ def _shared_width(fields: Fields, family: MoEFamily, ffn: int) -> int:
     if family.shared is None:
         return 0
     if not family.shared_count:
+        if family.shared_default is not None:
+            return fields.non_negative_integer(family.shared, family.shared_default)
         return fields.integer(family.shared)
     return ffn * (fields.optional_integer(family.shared, absent=family.shared_count) or 0)

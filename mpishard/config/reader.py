@@ -19,6 +19,7 @@ from mpishard.config.fields import Answered, Fields, as_json
 from mpishard.config.find_family import find_family
 from mpishard.config.model_config import MLAConfig, ModelConfig
 from mpishard.config.quantization.read import read_quantization
+from mpishard.config.read_linear_attention import read_linear_attention
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
 from mpishard.config.read_windows import read_windows
@@ -66,13 +67,16 @@ def read_model_config(
         raise UserError(f"{_beside(source)} must hold a JSON object, not {as_json(generation)}")
     answered = Answered(ignore_config)
     family, fields, wrapper = find_family(Fields(raw, source, answered=answered))
+    for name in family.uniform:
+        fields.unlist(name)
     hidden = fields.integer("hidden_size")
     layers = fields.integer("num_hidden_layers")
     if layers > MOST_LAYERS:
         fields.refuse("num_hidden_layers", f"must be at most {MOST_LAYERS}")
     heads = fields.integer("num_attention_heads")
     rope_dim = _rope_dim(fields, family, hidden, heads)
-    windows = read_windows(fields, family, layers)
+    linear = read_linear_attention(fields, layers) if family.linear_attention else None
+    windows = (None,) * layers if linear else read_windows(fields, family, layers)
     ropes, max_position_embeddings, rotary_dim = read_ropes(fields, family, rope_dim, windows)
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
@@ -110,6 +114,8 @@ def read_model_config(
         attn_logit_softcapping=_softcap(fields, family, "attn_logit_softcapping"),
         final_logit_softcapping=_softcap(fields, family, "final_logit_softcapping"),
         attention_scale=_attention_scale(fields, family),
+        linear_attention=linear,
+        output_gate=family.output_gate,
         embedding_scale=(hidden**0.5 if family.scaled_embedding else 1.0)
         * _multiplier(fields, family, "embedding_multiplier"),
         residual_scale=_multiplier(fields, family, "residual_multiplier"),
@@ -128,6 +134,8 @@ def read_model_config(
         fields.only("use_qk_norm", True)
     for name, value in family.fixed.items():
         fields.fixed(name, value, family.name)
+    for name, other in family.same.items():
+        fields.fixed(name, fields.get(other), family.name)
     fields.reject_unknown(family.name, family.ignored)
     answered.refuse_needless(raw, source)
     return config

@@ -30,6 +30,9 @@ class StoredNames:
     qkv: str | None = None
     qkv_by_kv_head: bool = False
     gate_up: str | None = None  # one module: the rows of gate, then those of up
+    shared_gate_up: str | None = None  # the same of a shared expert
     transposed: bool = False  # the layers' matrices are (inputs, outputs)
     # The ends of the names of tensors in a layer that follow from the configuration.
     buffers: tuple[str, ...] = ()
+    # The beginnings of the names of tensors that are not used, such as layers for other tasks.
+    unused: tuple[str, ...] = ()

@@ -22,6 +22,9 @@ norms, routers, biases of     (D,) or (K,) …  everything; for biases of an exp
 o_proj and down_proj                          has the expert
 ============================  ==============  ====================================================
 
+Linear attention is sharded like attention: by value heads, as by query heads, and by the key heads
+that these use, as by key/value heads.
+
 Multi-head latent attention has projections to latents, which every rank has with their norms, and
 projections from latents to heads, of which a rank has the rows of its query heads.
 
@@ -36,7 +39,13 @@ from dataclasses import dataclass, replace
 
 from mpishard.config.layout import block, kv_heads_of, query_heads_of
 from mpishard.config.layout_checks import check_expert_parallel, check_tensor_parallel
-from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig, PerExpertNames
+from mpishard.config.model_config import (
+    LinearAttentionConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    PerExpertNames,
+)
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.errors import UserError
 
@@ -92,7 +101,9 @@ class WeightSpec:
     field: str
     shape: tuple[int, ...]
     axis: int | None = None
-    split_by: str | None = None  # "query heads", "kv heads", "ffn", "vocabulary" or "expert ffn"
+    # "query heads", "kv heads", "value heads" or "key heads" of linear attention, "ffn",
+    # "vocabulary" or "expert ffn"
+    split_by: str | None = None
     expert: int | None = None
     keep_fp32: bool = False
 
@@ -130,6 +141,11 @@ def _bounds(
         return _scaled(query_heads_of(config, tp, rank), length // config.heads)
     if split_by == "kv heads":
         return _scaled(kv_heads_of(config, tp, rank), length // config.kv_heads)
+    if config.linear_attention and split_by in ("value heads", "key heads"):
+        heads = config.linear_attention
+        if split_by == "value heads":
+            return _scaled(query_heads_of(heads, tp, rank), length // heads.heads)
+        return _scaled(kv_heads_of(heads, tp, rank), length // heads.kv_heads)
     if split_by in ("ffn", "vocabulary"):
         return block(length, tp, rank)
     if split_by == "expert ffn":
@@ -166,7 +182,10 @@ def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     """The weights of a layer, with their names within it."""
     D, names = config.hidden, config.norms
     yield from _norm(names.attention, "attention_norm", D)
-    yield from _mla(config, config.mla) if config.mla else _attention(config)
+    if config.linear_attention and config.linear_attention.layers[layer]:
+        yield from _linear_attention(D, config.linear_attention)
+    else:
+        yield from _mla(config, config.mla) if config.mla else _attention(config)
     yield from _norm(names.attention_post, "attention_post_norm", D)
     yield from _norm(names.ffn, "ffn_norm", D)
     yield from _norm(names.ffn_post, "ffn_post_norm", D)
@@ -205,6 +224,10 @@ def _attention(config: ModelConfig) -> Iterator[WeightSpec]:
         yield _weight(f"self_attn.{part}_proj.weight", part, (rows, D), 0, split_by)
         if config.qkv_bias:
             yield _weight(f"self_attn.{part}_proj.bias", f"{part}_bias", (rows,), 0, split_by)
+    if config.output_gate:
+        yield _weight("self_attn.gate_proj.weight", "o_gate", (q, D), 0, "query heads")
+        if config.qkv_bias:
+            yield _weight("self_attn.gate_proj.bias", "o_gate_bias", (q,), 0, "query heads")
     if config.qk_norm:
         yield _weight("self_attn.q_norm.weight", "q_norm", (K,))
         yield _weight("self_attn.k_norm.weight", "k_norm", (K,))
@@ -214,6 +237,22 @@ def _attention(config: ModelConfig) -> Iterator[WeightSpec]:
     if config.sinks:
         yield _weight("self_attn.sinks", "sinks", (config.heads,), 0, "query heads")
     yield from _output(config, q)
+
+
+def _linear_attention(D: int, linear: LinearAttentionConfig) -> Iterator[WeightSpec]:
+    keys, values = linear.kv_heads * linear.key_width, linear.heads * linear.value_width
+    of_heads = ("q", keys, "key heads"), ("k", keys, "key heads"), ("v", values, "value heads")
+    for part, rows, split_by in of_heads:
+        yield _weight(f"linear_attn.{part}_proj.weight", part, (rows, D), 0, split_by)
+        taps = (rows, 1, linear.taps)
+        yield _weight(f"linear_attn.{part}_conv1d.weight", f"{part}_taps", taps, 0, split_by)
+    yield _weight("linear_attn.z_proj.weight", "o_gate", (values, D), 0, "value heads")
+    for name, field in (("b_proj", "rate"), ("a_proj", "decay")):
+        yield _weight(f"linear_attn.{name}.weight", field, (linear.heads, D), 0, "value heads")
+    for name, field in (("dt_bias", "dt_bias"), ("A_log", "log_a")):
+        yield _weight(f"linear_attn.{name}", field, (linear.heads,), 0, "value heads")
+    yield _weight("linear_attn.norm.weight", "o_norm", (linear.value_width,))
+    yield _weight("linear_attn.out_proj.weight", "o", (D, values), 1, "value heads")
 
 
 def _mla(config: ModelConfig, mla: MLAConfig) -> Iterator[WeightSpec]:

@@ -32,7 +32,8 @@ exchanges keys and values (`mpishard.parallel.context`). A chunk after a prefix 
 decoding, which gathers the queries of the whole chunk instead. For a chunk longer than the prefix,
 that would cost more than the copy saves.
 
-Dynamic RoPE rules prefix caching out: the cached keys depend on the length of their sequence.
+Dynamic RoPE rules prefix caching out: the cached keys depend on the length of their sequence. So
+does linear attention: its state is the one after the last token, and none is kept of earlier ones.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class PrefixCache:
     def lookup(self, request: Request, sequences: list[Sequence]) -> tuple[PrefixHit | None, bool]:
         """The longest usable prefix that one of the `sequences` holds (None: there is none), and
         whether waiting is worthwhile because one of them is about to compute a longer one."""
-        if self._uses_dynamic_rope(request):
+        if self._uses_dynamic_rope(request) or self.model.config.linear_attention:
             return None, False
         prompt = request.ids[:-1]  # the last token is always computed: its logits are needed
         common = [

@@ -79,12 +79,13 @@ class Attention:
     k_norm: RMSNorm | None = None
     norm_after_rope: bool = False  # of q_norm and k_norm
     full_width_norm: FullWidthNorm | None = None
+    o_gate: Linear | None = None  # (h*K, D)
     interleaved: bool = False  # RoPE pairs are neighbours
 
     @property
     def linears(self) -> list[Linear]:
         """The weights that tokens are multiplied with."""
-        return [self.q, self.k, self.v, self.o]
+        return [self.q, self.k, self.v, *([self.o_gate] if self.o_gate else []), self.o]
 
     def project_qkv(self, x_ND: np.ndarray) -> QKV:
         """This rank's queries, keys and values before RoPE: ``(q_NhK, k_NgK, v_NgK)``."""
@@ -145,6 +146,7 @@ class MLA:
     interleaved: bool  # RoPE pairs are neighbours
     spec: AttentionSpec
     full_width_norm: None = None
+    o_gate: None = None
 
     @property
     def linears(self) -> list[Linear]:

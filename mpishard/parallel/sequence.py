@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpishard.arithmetic.ops import sigmoid
 from mpishard.communication.collectives import all_gather, all_reduce, reduce_scatter
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block
 from mpishard.parallel.attention import AttendCache
+from mpishard.parallel.linear_attention import GatedDeltaNet, Recur
 from mpishard.parallel.qkv import MLA, Attention, Rope
 from mpishard.parallel.tensor import FeedForward, partial_embedding
 from mpishard.sequences.step import Step
@@ -51,7 +53,22 @@ def attention(
         q_NhK, k_NgK = w.full_width_norm(q_NhK, k_NgK, squares_N2)
     q_NhK, k_NgK = w.rotate(q_NhK, k_NgK, rope)
     out_NhY, lse_Nh = attend(q_NhK, k_NgK, v_NgY, w.spec, layer, step, mesh)
-    partial_ND = w.o.partial(w.merge_heads(out_NhY, lse_Nh))  # row-parallel: h is summed away
+    heads_NX = w.merge_heads(out_NhY, lse_Nh)  # X: h*Y
+    if w.o_gate:
+        heads_NX *= sigmoid(w.o_gate(x_ND))
+    partial_ND = w.o.partial(heads_NX)  # row-parallel: h is summed away
+    y_nD = reduce_scatter(partial_ND, mesh.tp)
+    return w.o.add_bias(y_nD)
+
+
+def linear_attention(
+    x_nD: np.ndarray, w: GatedDeltaNet, layer: int, step: Step, recur: Recur, mesh: Mesh
+) -> np.ndarray:
+    """The gated delta net of the step's tokens over the states of their sequences: (n, D)."""
+    x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
+    inputs = w.project(x_ND)  # column-parallel: D is whole
+    out_NhY = recur(inputs, w, layer, step, mesh)
+    partial_ND = w.o.partial(w.merge_heads(out_NhY, x_ND))  # row-parallel: h is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
     return w.o.add_bias(y_nD)
 

@@ -24,9 +24,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpishard.arithmetic.linear import Linear
+from mpishard.arithmetic.ops import sigmoid
 from mpishard.communication.collectives import all_reduce
 from mpishard.communication.mesh import Mesh
 from mpishard.parallel.attention import AttendCache
+from mpishard.parallel.linear_attention import GatedDeltaNet, Recur
 from mpishard.parallel.qkv import MLA, Attention, Rope
 from mpishard.sequences.step import Step
 
@@ -95,7 +97,21 @@ def attention(
         q_NhK, k_NgK = w.full_width_norm(q_NhK, k_NgK, squares_N2)
     q_NhK, k_NgK = w.rotate(q_NhK, k_NgK, rope)
     out_NhY, lse_Nh = attend(q_NhK, k_NgK, v_NgY, w.spec, layer, step, mesh)
-    partial_ND = w.o.partial(w.merge_heads(out_NhY, lse_Nh))  # row-parallel: h is summed away
+    heads_NX = w.merge_heads(out_NhY, lse_Nh)  # X: h*Y
+    if w.o_gate:
+        heads_NX *= sigmoid(w.o_gate(x_ND))
+    partial_ND = w.o.partial(heads_NX)  # row-parallel: h is summed away
+    y_ND = all_reduce(partial_ND, mesh.tp)
+    return w.o.add_bias(y_ND)
+
+
+def linear_attention(
+    x_ND: np.ndarray, w: GatedDeltaNet, layer: int, step: Step, recur: Recur, mesh: Mesh
+) -> np.ndarray:
+    """The gated delta net of the step's tokens over the states of their sequences: (N, D)."""
+    inputs = w.project(x_ND)  # column-parallel: D is whole
+    out_NhY = recur(inputs, w, layer, step, mesh)
+    partial_ND = w.o.partial(w.merge_heads(out_NhY, x_ND))  # row-parallel: h is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return w.o.add_bias(y_ND)
 

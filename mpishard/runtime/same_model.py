@@ -67,11 +67,12 @@ def _refuse_differences(path: str | Path, hosts: list[str], facts: list[dict[str
         for rank, fact in enumerate(facts):
             ranks_by_value.setdefault(fact.get(what, ""), []).append(rank)
         if len(ranks_by_value) > 1:
-            groups = [_places(hosts, ranks) for ranks in ranks_by_value.values()]
-            others = ", another on ".join(groups[1:])
+            groups = [_places(hosts, ranks) for ranks in sorted(ranks_by_value.values(), key=len)]
+            differ = "differ" if " and " in groups[0] else "differs"
+            others = ", and from ".join(groups[1:])
             raise UserError(
-                f"model {path} is not the same on all hosts: {what} is one on {groups[0]}, "
-                f"another on {others}; copy one of them to all"
+                f"model {path} is not the same on all hosts: {groups[0]} {differ} from {others} in "
+                f"{what}; copy one of them to all"
             )
 
 

@@ -1,8 +1,10 @@
-"""The keys and values of one sequence on one rank."""
+"""What the layers remember of one sequence on one rank: its keys and values."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from mpishard.sequences.recurrent_state import NO_STATES, RecurrentState, StateShape
 
 
 class KVCache:
@@ -12,7 +14,8 @@ class KVCache:
     one query reads them fastest (keys 1.5 times as fast as by position, after 4,096). With MLA
     values are the first `latent` numbers of the keys, and are not stored beside them. Pages that no
     position has reached take no memory. Of the sequence's `capacity` positions this rank keeps at
-    most `num_slots`; which, `positions` says.
+    most `num_slots`; which, `positions` says. The layers are those that have keys and values; what
+    layers of linear attention keep instead are the `states`.
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class KVCache:
         dtype: np.dtype,
         num_slots: int | None = None,
         latent: int = 0,
+        states: StateShape = NO_STATES,
     ):
         self.capacity, self.latent = capacity, latent
         num_slots = capacity if num_slots is None else num_slots
@@ -33,6 +37,7 @@ class KVCache:
         else:
             self.v = np.empty((layers, kv_heads, num_slots, width), dtype)
         self.positions = np.empty(num_slots, np.int64)
+        self.states = RecurrentState(states, dtype)
         self.clear()
 
     @property
@@ -45,6 +50,7 @@ class KVCache:
         self.length = 0  # positions of the sequence up to and including the present step
         self.num_local = 0  # how many of them are kept here
         self.write_offset = 0  # how many of those came before the present step
+        self.states.clear()
 
     def extend(self, positions: np.ndarray, length: int) -> None:
         """Reserve slots for the `positions` that the present step adds here; the sequence now has

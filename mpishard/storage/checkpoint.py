@@ -70,7 +70,7 @@ class Checkpoint:
             config = _transposed_as_stored(config, headers)
         head = f"{config.stored_names.head}.weight"
         if config.tied and head in headers:
-            embedding = locate_weights(config, _dtypes(headers))[EMBEDDING].name
+            embedding = _locate(config, headers)[EMBEDDING].name
             if embedding not in headers:
                 headers[embedding] = headers.pop(head)
             else:
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @classmethod
     def _of(cls, path: Path, config: ModelConfig, headers: dict[str, Header]) -> Checkpoint:
-        locations = locate_weights(config, _dtypes(headers))
+        locations = _locate(config, headers)
         _refuse_unknown(config, headers, locations)
         return cls(path, config, locations, _find_arrays(path, locations, headers))
 
@@ -110,6 +110,17 @@ class Checkpoint:
     ) -> np.ndarray:
         """A copy of ``weight[slices]``, in `dtype` or, without it, in the stored dtype."""
         return np.array(self.view(name, slices), dtype, order="C")
+
+    def copy_to(self, out: np.ndarray, name: str, slices: tuple[slice, ...]) -> None:
+        """Writes ``weight[slices]`` into `out`: a quantized weight by blocks of rows, so that
+        memory holds one block twice, not the weight."""
+        if self.locations[name].quantized is None:
+            out[...] = self.view(name, slices)
+            return
+        rows, columns = slices
+        for part in row_blocks(out.shape, np.dtype(np.float32).itemsize):
+            these = slice(rows.start + part.start, rows.start + part.stop)
+            out[part] = self.view(name, (these, columns))
 
     def view(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """``weight[slices]``: a view of the file, where it is one piece and not quantized."""
@@ -150,8 +161,12 @@ class Checkpoint:
         }
 
 
-def _dtypes(headers: dict[str, Header]) -> dict[str, str]:
-    return {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
+def _locate(config: ModelConfig, headers: dict[str, Header]) -> dict[str, TensorLocation]:
+    dtypes = {name: entry["dtype"] for name, (_, _, entry) in headers.items()}
+    try:
+        return locate_weights(config, dtypes)
+    except DamagedTensor as damage:
+        raise UserError(f"{headers[damage.tensor][0]}: {damage}") from None
 
 
 def _transposed_as_stored(config: ModelConfig, headers: dict[str, Header]) -> ModelConfig:
@@ -242,7 +257,11 @@ def _harmless(config: ModelConfig, name: str) -> bool:
     # Old checkpoints store the rotary frequencies, which follow from the configuration.
     names = config.stored_names
     buffers = ("rotary_emb.inv_freq", *names.buffers)
-    if name.endswith(buffers) or (config.tied and name == f"{names.head}.weight"):
+    if (
+        name.startswith(names.unused)
+        or name.endswith(buffers)
+        or (config.tied and name == f"{names.head}.weight")
+    ):
         return True
     # The layers that predict several tokens are stored after the last decoder layer, and not used.
     more = config.text_fields.get("num_nextn_predict_layers")

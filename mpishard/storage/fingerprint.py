@@ -13,14 +13,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.storage.model_dir import COMPANIONS, CONFIG, GENERATION_CONFIG
+from mpishard.storage.model_dir import (
+    CONFIG,
+    GENERATION_CONFIG,
+    QUANTIZATION_CONFIG,
+    companions,
+)
 from mpishard.storage.shards import MANIFEST
 from mpishard.storage.source import Source
 
 SAMPLED_ARRAYS = 256
 SAMPLE_BYTES = 64
 
-_CONFIGURATION = (CONFIG, GENERATION_CONFIG)
+_CONFIGURATION = (CONFIG, GENERATION_CONFIG, QUANTIZATION_CONFIG)
 
 Extent = tuple[Path, int, int]  # a file, where an array in it begins, and its bytes
 
@@ -28,10 +33,12 @@ Extent = tuple[Path, int, int]  # a file, where an array in it begins, and its b
 def identity(source: Source) -> dict[str, str]:
     """The digests by what they are of, independent of the path. OSError if a file cannot be
     read."""
-    tokenizer = [name for name in COMPANIONS if name not in _CONFIGURATION]
+    files = companions(source.path)
+    configuration = [name for name in files if name in _CONFIGURATION]
+    tokenizer = [name for name in files if name not in _CONFIGURATION]
     described = _described_arrays(source)
     return {
-        "the configuration": _digest(_contents(source.path, _CONFIGURATION)),
+        "the configuration": _digest(_contents(source.path, configuration)),
         "the tokenizer": _digest(_contents(source.path, tokenizer)),
         "the names and shapes of the tensors": _digest(name.encode() for name in described),
         "the bytes of the weights": _digest(_sample(list(described.values()))),
@@ -59,8 +66,7 @@ def _described_arrays(source: Source) -> dict[str, Extent]:
 
 def _contents(directory: Path, names: Iterable[str]) -> Iterator[bytes]:
     for name in names:
-        if (directory / name).is_file():
-            yield name.encode() + b"\0" + (directory / name).read_bytes()
+        yield name.encode() + b"\0" + (directory / name).read_bytes()
 
 
 def _sample(extents: list[Extent]) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from mpishard.config.weight_specs import local_experts, weight_specs
 from mpishard.errors import UserError
 from mpishard.storage.arrays import Progress, StoredArray, checksum
 from mpishard.storage.checkpoint import Checkpoint
-from mpishard.storage.quantized.forms import describe_scheme
+from mpishard.storage.quantized.forms import describe_scheme, title_of
 from mpishard.storage.rank_file import Part
 from mpishard.storage.shards import ShardDirectory
 from mpishard.storage.source import Source, notices
@@ -99,7 +99,7 @@ def _quantized_lines(source: Source) -> list[str]:
 
 def _dtype_name(source: Source, name: str) -> str:
     quantized = source.locations[name].quantized if isinstance(source, Checkpoint) else None
-    return quantized.form.title if quantized else source.dtype(name).name
+    return title_of(quantized.scheme) if quantized else source.dtype(name).name
 
 
 def _rank_rows(shards: ShardDirectory) -> Iterable[tuple[str, ...]]:

@@ -31,6 +31,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "chat_templates/*.jinja"  # more companions
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,8 +67,15 @@ def read_config(directory: Path, ignore_config: Iterable[str] = ()) -> ModelConf
     return read_model_config(read_json(path), generation, str(path), ignore_config, quantization)
 
 
+def companions(directory: Path) -> list[str]:
+    """The names of those of the `COMPANIONS` that a directory has."""
+    templates = sorted(directory.glob(TEMPLATES))
+    names = [*COMPANIONS, *(str(path.relative_to(directory)) for path in templates)]
+    return [name for name in names if (directory / name).is_file()]
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copies those of the `COMPANIONS` that `source` has."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for name in companions(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)

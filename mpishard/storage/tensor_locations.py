@@ -96,7 +96,7 @@ class TensorLocation:
 def locate_weights(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, TensorLocation]:
     """The location of each weight of a model, by its name, in a checkpoint with the tensors
     `stored`, which have these dtypes. A missing weight has the location at which its family stores
-    it. Raises UserError as `find_matrix` does."""
+    it. Raises DamagedTensor as `find_matrix` does."""
     locations, prefix = {}, _prefix(config, stored)
     for weight in weight_specs(config):
         possible = [
@@ -161,15 +161,30 @@ def _in_layer(config: ModelConfig, weight: WeightSpec, name: str, of_layer: str)
     names, (module, _, kind) = config.stored_names, name.rpartition(".")
     rows, total = None, weight.shape[0]
     part, _, _ = weight.field.partition("_")
-    if names.qkv and module in _QKV:
+    if config.is_linear(weight.layer or 0) and module.startswith("linear_attn."):
+        module, rows, total = _linear_rows(config, module, total)
+    elif config.output_gate and module in ("self_attn.q_proj", "self_attn.gate_proj"):
+        K = config.head_dim  # of each head its query, then its gate
+        rows, total = Rows(K * (module == "self_attn.gate_proj"), K, 2 * K), 2 * total
+        module = "self_attn.q_proj"
+    elif names.qkv and module in _QKV:
         module, (rows, total) = names.qkv, _qkv_rows(config, part)
-    elif names.gate_up and module in ("mlp.gate_proj", "mlp.up_proj"):
+    elif part in ("gate", "up") and (fused := _gate_up(config, module)):
         width, total = weight.shape[0], 2 * weight.shape[0]
-        module, rows = names.gate_up, Rows(width * (part == "up"), width, total)
+        module, rows = fused, Rows(width * (part == "up"), width, total)
     shape = (total, *weight.shape[1:])
     transposed = names.transposed and len(shape) == 2
     name = f"{of_layer}{names.modules.get(module, module)}.{kind}"
     return TensorLocation(name, shape[::-1] if transposed else shape, (), transposed, rows)
+
+
+def _gate_up(config: ModelConfig, module: str) -> str | None:
+    """The module of gate and up together that has this one, if there is such a one."""
+    network, _, _ = module.rpartition(".")
+    if network == "mlp":
+        return config.stored_names.gate_up
+    shared = config.moe.names.shared if config.moe else None
+    return config.stored_names.shared_gate_up if network == shared else None
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -183,6 +198,30 @@ def _qkv_rows(config: ModelConfig, part: str) -> tuple[Rows, int]:
     q, kv = heads // groups * K, kv_heads // groups * K
     start, run = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}[part]
     return Rows(start, run, total // groups), total
+
+
+def _linear_rows(config: ModelConfig, module: str, rows: int) -> tuple[str, Rows | None, int]:
+    """Of a module of linear attention the one that it is stored in, where, and how many rows that
+    has: one projection has, for one key head after the other, the rows of q and k and of its value
+    heads' v and z, a second one those of b and a, and the convolution all q, all k, all v."""
+    linear = config.linear_attention
+    assert linear is not None
+    part, _, kind = module.removeprefix("linear_attn.").partition("_")
+    if kind == "conv1d":
+        keys = linear.kv_heads * linear.key_width
+        start = {"q": 0, "k": keys, "v": 2 * keys}[part]
+        return "linear_attn.conv1d", Rows(start, rows, linear.channels), linear.channels
+    K, heads = linear.key_width, linear.heads // linear.kv_heads
+    values = heads * linear.value_width
+    fused = {"in_proj_qkvz": {"q": K, "k": K, "v": values, "z": values}}
+    fused |= {"in_proj_ba": {"b": heads, "a": heads}}
+    for stored, sizes in fused.items():
+        if part in sizes and kind == "proj":
+            period, parts = sum(sizes.values()), list(sizes)
+            start = sum(sizes[one] for one in parts[: parts.index(part)])
+            rows_of_part = Rows(start, sizes[part], period)
+            return f"linear_attn.{stored}", rows_of_part, period * linear.kv_heads
+    return module, None, rows
 
 
 def _stacked_locations(

@@ -49,7 +49,7 @@ def load_weights(
     weights = _allocate(source, sharding, index, held, dtype)
     for weight in held:
         slices = weight.slices(source.config, sharding, index)
-        weights[weight.name][...] = source.view(weight.name, slices)
+        source.copy_to(weights[weight.name], weight.name, slices)
     return weights
 
 

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mpishard.errors import UserError, brief
+from mpishard.storage.downloads import refuse_placeholder
 from mpishard.storage.model_dir import read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -133,6 +134,7 @@ def _read_templates(directory: Path, settings: Mapping[str, Any]) -> str | dict[
 
 
 def _read_text(path: Path) -> str:
+    refuse_placeholder(path)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

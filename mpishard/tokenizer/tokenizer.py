@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from mpishard.errors import UserError, brief
+from mpishard.storage.downloads import refuse_placeholder
 from mpishard.tokenizer.chat_template import ChatTemplate
 from mpishard.tokenizer.length_bound import LengthBound
 from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
@@ -144,11 +145,12 @@ class Tokenizer:
 
 def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     path = directory / TOKENIZER
-    if not path.is_file():
+    if not path.is_file() and not path.is_symlink():
         raise UserError(
             f"{path} does not exist: text needs the model's tokenizer; "
             f"give token ids instead, or copy {TOKENIZER} there"
         )
+    refuse_placeholder(path)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception

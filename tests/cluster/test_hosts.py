@@ -23,6 +23,7 @@ import pytest
 from commands.shell import completions
 from mpi_runner import Launch, run_mpi
 from mpi_runner.launch import CHECKOUT, mpirun
+from mpi_runner.warm import end_warm_ranks
 
 HOSTS = CHECKOUT / "tests" / "lab" / "hosts.py"
 MODEL, MIXTURE = (CHECKOUT / "data" / name for name in ("cpython-4m", "cpython-moe-7m"))
@@ -43,6 +44,8 @@ def hosts():
     if trial.returncode == 2:
         pytest.skip(trial.stderr.strip())
     assert trial.returncode == 0, trial.stderr
+    yield
+    end_warm_ranks()  # which are on hosts that no other test wants
 
 
 @pytest.fixture
@@ -155,6 +158,34 @@ def test_data_parallel_hosts_leave_the_network_alone(spread):
     spread(2, 1)
     counted, entered = traffic(dp=2)
     assert entered <= counted < 1e5
+
+
+# Every host has shared memory of its own, and there a copy of the model.
+ANOTHER_REVISION = """
+import shutil, sys
+from mpi4py import MPI
+from mpishard.cli import main
+world, path = MPI.COMM_WORLD, "/dev/shm/model"
+shutil.copytree(sys.argv.pop(1), path)
+if world.rank == 1:
+    with open(path + "/model.safetensors", "r+b") as file:
+        file.seek(-64, 2)
+        last = file.read()
+        file.seek(-64, 2)
+        file.write(bytes(byte ^ 1 for byte in last))
+sys.exit(main())
+"""
+
+
+def test_another_revision_of_the_model_on_another_host(spread):
+    spread(2, 1)
+    words = ["generate", "/dev/shm/model", "--tp", "2", "--prompt", "def", "--max-tokens", "1"]
+    run = run_mpi(2, ["-c", ANOTHER_REVISION, MODEL, *words])
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == (
+        "mpishard: error: model /dev/shm/model is not the same on all hosts: host1 differs from "
+        "host2 in the bytes of the weights; copy one of them to all"
+    )
 
 
 # One message there and one back.

@@ -26,6 +26,7 @@ from mpi_runner.launch import CHECKOUT, environment, mpirun, sweep_shared_memory
 LAB = CHECKOUT / "tests" / "lab" / "slurm.py"
 SCRIPTS = CHECKOUT / "scripts" / "slurm"
 MODEL, MIXTURE = (CHECKOUT / "data" / name for name in ("cpython-4m", "cpython-moe-7m"))
+pytestmark = pytest.mark.waits(60)
 NAMES = ["tensor", "data", "expert", "long-context", "chain"]
 
 

@@ -420,9 +420,14 @@ def test_a_torn_journal_is_repaired(job, undisturbed):
     assert work.result() == undisturbed
 
 
-@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    "rank, n, layout", [(None, 2, "--dp 2"), (1, 2, "--dp 2"), (3, 4, "--tp 2")]
+    "notice, rank, n, layout",
+    [
+        (signal.SIGTERM, None, 2, "--dp 2"),
+        (signal.SIGUSR1, None, 2, "--dp 2"),
+        (signal.SIGUSR1, 1, 2, "--dp 2"),
+        (signal.SIGTERM, 3, 4, "--tp 2"),
+    ],
 )
 def test_a_job_that_is_told_to_stop_stops_after_a_step(job, undisturbed, notice, rank, n, layout):
     """All ranks, if one alone is told; or all by way of the launcher."""

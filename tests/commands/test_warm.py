@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi_runner import run_warm, warm
+from mpi_runner.launch import mpirun
 from tiny_models import rewrite
 from tiny_text import write_speaker
 
@@ -29,20 +31,20 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMMANDS = {
     "generate": (None, "generate MODEL --prompt é --prompt a --json --seed 7 --temperature 1"),
-    "streamed": (4, "generate MODEL --prompt a --tp 2 --cp 2 --max-tokens 5"),
+    "streamed": (2, "generate MODEL --prompt a --tp 2 --max-tokens 5"),
     "chunked": (3, "generate MODEL --prompt aaaa --cp 3 --prefill-chunk 2 --check-collectives"),
     "batch": (2, "batch MODEL --input IN --output OUT --dp 2 --max-tokens 5"),
-    "logits": (8, "logits MODEL --input IN --output OUT --tp 4 --dp 2"),
+    "logits": (4, "logits MODEL --input IN --output OUT --tp 2 --dp 2"),
     "shard": (2, "shard MODEL OUT --tp 3"),
     "inspect": (2, "inspect MODEL --verify"),
-    "help": (3, "generate --help"),
+    "help": (None, "generate --help"),
     "version": (2, "--version"),
-    "a wrong call": (3, "generate MODEL"),
+    "a wrong call": (2, "generate MODEL"),
     "ranks that do not fit": (3, "generate MODEL --prompt a --tp 2"),
-    "no model": (4, "generate OUT --prompt a"),
+    "no model": (2, "generate OUT --prompt a"),
     "nothing to read": (2, "logits MODEL --input OUT --output OUT"),
     "a rank that fails alone": (2, "generate ODD --prompt a --prompt b --temperature 1"),
-    "ranks that fail together": (4, "generate ODD --prompt a --tp 2 --cp 2 --temperature 1"),
+    "ranks that fail together": (2, "generate ODD --prompt a --cp 2 --temperature 1"),
 }
 
 
@@ -79,16 +81,26 @@ VERSION = ["--version"]
 
 def test_warm_ranks_are_kept_and_begun_anew_where_one_has_died():
     right = told(run_warm(2, VERSION))
-    kept = warm._running[2]
-    assert told(run_warm(2, VERSION)) == right and warm._running[2] is kept
+    kept = warm.ranks(2)
+    assert told(run_warm(2, VERSION)) == right and warm.ranks(2) is kept
     os.kill(kept.launch.pid(1), signal.SIGKILL)
     kept.launch.process.wait(10)
-    assert told(run_warm(2, VERSION)) == right and warm._running[2] is not kept
+    assert told(run_warm(2, VERSION)) == right and warm.ranks(2) is not kept
+
+
+def test_another_launcher_starts_ranks_of_its_own(monkeypatch):
+    """Such as that of other hosts."""
+    kept = warm.ranks(1)
+    monkeypatch.setenv("MPISHARD_MPIRUN", shlex.join(["env", *mpirun()]))
+    other = warm.ranks(1)
+    assert other is not kept and other.launch.process.args[0] == "env"  # type: ignore[index]
+    monkeypatch.undo()
+    assert warm.ranks(1) is kept
 
 
 def test_a_command_that_takes_too_long_fails_the_test_and_is_ended():
     right = told(run_warm(2, VERSION))
-    kept = warm._running[2]
+    kept = warm.ranks(2)
     os.kill(kept.launch.pid(1), signal.SIGSTOP)
     with pytest.raises(pytest.fail.Exception, match="still running after 1 s: .*--version"):
         run_warm(2, VERSION, timeout=1)

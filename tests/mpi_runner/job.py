@@ -24,6 +24,7 @@ from mpi_runner.launch import launches
 
 DEFAULT_SIZES = (1, 2, 3, 4, 8)
 DEFAULT_TIMEOUT = 60.0
+SERIAL_TIMEOUT = 300.0
 
 # How long the ranks may stay in each state of a test before it is given up, in seconds.
 START_LIMIT = 120.0  # until one of them begins it: includes the start of the launch
@@ -47,9 +48,10 @@ def ranks_of(item: pytest.Item) -> int | None:
 
 
 def timeout_of(item: pytest.Item) -> float:
-    """The seconds that the ranks may take for `item`."""
+    """The seconds that the ranks may take for `item`, or the process for a serial test."""
     mark = item.get_closest_marker("ranks")
-    assert mark is not None
+    if mark is None:
+        return SERIAL_TIMEOUT
     return sizes_and_timeout(*mark.args, **mark.kwargs)[1]
 
 
@@ -71,6 +73,8 @@ class Job:
         self.pids: dict[int, int] = {}
         self.begun: set[str] = set()
         self.reports: dict[str, dict[int, list[pytest.TestReport]]] = defaultdict(dict)
+        self.seconds = 0.0  # that the ranks took until they ended well, and of processors
+        self.cpu = 0.0
         self._bytes_read = [0] * size
 
     def wait(self, item: pytest.Item, ended: Callable[[], str | None] = lambda: None) -> str | None:
@@ -157,6 +161,9 @@ class Job:
         elif "launches" in event:
             for by, count in event["launches"].items():
                 launches[by] += count
+        elif "cpu" in event:
+            self.seconds = max(self.seconds, event["seconds"])
+            self.cpu += event["cpu"]
         else:
             data = event["report"]
             if isinstance(data["longrepr"], list):  # a skip's reason, a tuple before it was JSON

@@ -20,6 +20,7 @@ from mpi4py import MPI
 
 from mpi_runner.job import Job, events_file, ranks_of, stack_file, timeout_of
 from mpi_runner.launch import announced_size, launches
+from mpi_runner.warm import end_warm_ranks
 
 
 class Rank:
@@ -32,6 +33,7 @@ class Rank:
     def __init__(self, config: pytest.Config, plan: Path | None) -> None:
         self.config = config
         self.plan = json.loads(plan.read_text()) if plan else None
+        self.start = time.monotonic()
         self.world = MPI.COMM_WORLD
         self.rank, self.size = self.world.rank, self.world.size
         started = self.plan["size"] if self.plan else announced_size()
@@ -71,8 +73,10 @@ class Rank:
         self._write(pid=os.getpid())
 
     def pytest_sessionfinish(self) -> None:
+        end_warm_ranks()
         if self.rank == 0:
             self._write(launches=launches)  # of commands, by tests
+        self._write(seconds=time.monotonic() - self.start, cpu=sum(os.times()[:4]))
 
     def pytest_unconfigure(self) -> None:
         if self.speaks:
@@ -102,7 +106,7 @@ class Rank:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> object:
         """Run one test in step with the other ranks, each in a fresh communicator."""
         if ranks_of(item) is None:
-            return None
+            return self._run_serially(item, nextitem) if self.plan else None
         if self.speaks:
             item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             guard = threading.Thread(target=self._guard, args=(item,), daemon=True)
@@ -123,6 +127,12 @@ class Rank:
         stop = self.sync.bcast(item.session.shouldfail or item.session.shouldstop)
         if stop and self.rank:
             item.session.shouldstop = stop
+        return True
+
+    def _run_serially(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+        """Run one serial test, for a controller."""
+        self._write(begin=item.nodeid)
+        runtestprotocol(item, log=False, nextitem=nextitem)
         return True
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

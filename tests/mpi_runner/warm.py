@@ -20,12 +20,13 @@ from pathlib import Path
 
 import pytest
 
-from mpi_runner.launch import CHECKOUT, LAUNCHERS_WORDS, Launch, launches
+from mpi_runner.launch import CHECKOUT, LAUNCHERS_WORDS, Launch, launches, mpirun
 
 START_LIMIT = 120.0  # seconds
 PROGRAM = str(CHECKOUT / "mpishard" / "__main__.py")  # what `python -m mpishard` is called
 
-_running: dict[int | None, WarmRanks] = {}
+# By the command that starts them, empty for a process without mpirun, and their number.
+_running: dict[tuple[str, ...], WarmRanks] = {}
 
 
 class WarmRanks:
@@ -93,10 +94,14 @@ class WarmRanks:
     def has_ended(self) -> bool:
         return self.launch.process.poll() is not None
 
-    def end(self) -> None:
-        """Let the ranks leave MPI, those that hang by force."""
+    def dismiss(self) -> None:
+        """Let the ranks leave MPI."""
         for rank in self.ranks:
             rank.close()
+
+    def end(self) -> None:
+        """The same, and those that hang by force."""
+        self.dismiss()
         if not self.has_ended:
             with suppress(subprocess.TimeoutExpired):
                 self.launch.process.wait(5)
@@ -108,12 +113,21 @@ def run_warm(
 ) -> subprocess.CompletedProcess[str]:
     """What ``mpirun -n N python -m mpishard WORDS`` answers, from ranks that are kept warm."""
     launches["commands"] += 1
-    if n not in _running or _running[n].has_ended:
-        _running[n] = WarmRanks(n)
-    return _running[n].run(words, cwd or os.getcwd(), timeout)
+    return ranks(n).run(words, cwd or os.getcwd(), timeout)
+
+
+def ranks(n: int | None) -> WarmRanks:
+    """Those that run the next command; new ones for another launcher, such as one of other hosts,
+    than has started any before."""
+    key = () if n is None else (*mpirun(), str(n))
+    if key not in _running or _running[key].has_ended:
+        _running[key] = WarmRanks(n)
+    return _running[key]
 
 
 def end_warm_ranks() -> None:
     """End all of them."""
+    for ended in _running.values():
+        ended.dismiss()  # all before the first is waited for
     while _running:
         _running.popitem()[1].end()

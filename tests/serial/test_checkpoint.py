@@ -306,13 +306,25 @@ def test_loading_keeps_no_file_open(tmp_path):
 MIXTURE = "mixtral-window"  # 5 experts of width 21, hidden 34
 UP_OF_3 = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
-STACKABLE = [name for name in MOE_VARIANTS if not name.startswith("gpt_oss")]
+STACKABLE = [name for name in MOE_VARIANTS if not name.startswith(("gpt_oss", "granite"))]
 
 
 def one_by_one(variant: str) -> dict[str, np.ndarray]:
-    """The weights of a gpt_oss under the names of the partition table, taken apart by loops."""
+    """The weights of a gpt_oss or granitemoe under the names of the partition table, taken apart by
+    loops."""
     config, weights = tiny_config(variant), tiny_weights(variant)
     assert config.moe is not None
+    if variant.startswith("granite"):
+        for layer in range(config.layers):
+            moe, mlp = f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"
+            both, down = weights.pop(f"{moe}.input_linear.weight"), f"{moe}.output_linear.weight"
+            width = config.moe.moe_intermediate_size
+            for expert, down_DF in enumerate(weights.pop(down)):
+                name = f"{mlp}.experts.{expert}"
+                weights[f"{name}.gate_proj.weight"] = both[expert][:width]
+                weights[f"{name}.up_proj.weight"] = both[expert][width:]
+                weights[f"{name}.down_proj.weight"] = down_DF
+        return weights
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}.mlp.experts"
         stored = {name: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
@@ -429,6 +441,15 @@ def test_layers_that_predict_several_tokens_are_let_pass(tmp_path):
     rewrite(tmp_path / "config.json", lambda content: content.update(num_nextn_predict_layers=1))
     rewrite(path, lambda tensors: tensors.pop("model.layers.x.eh_proj.weight"))
     assert "model.layers.9.eh_proj.weight" in refusal(tmp_path)
+
+
+def test_layers_beside_the_decoder_are_let_pass(tmp_path):
+    variant = "qwen3_next-mixed"
+    path = write_checkpoint(variant, tmp_path) / "model.safetensors"
+    more = {"mtp.layers.0.input_layernorm.weight": np.ones(3, np.float32)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    loaded = load_weights(open_source(tmp_path), WeightSharding(), 0)
+    assert loaded.keys() == tiny_weights(variant).keys()
 
 
 # Experts quantized to four bits.

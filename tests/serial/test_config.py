@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import MOE_VARIANTS, VARIANTS, raw_config, tiny_config
 
+from mpishard.config.families.wrappers import WRAPPERS
 from mpishard.config.known_fields import COMMON_FIELDS, KNOWN_FIELDS
 from mpishard.config.model_config import (
     ExpertNames,
@@ -1147,6 +1150,14 @@ def test_the_text_half_of_kimi():
     }
     right = read("deepseek_v3", tie_word_embeddings=True)
     assert read_model_config(raw, None, SOURCE) == replace(right, wrapper="kimi_k25")
+
+
+def test_the_page_on_checkpoints_lists_all_wrappers():
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    for wrapper in WRAPPERS:
+        assert re.search(rf"^\|.*\b{wrapper.name}\b.*\|", page, re.MULTILINE), wrapper.name
+        for family in wrapper.families.values():
+            assert re.search(rf"^\|.*\b{wrapper.name}\b.*\| .*\b{family}\b", page, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

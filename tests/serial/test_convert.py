@@ -183,6 +183,7 @@ def test_bfloat16_is_rounded_to_nearest_even(checkpoint, tmp_path):
 def test_descriptions_and_tokenizer_come_along(checkpoint, tmp_path):
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
+    kept.append("chat_templates/tool_use.jinja")
     for name in kept:
         (checkpoint / name).write_text(f"content of {name}")
     (checkpoint / "README.md").write_text("stays")

@@ -18,6 +18,8 @@ from mpi_runner import Launch, run_mpi
 from mpishard.errors import UserError
 from mpishard.runtime import launch
 
+pytestmark = pytest.mark.waits(25)
+
 PROGRAM = """
 import sys, time
 from mpishard.errors import UserError

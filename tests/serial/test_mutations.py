@@ -11,12 +11,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
-from tiny_models import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 TESTS = {
@@ -24,13 +21,18 @@ TESTS = {
     "model": "tests/parallel/test_model.py",
     "schedule": "tests/parallel/test_schedule.py",
     "sampling": "tests/parallel/test_sampling.py",
+    "linear_attention": "tests/parallel/test_linear_attention.py",
 }
 
-# The variants that are tried, in which each option that a mistake concerns is in use.
-TRIED = {
-    *("llama-bias", "gemma3-old", "granite-plain", "smollm3-nope", "ministral3-scaled"),
+# The variant in which a mistake is made, if not the usual one: it uses the option concerned.
+USUAL = "llama-bias"
+VARIANT_OF = {
+    "norms that forget their offset": "gemma3-old",
+    "norms on the other side of their sub-layers": "gemma3-old",
+    "a factor of sub-layers that is forgotten": "granite-plain",
+    "layers without rope that are rotated": "smollm3-nope",
+    "queries that do not grow with their position": "ministral3-scaled",
 }
-OTHERS = sorted(set(VARIANTS) - TRIED)
 
 # Name: (what is patched, the file that must go red, a test of it that must fail).
 MISTAKES = {
@@ -62,6 +64,21 @@ MISTAKES = {
         "toys.specs_of_shard = wrong",
         "sublayers",
         "test_feed_forward",
+    ),
+    "a convolution that does not see the rank before": (
+        "import numpy as np\n"
+        "from mpishard.parallel import linear_attention\n"
+        "right = linear_attention._rows_before\n"
+        "linear_attention._rows_before = lambda *of: np.zeros_like(right(*of))",
+        "linear_attention",
+        "test_states_are_carried_through_chunks_batches_and_decode",
+    ),
+    "runs composed from the last to the first": (
+        "from mpishard.parallel import linear_attention\n"
+        "right = linear_attention.runs_of\n"
+        "linear_attention.runs_of = lambda chunks: right(chunks)[::-1]",
+        "linear_attention",
+        "test_states_are_carried_through_chunks_batches_and_decode",
     ),
     "a swapped key/value head": (
         "from mpishard.config import weight_specs\n"
@@ -188,8 +205,7 @@ MISTAKES = {
 }
 
 
-# The plugin: each test of a file once with each of the mistakes that it is to find, and all of them
-# once with nothing at all.
+# The plugin: each test that is to find mistakes, with each of them and with nothing at all.
 PLUGIN = """
 import json, os, sys
 import pytest
@@ -198,8 +214,16 @@ MISTAKES = json.loads(os.environ["MISTAKES"])
 
 def pytest_generate_tests(metafunc):
     test = metafunc.function.__name__
-    names = [name for name, (_, victim) in MISTAKES.items() if victim in (None, test)]
-    metafunc.parametrize("mistake", names, indirect=True)
+    names = [name for name, (_, victim, _) in MISTAKES.items() if victim in (None, test)]
+    if len(names) > 1:
+        metafunc.parametrize("mistake", names, indirect=True)
+
+def pytest_collection_modifyitems(items):
+    def is_meant(item):
+        params = item.callspec.params
+        variant = MISTAKES[params["mistake"]][2] if "mistake" in params else None
+        return variant and params.get("variant", variant) == variant
+    items[:] = filter(is_meant, items)
 
 @pytest.fixture(autouse=True)
 def mistake(request):
@@ -229,36 +253,34 @@ def forget(owners):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """What the short run of a file's tests says, with all the mistakes that they are to find."""
+def said(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the short run says of all mistakes."""
     plugins = tmp_path_factory.mktemp("plugins")
     (plugins / "mistakes.py").write_text(PLUGIN)
-
-    @cache
-    def of(file: str) -> str:
-        mine = {name: (patch, test) for name, (patch, at, test) in MISTAKES.items() if at == file}
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", TESTS[file]]
-            + ["-k", f"np2 and not ({' or '.join(OTHERS)})"],
-            cwd=ROOT,
-            env=os.environ
-            | {"PYTEST_PLUGINS": "mistakes", "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
-            | {"MISTAKES": json.dumps(mine)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert run.returncode == 1, run.stdout + run.stderr
-        return run.stdout
-
-    return of
+    mistakes = {
+        name: (patch, test, VARIANT_OF.get(name, USUAL))
+        for name, (patch, _, test) in MISTAKES.items()
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *TESTS.values()]
+        + ["-k", "np2"],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTEST_PLUGINS": "mistakes", "PYTHONPATH": f"{plugins}:{ROOT / 'tests'}"}
+        | {"MISTAKES": json.dumps(mistakes)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    return run.stdout
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_turns_the_suite_red(mistake: str, outcome: Callable[[str], str]):
+def test_a_mistake_turns_the_suite_red(mistake: str, said: str):
     _, file, victim = MISTAKES[mistake]
-    said = outcome(file)
-    found = re.findall(rf"^(PASSED|FAILED|ERROR) .*::(\w+)\[.*{re.escape(mistake)}", said, re.M)
+    where = rf"{TESTS[file]}::(\w+)\[.*{re.escape(mistake)}" if victim else r"\S+::(\w+)\[.*nothing"
+    found = re.findall(rf"^(PASSED|FAILED|ERROR) {where}", said, re.M)
     assert found and ("ERROR" not in dict(found)), said
     failed = {test for result, test in found if result == "FAILED"}
     assert failed == ({victim} if victim else set()), said

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from stored import stored
 from tiny_models import (
     MOE_VARIANTS,
     VARIANTS,
@@ -278,8 +279,10 @@ def gate_for_up(weights: Weights, layer: str) -> Weights:
         if name.startswith(layer) and name.endswith("gate_up_proj"):  # they take turns
             pairs = weights[name].reshape(*weights[name].shape[:2], -1, 2)
             changed[name] = pairs[..., ::-1].reshape(weights[name].shape)
+        if name.startswith(layer) and name.endswith("moe.input_linear.weight"):
+            changed[name] = np.roll(weights[name], weights[name].shape[1] // 2, axis=1)
         for gate, up in twins.items():
-            if name.startswith(layer) and name.endswith(gate):
+            if name.startswith(layer) and name.endswith(gate) and "self_attn" not in name:
                 other = name.removesuffix(gate) + up
                 changed |= {name: weights[other], other: weights[name]}
     return changed
@@ -300,7 +303,7 @@ def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no norms of q and k", {"qk_norm": False}
     if config.rope_interleaved:
         yield "pairs of halves", {"rope_interleaved": False}
-    if config.partial_rotary_dim:
+    if config.partial_rotary_dim and config.rope.kind != "longrope":
         yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
         yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
 
@@ -348,7 +351,6 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
         yield "no attention factor", replace(rope, attention_factor=1.0)
     if rope.kind == "longrope":
         yield "short factors alone", replace(rope, long_factors=rope.short_factors)
-        yield "long factors alone", replace(rope, short_factors=rope.long_factors)
         yield "no attention factor", replace(rope, attention_factor=1.0)
 
 
@@ -366,11 +368,12 @@ def window_mistakes(config):
 def weight_mistakes(config, weights):
     layer = f"model.layers.{config.layers - 1}."
     for name in weights:
-        if name.endswith("bias"):
+        if name.endswith("bias") and weights[name].any():
             yield f"no {name}", {name: np.zeros_like(weights[name])}
         if "norm" in name:
             yield f"no {name}", {name: np.ones_like(weights[name])}
-    yield "gate for up", gate_for_up(weights, layer)
+    if config.gated_mlp:
+        yield "gate for up", gate_for_up(weights, layer)
     if config.moe is not None and config.moe.layers[-1]:
         router = layer + router_of(config)
         yield "experts in another order", {router: np.roll(weights[router], 1, axis=0)}
@@ -379,6 +382,40 @@ def weight_mistakes(config, weights):
 
     heads = latent_mistakes if config.mla else head_mistakes
     yield from heads(config, weights, layer)
+    if config.linear_attention:
+        yield from linear_mistakes(config.linear_attention, weights)
+
+
+def linear_mistakes(linear, weights):
+    """Of the first gated delta net."""
+    layer = f"model.layers.{linear.layers.index(True)}.linear_attn."
+
+    def changed(name, array):
+        return {layer + name: array.reshape(weights[layer + name].shape)}
+
+    def by_head(name, heads):
+        return weights[layer + name].reshape(heads, -1)
+
+    for part, heads in (("q", linear.kv_heads), ("k", linear.kv_heads), ("v", linear.heads)):
+        name = f"{part}_proj.weight"
+        turned = [1, 0, *range(2, heads)]
+        yield f"heads 0 and 1 of linear {part} swapped", changed(name, by_head(name, heads)[turned])
+        taps = weights[f"{layer}{part}_conv1d.weight"]
+        yield f"taps of {part} reversed", changed(f"{part}_conv1d.weight", taps[..., ::-1])
+    # As if value head h had key head h % G in place of h // (H / G).
+    order = np.arange(linear.heads).reshape(-1, linear.kv_heads).T.ravel()
+    dealt: Weights = {}
+    for name in ("v_proj.weight", "b_proj.weight", "a_proj.weight", "A_log", "dt_bias"):
+        dealt |= changed(name, by_head(name, linear.heads)[order])
+    yield "value heads dealt in turn", dealt
+    yield (
+        "decay and rate swapped",
+        {
+            f"{layer}a_proj.weight": weights[f"{layer}b_proj.weight"],
+            f"{layer}b_proj.weight": weights[f"{layer}a_proj.weight"],
+        },
+    )
+    yield "no decay of a head's own", changed("A_log", np.zeros(linear.heads))
 
 
 def head_mistakes(config, weights, layer):
@@ -511,7 +548,7 @@ def test_checkpoints_of_every_type_hold_the_same_model(dtype, shards, tmp_path):
 def test_checkpoints_of_mixtures(variant, stacked, tmp_path):
     directory = write_checkpoint(variant, tmp_path, "bfloat16", stacked=stacked)
     weights = load_file(directory / "model.safetensors")
-    expected = (stacked_weights if stacked else tiny_weights)(variant)
+    expected = stored(tiny_config(variant), (stacked_weights if stacked else tiny_weights)(variant))
     assert weights.keys() == expected.keys()
     assert all(np.array_equal(weights[name], expected[name]) for name in weights)
 

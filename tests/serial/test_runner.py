@@ -12,11 +12,26 @@ from xml.etree import ElementTree
 import pytest
 from mpi_runner import Launch, run_mpi
 
+pytestmark = pytest.mark.waits(35)
+
 BROKEN_TESTS = """
 import atexit, ctypes, os, pytest
 
 def test_serial():
     pass
+
+@pytest.mark.waits(1)
+def test_waits_and_fails():
+    print("words of one that waits")
+    assert 7 == 8
+
+@pytest.mark.waits(1)
+def test_waits_and_leaves():
+    os._exit(3)
+
+@pytest.mark.waits(1)
+def test_waits():
+    assert "MPI_RUNNER_PLAN" not in os.environ
 
 @pytest.mark.ranks(1)
 def test_ends_badly():
@@ -145,8 +160,15 @@ def test_ranks_that_do_not_end_well_fail_the_last_test(verdicts):
     assert "after this last test mpirun ended with status 5" in told
 
 
+def test_a_serial_test_of_another_lane_is_reported_as_any(verdicts):
+    told = verdicts["test_waits_and_fails"]
+    assert told.startswith("rank 0 failed: assert 7 == 8\n") and "words of one that waits" in told
+    told = verdicts["test_waits_and_leaves"]
+    assert "pytest ended with status 3, and rank 0 never finished the test" in told
+
+
 def test_good_tests_pass_between_bad_ones(verdicts):
-    assert verdicts["test_good[np2]"] == verdicts["test_serial"] == ""
+    assert verdicts["test_good[np2]"] == verdicts["test_serial"] == verdicts["test_waits"] == ""
     assert "for a reason" in verdicts["test_skips[np2]"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tiny_text import make_tokenizer
+from tiny_text import make_tokenizer, write_speaker
 from tokenizers import decoders, models, pre_tokenizers
 
 from mpishard.engine.sampling_params import SamplingParams
@@ -69,7 +69,27 @@ def test_a_model_without_a_tokenizer(tmp_path):
 LONG = f'{{"model": {{"type": "{5000 * "x"}"}}}}'
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"model": 3}', "\n\n[1,\n 2", LONG, LONG[10:-1]])
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("", "is empty (0 bytes): download or copy it again"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid",
+            "is a pointer of git-lfs, not the",
+        ),
+        ("<!doctype html><title>Sign in</title>", "is a web page, not the file itself"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_stands_in_for_a_file(tmp_path, name, content, problem):
+    write_speaker("llama-gqa", tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        Tokenizer(tmp_path).chat("a")
+    assert str(caught.value).startswith(f"{tmp_path / name} {problem}")
+
+
+@pytest.mark.parametrize("content", ["{", '{"model": 3}', "\n\n[1,\n 2", LONG, LONG[10:-1]])
 def test_a_damaged_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer.json is not a tokenizer") as refusal:

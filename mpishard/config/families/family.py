@@ -32,6 +32,7 @@ class MoEFamily:
     # experts: together they are one expert of so many times the width of a routed one.
     shared: str | None = None
     shared_count: int = 0  # the default of that number
+    shared_default: int | None = None  # the default of that width; None: it is required
     # How experts are chosen: "top k", "noaux_tc", or "topk_method", the field that says so.
     choice: str = "top k"
     groups: tuple[int, int] = (8, 4)  # the defaults of n_group and topk_group
@@ -69,6 +70,9 @@ class Family:
     heads_fill_hidden: bool = False  # head_dim must be hidden / heads
     sinks: bool = False
     mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
+
+    output_gate: bool = False
+    linear_attention: bool = False  # the layers that layer_types says are gated delta nets
 
     # The sliding window is in use in these layers: "never", "everywhere", "everywhere by a switch"
     # (use_sliding_window), "from a layer" (max_window_layers) with that switch or "from a layer
@@ -125,3 +129,6 @@ class Family:
     ignored: frozenset[str] = frozenset()  # fields that change nothing in this family
     # Fields that may only say what happens anyway, of a list in all its entries.
     fixed: dict[str, Any] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)  # fields that may only repeat another one
+    # Fields that may be lists with an entry for each layer, which must all be the same.
+    uniform: frozenset[str] = frozenset()

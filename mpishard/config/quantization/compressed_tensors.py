@@ -13,7 +13,8 @@ _FORMS = {
     ("naive-quantized", "float", 8): "fp8",
     ("int-quantized", "int", 8): "int8",
     ("naive-quantized", "int", 8): "int8",
-    ("pack-quantized", "int", 4): "int4",
+    ("pack-quantized", "int", 4): "packed",
+    ("pack-quantized", "int", 8): "packed",
     ("nvfp4-pack-quantized", "float", 4): "nvfp4",
     ("mxfp4-pack-quantized", "float", 4): "mxfp4-packed",
 }
@@ -60,6 +61,7 @@ def _group(groups: Fields, name: str, top: str) -> tuple[Patterns, Scheme] | Non
     scheme = Scheme(
         _FORMS[form, kind, bits],
         _block(weights, _FORMS[form, kind, bits]),
+        bits=bits,
         symmetric=weights.flag("symmetric", True),
         ordered=weights.get("actorder") == "group",
     )

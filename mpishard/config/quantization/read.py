@@ -51,4 +51,6 @@ def read_quantization(
     readable = [own] if own else [name for name in METHODS if name != "mxfp4"]
     if method not in readable:
         section.refuse("quant_method", f"must be one of {', '.join(readable)}: {REMEDY}")
+    if METHODS[method] is not read_modelopt and section.get("quant_algo") is not None:
+        section.refuse("quant_algo", f"is not read beside quant_method {method}: {REMEDY}")
     return METHODS[method](section)

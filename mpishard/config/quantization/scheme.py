@@ -19,6 +19,7 @@ class Scheme:
     form: str  # a name in `mpishard.storage.quantized.forms.FORMS`
     block: tuple[int | None, int | None] = (None, None)  # rows, columns of one scale; None: all
     scale: str = "weight_scale"  # the last part of the name of the scales
+    bits: int = 4  # of an element that is packed into words
     symmetric: bool = True  # no zero points
     ordered: bool = False  # the columns' groups are stored (desc_act)
     zeros_less_one: bool = False  # a zero point z is stored as z - 1
@@ -39,30 +40,16 @@ class Quantization:
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of the weight of `module`, None if it is not quantized. Linear modules that no
-        pattern leaves out may be stored unquantized nevertheless: the router and the head often
-        are."""
-        names = names_within(module) if self.within else (module,)
+        pattern leaves out may be stored unquantized nevertheless: routers and heads often are. A
+        pattern may also have the name that the module has in a multimodal checkpoint."""
+        inner = module.removeprefix("model.")
+        names = (module, f"language_model.{module}", f"model.language_model.{inner}")
         if any(matches(self.ignored, name) for name in names):
             return None
-        return next(
-            (
-                scheme
-                for patterns, scheme in self.schemes
-                if any(matches(patterns, name) for name in names)
-            ),
-            None,
-        )
-
-
-def names_within(module: str) -> tuple[str, ...]:
-    """A module of a language model by all names that it has in multimodal checkpoints and their
-    configurations.
-
-    >>> names_within("model.norm")
-    ('model.norm', 'language_model.model.norm', 'model.language_model.norm')
-    """
-    newer = module.replace("model.", "model.language_model.", 1)
-    return tuple(dict.fromkeys((module, f"language_model.{module}", newer)))
+        for patterns, scheme in self.schemes:
+            if any(matches(patterns, name) for name in names):
+                return scheme
+        return None
 
 
 EVERY = (re.compile(""),)  # matches every name

@@ -6,7 +6,7 @@ form              tensors of a module                                 written by
 fp8               weight, weight_scale_inv or weight_scale            DeepSeek, Qwen, MiniMax, Meta,
                                                                       compressed-tensors, ModelOpt
 int8              weight, weight_scale, weight_zero_point             compressed-tensors
-int4              weight_packed, weight_scale, weight_shape,          compressed-tensors
+packed            weight_packed, weight_scale, weight_shape,          compressed-tensors
                   weight_zero_point, weight_g_idx
 awq               qweight, qzeros, scales                             AutoAWQ
 gptq              qweight, qzeros, scales, g_idx                      AutoGPTQ, GPTQModel
@@ -20,13 +20,13 @@ mxfp4-packed      weight_packed, weight_scale                         compressed
 from __future__ import annotations
 
 from mpishard.config.quantization.scheme import Scheme
-from mpishard.storage.quantized import awq, gptq, int4, mxfp4, nvfp4, scaled
+from mpishard.storage.quantized import awq, gptq, mxfp4, nvfp4, packed, scaled
 from mpishard.storage.quantized.form import Form
 
 FORMS: dict[str, Form] = {
     "fp8": scaled.FP8_FORM,
     "int8": scaled.INT8_FORM,
-    "int4": int4.FORM,
+    "packed": packed.FORM,
     "awq": awq.FORM,
     "gptq": gptq.FORM,
     "nvfp4": nvfp4.PACKED_FORM,
@@ -34,6 +34,11 @@ FORMS: dict[str, Form] = {
     "mxfp4": mxfp4.BLOCKS_FORM,
     "mxfp4-packed": mxfp4.PACKED_FORM,
 }
+
+
+def title_of(scheme: Scheme) -> str:
+    """The name of its elements."""
+    return f"int{scheme.bits}" if scheme.form == "packed" else FORMS[scheme.form].title
 
 
 def describe_scheme(scheme: Scheme) -> str:
@@ -53,4 +58,4 @@ def describe_scheme(scheme: Scheme) -> str:
         extent = f"{columns} of a row" if rows == 1 else f"{rows} x {columns}"
     zeros = ", zero points" if not scheme.symmetric else ""
     order = ", columns of a group anywhere" if scheme.ordered else ""
-    return f"{FORMS[scheme.form].title}, a scale for each {extent}{zeros}{order}"
+    return f"{title_of(scheme)}, a scale for each {extent}{zeros}{order}"

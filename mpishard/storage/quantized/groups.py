@@ -6,28 +6,30 @@ from __future__ import annotations
 import numpy as np
 
 from mpishard.config.quantization.scheme import Scheme
-from mpishard.storage.quantized.elements import blocks_of
 from mpishard.storage.quantized.form import Problem, Shape, Stored, count
 
 
 def dequantize(
-    quanta: np.ndarray,
-    zeros: np.ndarray | int,
-    scales: np.ndarray,
-    groups: np.ndarray | slice,
+    quanta: np.ndarray, zeros: np.ndarray | int, scales: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
     """A part of a matrix: `quanta` (rows, columns), `zeros` and `scales` (rows, groups), and the
     group of each of the columns."""
-    values = quanta.astype(np.float32)
-    values -= zeros if isinstance(zeros, int) else zeros.astype(np.float32)[:, groups]
-    values *= scales.astype(np.float32)[:, groups]
+    values = quanta.astype(np.float32, order="C")
+    values -= zeros if isinstance(zeros, int) else _spread(zeros, groups)
+    values *= _spread(scales, groups)
     return values
 
 
-def column_groups(stored: Stored, name: str, scheme: Scheme, columns: slice) -> np.ndarray | slice:
+def _spread(of_groups: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    return np.take(of_groups.astype(np.float32), groups, axis=1)
+
+
+def column_groups(stored: Stored, name: str, scheme: Scheme, columns: slice) -> np.ndarray:
     """The group of each of the `columns`: the stored one if there is the tensor `name`, otherwise
     consecutive columns form a group."""
-    return stored[name][columns] if name in stored else blocks_of(columns, scheme.block[1])
+    if name in stored:
+        return stored[name][columns]
+    return np.arange(columns.start, columns.stop) // (scheme.block[1] or columns.stop)
 
 
 def check_groups(stored: Stored, name: str, scheme: Scheme, shape: Shape) -> Problem | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpishard.config.quantization.scheme import Quantization, Scheme
-from mpishard.errors import UserError, brief
+from mpishard.errors import brief
 from mpishard.storage.quantized.form import Form, Shape, Stored, Tensor
 from mpishard.storage.quantized.forms import FORMS
 
@@ -81,10 +81,10 @@ class QuantizedMatrix:
 
 
 class DamagedTensor(Exception):
-    """A stored tensor with values that it cannot have."""
+    """A stored tensor that cannot be what it is, or cannot have its values."""
 
     def __init__(self, tensor: str, problem: str) -> None:
-        super().__init__(f"{tensor} {problem}")
+        super().__init__(f"{brief(tensor)} {problem}")
         self.tensor = tensor
 
 
@@ -107,7 +107,7 @@ def find_matrix(
     """The matrix (O, I), or that of each expert, that is stored quantized in place of the tensor
     `name`; None if it is not. `stored` has the dtypes of the tensors of the checkpoint.
 
-    Raises UserError for a quantized matrix that the configuration says is not."""
+    Raises DamagedTensor for a quantized matrix that the configuration says is not."""
     module = name.removesuffix(".weight")
     scheme = quantization.scheme(module) if quantization else None
     if scheme is None:
@@ -133,12 +133,14 @@ def _refuse_marked(
     if found is None and stored.get(f"{module}.weight") in _NARROW:
         found = f"{module}.weight"
     if found and quantization:
-        raise UserError(
-            f"{brief(found)} is stored quantized, but quantization_config leaves its module as it "
-            "is: the list of modules that are not quantized must not match it"
+        raise DamagedTensor(
+            found,
+            "is stored quantized, but quantization_config leaves its module as it is: the list of "
+            "modules that are not quantized must not match it",
         )
     if found:
-        raise UserError(
-            f"{brief(found)} is stored quantized, but config.json has no quantization_config: "
-            "copy it from the quantization's own file, such as quantize_config.json"
+        raise DamagedTensor(
+            found,
+            "is stored quantized, but config.json has no quantization_config: copy it from the "
+            "quantization's own file, such as quantize_config.json",
         )

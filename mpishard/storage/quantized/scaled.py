@@ -41,11 +41,17 @@ def tensors(dtypes: Dtypes, scheme: Scheme, shape: Shape) -> list[Tensor]:
 
 def decode(stored: Stored, scheme: Scheme, rows: slice, columns: slice) -> np.ndarray:
     """``(weight - zero point) * scale``."""
-    values = stored["weight"][rows, columns].astype(np.float32)
+    values = _widened(stored["weight"][rows, columns])
     if not scheme.symmetric:
         values -= spread(stored["weight_zero_point"], scheme.block, rows, columns)
     values *= spread(stored[scheme.scale], scheme.block, rows, columns)
     return values
+
+
+def _widened(codes: np.ndarray) -> np.ndarray:
+    """The codes in float32, looked up: several times as fast as a conversion from FP8."""
+    of_each_byte = np.arange(256, dtype=np.uint8).view(codes.dtype).astype(np.float32)
+    return np.take(of_each_byte, codes.view(np.uint8))
 
 
 FP8_FORM = Form("FP8", partial(tensors, FP8), decode)
