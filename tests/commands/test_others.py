@@ -87,7 +87,7 @@ def test_long_work_shows_its_progress_on_a_terminal(model, tmp_path, n):
     assert "writing: " in shown and shown.count("B/s") >= 1
     prompts = [word for _ in range(4) for word in ("--prompt", "a")]
     out, shown = on_terminal(n, "generate", model, *prompts, "--max-tokens", 3)
-    assert "prompts: " in shown and "%" not in out
+    assert "answers: " in shown and "%" not in out
 
 
 def test_verification_and_scoring_show_their_progress(model, tmp_path):
