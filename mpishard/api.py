@@ -40,7 +40,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -59,7 +59,7 @@ from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout_checks import check_experts
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
-from mpishard.engine.generate import Timing, check_bias, check_request, generate
+from mpishard.engine.generate import Timing, check_request, check_token_ids, generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
@@ -123,25 +123,35 @@ class Model:
     decoder: Decoder
     routing_recorder: RoutingRecorder | None = None
     routing_trace: RoutingTrace | None = None
+    add_bos: bool | None = None
     notices: tuple[str, ...] = ()  # what a user should know of the checkpoint, a sentence each
 
     @cached_property
     def text(self) -> Tokenizer:
         """The model's tokenizer; UserError if it has none."""
-        return Tokenizer(self.path, most_tokens=self.config.max_position_embeddings)
+        return Tokenizer(self.path, self.add_bos, self.config.max_position_embeddings)
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether the model can take and give text."""
         return has_tokenizer(self.path)
 
-    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a prompt, which token ids already are; with `chat`, of the conversation
-        that a text opens. Raises UserError as `Tokenizer` does, and TypeError for ids that are not
-        integers."""
+        that a text opens, in a template that is given `chat_template_kwargs`. Raises UserError as
+        `Tokenizer` does, and TypeError for ids that are not integers."""
+        if chat_template_kwargs and not chat:
+            raise UserError("chat_template_kwargs have no effect without chat: leave them out")
         (given,) = as_prompts([prompt])
         if isinstance(given, str):
-            return self.text.chat(given) if chat else self.text.encode(given)
+            if chat:
+                return self.text.chat(given, chat_template_kwargs)
+            return self.text.encode(given)
         if chat:
             raise UserError("chat takes the text that opens a conversation, not token ids")
         return given
@@ -150,9 +160,15 @@ class Model:
         """Refuse token ids that the model cannot take (UserError); `what` names them."""
         check_request(self.decoder, list(ids), what)
 
-    def _encode_and_check(self, prompt: Prompt, what: str, chat: bool = False) -> list[int]:
+    def _encode_and_check(
+        self,
+        prompt: Prompt,
+        what: str,
+        chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a prompt that the model can take; `what` names it in a UserError."""
-        ids = self.encode(prompt, chat)
+        ids = self.encode(prompt, chat, chat_template_kwargs)
         self.check(ids, what)
         return ids
 
@@ -227,6 +243,7 @@ class Model:
         params: SamplingParams = SamplingParams(),  # noqa: B008 (immutable)
         *,
         chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         on_finish: Callable[[int], None] | None = None,
         timing: Timing | None = None,
@@ -236,10 +253,12 @@ class Model:
         `params.n` completions one after the other. `prompts` is one text, one sequence of token
         ids, or an iterable of several.
 
-        All are continued as `params` say. `on_text` is called with ``(completion's place, text)``
-        as text appears and `on_finish` with the places of finished completions, both on the ranks
-        of the replica that serves the prompt; `timing` is added to, for that replica. Prompts of
-        more than `chunked_prefill_size` tokens enter in several steps.
+        All are continued as `params` say. With `chat`, a text opens a conversation in the model's
+        chat template, which is given `chat_template_kwargs`: ``{"enable_thinking": False}``, or
+        ``tools`` and ``documents``. `on_text` is called with ``(completion's place, text)`` as text
+        appears and `on_finish` with the places of finished completions, both on the ranks of the
+        replica that serves the prompt; `timing` is added to, for that replica. Prompts of more than
+        `chunked_prefill_size` tokens enter in several steps.
 
         Raises TypeError for what is no prompt; UserError for a prompt that is empty, too long, or
         has ids beyond the vocabulary, where text is asked of a model without a tokenizer, and where
@@ -248,9 +267,9 @@ class Model:
         _check_chunk(chunked_prefill_size)
         _check_params(params)
         given, n = as_prompts(prompts), params.n
-        check_bias(self.decoder, params)
+        check_token_ids(self.decoder, params)
         encoded = [
-            self._encode_and_check(prompt, f"prompt {place}", chat)
+            self._encode_and_check(prompt, f"prompt {place}", chat, chat_template_kwargs)
             for place, prompt in enumerate(given, 1)
         ]
         self._check_routing(encoded, params.max_tokens - 1, n)
@@ -313,16 +332,19 @@ class Model:
         should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> BatchReport:
         """Answer every line of the file `input` in a line of the file `output`, in their order.
 
         Lines are those of ``mpishard batch``; `params` are the parameters of lines that have none.
-        With `chat`, plain prompts open a conversation in the model's chat template.
-        The replicas, each within `limits`, draw requests as they become free. Answers are kept in a
-        journal beside the output, so that a job that was ended goes on where it ended when the same
-        call is made again; the output appears when all are there, and the journal goes. Both files
-        need to be seen from rank 0 alone. All ranks stop after a step in which `should_stop` is
-        true on any of them; `on_progress` is called on rank 0 after answers have been written.
+        With `chat`, plain prompts open a conversation in the model's chat template;
+        `chat_template_kwargs` are given to the template of every conversation, and a line may have
+        others. The replicas, each within `limits`, draw requests as they become free. Answers are
+        kept in a journal beside the output, so that a job that was ended goes on where it ended
+        when the same call is made again; the output appears when all are there, and the journal
+        goes. Both files need to be seen from rank 0 alone. All ranks stop after a step in which
+        `should_stop` is true on any of them; `on_progress` is called on rank 0 after answers have
+        been written.
 
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
@@ -338,6 +360,8 @@ class Model:
             self.config.max_position_embeddings,
             self.mesh.world.calls,
             chat,
+            chat_template_kwargs,
+            self.add_bos,
             self.config.ignored_fields,
         ) as task:
             return self.answer(task, limits, should_stop, on_progress)
@@ -351,7 +375,8 @@ class Model:
     ) -> BatchReport:
         """Answer the batch that `open_batch` has opened; `batch` does both."""
         limits = limits or scheduler_config()
-        return run(self.decoder, self.path, task, limits, should_stop, on_progress)
+        text = self.text if self.has_tokenizer else None
+        return run(self.decoder, self.path, text, task, limits, should_stop, on_progress)
 
     def logits(
         self,
@@ -390,6 +415,7 @@ def load(
     *,
     cp: int = 1,
     max_model_len: int | None = None,
+    add_bos: bool | None = None,
     ignore_config: Sequence[str] = (),
     watch: Watchdog | None = None,
     **layout_options: bool | float | str | None,
@@ -400,9 +426,10 @@ def load(
     the communicator. `layout_options` are the other fields of `mpishard.config.layout.Layout`:
     ``sequence_parallel=True``, ``flash_decoding=True``, ``cp_prefill="all-gather"`` … Everything is
     computed in `compute_dtype`, "float32" or "float64". `max_model_len` stands in for the number of
-    positions that the configuration allows, whatever the model was trained for. `ignore_config`
-    names fields of config.json that would be refused, but do not change the mathematics, as the
-    caller knows. `watch` watches over everything that the model does: see
+    positions that the configuration allows, whatever the model was trained for. `add_bos` says
+    whether a prompt begins with the tokenizer's bos_token, instead of the tokenizer itself.
+    `ignore_config` names fields of config.json that would be refused, but do not change the
+    mathematics, as the caller knows. `watch` watches over everything that the model does: see
     `mpishard.runtime.watchdog.Watchdog`. The process keeps memory that it frees from then on
     (`mpishard.runtime.malloc`).
 
@@ -437,7 +464,8 @@ def load(
             source, mesh.weight_sharding, mesh.shard_index, DTYPES[compute_dtype]
         )
     decoder = Decoder(config, weights, mesh)
-    return Model(Path(path), config, mesh, decoder, notices=tuple(notices(source)))
+    told = tuple(notices(source))
+    return Model(Path(path), config, mesh, decoder, add_bos=add_bos, notices=told)
 
 
 @contextmanager
@@ -451,6 +479,8 @@ def open_batch(
     max_model_len: int | None,
     calls: CallTracker | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_bos: bool | None = None,
     ignore_config: Sequence[str] = (),
 ) -> Iterator[BatchJob | None]:
     """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
@@ -464,8 +494,10 @@ def open_batch(
                 "model": fingerprint(source),
                 "compute_dtype": compute_dtype,
                 "max_model_len": max_model_len or source.config.max_position_embeddings,
+                "add_bos": add_bos,
             }
-            task = BatchJob(Path(input), Path(output), params, metadata, chat)
+            files = Path(input), Path(output)
+            task = BatchJob(*files, params, metadata, chat, chat_template_kwargs)
     with task or nullcontext():
         yield task
 

@@ -7,12 +7,14 @@ rotary embedding, windows, scales and soft caps a layer has.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mpishard.arithmetic import rotary
+from mpishard.arithmetic.alibi import LinearBiases, alibi_slopes
 from mpishard.arithmetic.attention import AttentionSpec
+from mpishard.arithmetic.layer_norm import Affine, LayerNorm, Standardize
 from mpishard.arithmetic.linear import Linear, elementwise
 from mpishard.arithmetic.ops import (
     ACTIVATIONS,
@@ -25,7 +27,7 @@ from mpishard.arithmetic.ops import (
 )
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
-from mpishard.config.layout import kv_replica_ranks
+from mpishard.config.layout import block, kv_replica_ranks, query_heads_of
 from mpishard.config.model_config import LinearAttentionConfig, MLAConfig, ModelConfig, MoEConfig
 from mpishard.config.weight_specs import experts_by_ep_rank, weight_specs
 from mpishard.parallel import expert
@@ -33,7 +35,13 @@ from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.linear_attention import GatedDeltaNet
 from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.parallel.qkv import MLA, Attention, FullWidthNorm
-from mpishard.parallel.tensor import FeedForward, GatedFeedForward, UngatedFeedForward
+from mpishard.parallel.tensor import (
+    Embedding,
+    FeedForward,
+    GatedFeedForward,
+    ParallelLayer,
+    UngatedFeedForward,
+)
 
 Norm = Callable[[np.ndarray], np.ndarray]
 Fields = dict[str, np.ndarray]
@@ -68,9 +76,29 @@ def weights_by_field(
     return own, layers
 
 
+def make_embedding(config: ModelConfig, own: Fields, mesh: Mesh) -> Embedding | None:
+    """This rank's part of the embedding, of a stage that has it."""
+    if "embedding" not in own:
+        return None
+    rows, tp = config.learned_positions, mesh.tp
+    return Embedding(
+        tokens_vD=own["embedding"],
+        vocab_start=block(config.vocab, tp.size, tp.rank).start,
+        positions=own.get("positions"),
+        first_row=block(rows, tp.size, tp.rank).start,
+        position_offset=config.position_offset,
+    )
+
+
+def model_norm(config: ModelConfig, own: Fields, field: str) -> Norm:
+    """A norm outside of the layers; the identity where the family or the stage has none."""
+    is_there = field in own or (field == "norm" and not config.norm_weight)
+    return make_norm(config, own, field) if is_there else identity
+
+
 def make_layer(
     config: ModelConfig, number: int, fields: dict[int | None, Fields], mesh: Mesh
-) -> Layer:
+) -> Layer | ParallelLayer:
     """Layer `number` of the model on this rank of `mesh`, from its weights by field and expert."""
     w = fields[None]
     ffn: FeedForward | MoELayer
@@ -79,33 +107,55 @@ def make_layer(
         ffn = _moe_layer(config, config.moe, number, w, experts, mesh)
     else:
         ffn = _feed_forward(w, config)
+    names = config.norms
+    attention = _any_attention(config, number, w, mesh)
+    if config.parallel_residual:
+        assert isinstance(attention, Attention), "no family has another attention beside it"
+        assert not isinstance(ffn, MoELayer), "no family has experts beside attention"
+        return _parallel_layer(config, w, attention, ffn)
     return Layer(
-        attention_norm=make_norm(config, w, "attention_norm"),
-        attention=_any_attention(config, number, w, mesh),
-        attention_post_norm=_post_norm(config, w, "attention_post_norm"),
-        ffn_norm=make_norm(config, w, "ffn_norm"),
+        attention_norm=_norm_if(names.attention, config, w, "attention_norm"),
+        attention=attention,
+        attention_post_norm=_post_norm(names.attention_post, config, w, "attention_post_norm"),
+        ffn_norm=_norm_if(names.ffn, config, w, "ffn_norm"),
         ffn=ffn,
-        ffn_post_norm=_post_norm(config, w, "ffn_post_norm"),
+        ffn_post_norm=_post_norm(names.ffn_post, config, w, "ffn_post_norm"),
     )
 
 
+def _parallel_layer(
+    config: ModelConfig, w: Fields, attention: Attention, ffn: FeedForward
+) -> ParallelLayer:
+    if config.norms.ffn is None:
+        norm = make_norm(config, w, "attention_norm")
+        return ParallelLayer(norm, identity, attention, identity, ffn)
+    # Both norms standardize the same rows.
+    affines = [Affine(w[field], w.get(f"{field}_bias")) for field in ("attention_norm", "ffn_norm")]
+    return ParallelLayer(Standardize(config.norm_eps), affines[0], attention, affines[1], ffn)
+
+
 def make_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
-    """The norm whose weight is `field` of `w`; the identity where there is none."""
-    return _rms_norm(config, w[field]) if field in w else identity
+    """The norm whose weight is `field` of `w` and whose bias stands beside it, if it has them."""
+    weight, bias = w.get(field), w.get(f"{field}_bias")
+    if weight is not None and config.norm_offset:
+        weight = weight + weight.dtype.type(config.norm_offset)
+    if config.layer_norm:
+        return LayerNorm(weight, bias, config.norm_eps)
+    assert weight is not None, "every RMSNorm has a weight"
+    return RMSNorm(weight, config.norm_eps)
 
 
-def _post_norm(config: ModelConfig, w: Fields, field: str) -> Norm:
+def _norm_if(name: str | None, config: ModelConfig, w: Fields, field: str) -> Norm:
+    """The norm in `field`, if the family has a `name` for it."""
+    return identity if name is None else make_norm(config, w, field)
+
+
+def _post_norm(name: str | None, config: ModelConfig, w: Fields, field: str) -> Norm:
     """What is done with the output of a sub-layer before it is added to the residual stream."""
     if config.residual_scale != 1:
-        assert field not in w, "no family has both"
+        assert name is None, "no family has both"
         return Multiplier(config.residual_scale)
-    return make_norm(config, w, field)
-
-
-def _rms_norm(config: ModelConfig, weight: np.ndarray) -> RMSNorm:
-    if config.norm_offset:
-        weight = weight + weight.dtype.type(config.norm_offset)
-    return RMSNorm(weight, config.norm_eps)
+    return _norm_if(name, config, w, field)
 
 
 def _linear(w: Fields, field: str) -> Linear:
@@ -146,9 +196,15 @@ def _gated_delta_net(
 
 def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Attention:
     scale = config.attention_scale or config.head_dim**-0.5
-    q_norm = k_norm = None
-    if config.qk_norm:
-        q_norm, k_norm = _rms_norm(config, w["q_norm"]), _rms_norm(config, w["k_norm"])
+    if config.inverse_layer_scale:
+        scale /= number + 1
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    if config.qk_l2_norm and config.ropes[number].kind != "none":
+        q_norm = k_norm = RMSNorm(np.ones(config.head_dim, w["q"].dtype), config.norm_eps)
+    if config.qk_norm or config.per_head_norm:
+        q_norm, k_norm = make_norm(config, w, "q_norm"), make_norm(config, w, "k_norm")
+    alibi, group_alibi = _linear_biases(config, mesh) if config.alibi else (None, None)
     return Attention(
         q=_linear(w, "q"),
         k=_linear(w, "k"),
@@ -156,8 +212,15 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         o=_linear(w, "o"),
         head_dim=config.head_dim,
         spec=AttentionSpec(
-            scale, config.windows[number], config.attn_logit_softcapping, w.get("sinks")
+            scale,
+            config.windows[number],
+            config.attn_logit_softcapping,
+            w.get("sinks"),
+            chunk=config.chunks[number],
+            alibi=alibi,
+            group_alibi=group_alibi,
         ),
+        clip=config.clip_qkv,
         q_norm=q_norm,
         k_norm=k_norm,
         norm_after_rope=config.qk_norm_after_rope,
@@ -165,6 +228,21 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         o_gate=_linear(w, "o_gate") if config.output_gate else None,
         interleaved=config.rope_interleaved,
     )
+
+
+def _linear_biases(config: ModelConfig, mesh: Mesh) -> tuple[LinearBiases, LinearBiases]:
+    """ALiBi's biases of this rank's query heads, and of those of all ranks that share a cache."""
+    tp, rank = mesh.tp.size, mesh.tp.rank
+    own = query_heads_of(config, tp, rank)
+    _, ranks = kv_replica_ranks(config, tp, rank)
+    group = own
+    if mesh.layout.flash_decoding:
+        held = [query_heads_of(config, tp, one) for one in ranks]
+        group = slice(held[0].start, held[-1].stop)
+    biases = LinearBiases(alibi_slopes(config.heads))
+    if config.alibi == "in bfloat16":  # Falcon scales the biases as it scales the scores
+        biases = replace(biases, scale=config.head_dim**-0.5, rounded=True)
+    return biases.of_heads(own), biases.of_heads(group)
 
 
 def _full_width_norm(config: ModelConfig, w: Fields, mesh: Mesh) -> FullWidthNorm:
@@ -242,6 +320,7 @@ def _moe_layer(
             moe.topk_group,
             moe.group_score,
         ),
+        scale_inputs=moe.scale_inputs,
         experts={expert: _gated(own, of_experts) for expert, own in experts.items()},
         shared_expert=_gated(w, dense) if moe.shared_expert_intermediate_size else None,
         shared_expert_gate=Linear(w["shared_gate"]) if "shared_gate" in w else None,

@@ -2,7 +2,8 @@
 
 The residual stream enters and leaves each sub-layer; how it and the weights are sharded and what is
 communicated stands in `mpishard.parallel`, in the form that the layout chose. A layer is
-``x + post_norm(sub_layer(norm(x)))`` twice.
+``x + post_norm(sub_layer(norm(x)))`` twice or, with a parallel residual, ``x + attention(norm(x)) +
+feed_forward(norm(x))``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from mpishard.arithmetic.ops import softcap
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout, block, kv_heads_of, kv_replica_ranks, query_heads_of
 from mpishard.config.model_config import ModelConfig
-from mpishard.layers import make_layer, make_norm, weights_by_field
+from mpishard.layers import make_embedding, make_layer, model_norm, weights_by_field
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import select_attention
 from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.linear_attention import GatedDeltaNet, select_linear_attention
 from mpishard.parallel.qkv import Rope
+from mpishard.parallel.tensor import ParallelLayer
 from mpishard.rope import RotaryEmbedding
 from mpishard.sequences.kv_cache import KVCache
 from mpishard.sequences.recurrent_state import NO_STATES, StateShape
@@ -44,6 +46,7 @@ class ResidualStream(NamedTuple):
     attention: Callable[..., np.ndarray]
     linear_attention: Callable[..., np.ndarray]
     feed_forward: Callable[..., np.ndarray]
+    parallel_layer: Callable[..., np.ndarray]
     moe: Callable[..., np.ndarray]
     select_logits_rows: Callable[..., np.ndarray]
     all_tokens: Callable[..., np.ndarray]
@@ -55,6 +58,7 @@ RESIDUAL_STREAMS = {
         tensor.attention,
         tensor.linear_attention,
         tensor.feed_forward,
+        tensor.parallel_layer,
         expert.feed_forward,
         tensor.select_logits_rows,
         tensor.all_tokens,
@@ -64,6 +68,7 @@ RESIDUAL_STREAMS = {
         sequence.attention,
         sequence.linear_attention,
         sequence.feed_forward,
+        sequence.parallel_layer,
         expert.sequence_feed_forward,
         sequence.select_logits_rows,
         sequence.all_tokens,
@@ -93,10 +98,11 @@ class Decoder:
         self.entry, self.exit = entry or embed_tokens, exit or final_logits
         own, fields = weights_by_field(config, weights)
         self.dtype = next(iter(weights.values())).dtype
-        self.embedding_vD = own.get("embedding")
-        self.norm = make_norm(config, own, "norm")
-        head_vD = own.get("head", self.embedding_vD)  # tied: the embedding is the head
-        self.head = None if head_vD is None else Linear(head_vD)
+        self.embedding = make_embedding(config, own, mesh)
+        self.embedding_norm = model_norm(config, own, "embedding_norm")
+        self.norm = model_norm(config, own, "norm")
+        head_vD = own.get("head", own.get("embedding"))  # tied: the embedding is the head
+        self.head = None if head_vD is None else Linear(head_vD, own.get("head_bias"))
         self.vocab_start = block(config.vocab, mesh.tp.size, mesh.tp.rank).start
         self.layers = [make_layer(config, n, fields[n], mesh) for n in self.layer_numbers]
         sharded = mesh.layout.sequence_parallel
@@ -129,6 +135,10 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             if hidden_state_hook:
                 hidden_state_hook(self.layer_numbers[index], x_nD)
+            if isinstance(layer, ParallelLayer):
+                own = index, step, ropes[index], self.attend, mesh
+                x_nD = x_nD + stream.parallel_layer(layer.norm(x_nD), layer, *own)
+                continue
             h_nD = layer.attention_norm(x_nD)
             y_nD = self._attention(h_nD, index, step, ropes[index])
             x_nD = x_nD + layer.attention_post_norm(y_nD)
@@ -207,10 +217,10 @@ class Decoder:
 
 def embed_tokens(model: Decoder, step: Step) -> np.ndarray:
     """The residual stream as it enters the first layer: (n, D)."""
-    x_nD = model.stream.embed(step.ids_N, model.embedding_vD, model.vocab_start, model.mesh)
+    x_nD = model.stream.embed(model.embedding, step, model.mesh)
     if model.config.embedding_scale != 1:
         x_nD *= x_nD.dtype.type(model.config.embedding_scale)
-    return x_nD
+    return model.embedding_norm(x_nD)
 
 
 def final_logits(model: Decoder, x_nD: np.ndarray, step: Step) -> np.ndarray:

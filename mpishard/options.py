@@ -6,6 +6,7 @@ Nothing here needs NumPy.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from typing import Any, NoReturn
@@ -85,6 +86,17 @@ def integer(text: str) -> int:
 def token_ids(text: str) -> tuple[int, ...]:
     """Token ids, with commas between them, from the command line."""
     return tuple(integer(token) for token in text.split(","))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object from the command line."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def size(text: str) -> int:
@@ -182,6 +194,26 @@ def add_routing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--replay-routing", default=None, metavar="FILE.npz",
         help="take experts and weights from what --record-routing wrote, not from the routers",
+    )  # fmt: skip
+
+
+def add_bos(command: argparse.ArgumentParser) -> None:
+    """Whether prompts begin with a token that the tokenizer does not add, or adds."""
+    command.add_argument(
+        "--add-bos", action=argparse.BooleanOptionalAction, default=None,
+        help="begin every prompt of text with the tokenizer's bos_token, or do not; a chat "
+        "template writes its own (default: as the tokenizer does)",
+    )  # fmt: skip
+
+
+def add_chat(command: argparse.ArgumentParser) -> None:
+    """Whether the chat template is applied, and what it is given."""
+    command.add_argument(
+        "--chat", action="store_true", help="apply the model's chat template to every prompt"
+    )
+    command.add_argument(
+        "--chat-template-kwargs", type=json_object, default=None, metavar="JSON",
+        help='variables of the chat template, such as {"enable_thinking": false}',
     )  # fmt: skip
 
 

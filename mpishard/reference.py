@@ -49,6 +49,11 @@ class Reference:
         layer, followed by what the final norm makes of it."""
         embedding_VD = self.weights["model.embed_tokens.weight"]
         x_SD = embedding_VD[np.asarray(ids_S)] * self.dtype(self.config.embedding_scale)
+        if self.config.learned_positions:
+            rows_S = self.config.position_offset + np.arange(len(x_SD))
+            x_SD = x_SD + self.weights["model.embed_positions.weight"][rows_S]
+        if self.config.embedding_norm:
+            x_SD = self.norm(x_SD, "model.embed_norm")
         entering = []
         for layer in range(self.config.layers):
             entering.append(x_SD)
@@ -61,7 +66,10 @@ class Reference:
             x_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
         x_SD = self.norm(x_SD, "model.norm")
         head_VD = embedding_VD if self.config.tied else self.weights["lm_head.weight"]
-        logits_SV = self.dtype(self.config.logits_scale) * (x_SD @ head_VD.T)
+        logits_SV = x_SD @ head_VD.T
+        if self.config.head_bias:
+            logits_SV = logits_SV + self.weights["lm_head.bias"]
+        logits_SV = self.dtype(self.config.logits_scale) * logits_SV
         logits_SV = softcapped(logits_SV, self.config.final_logit_softcapping)
         return logits_SV, [*entering, x_SD]
 
@@ -89,7 +97,8 @@ class Reference:
 
     def attended(self, x_SD: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The residual stream after the attention of `layer`, which it entered as `x_SD`, and what
-        the norm before the feed-forward network makes of it."""
+        the norm before the feed-forward network makes of it; with a parallel residual, of the
+        stream that attention reads, too."""
         norms = self.config.norms
         attention = self.latent_attention if self.config.mla else self.attention
         normed_SD = self.layer_norm(x_SD, layer, norms.attention)
@@ -98,8 +107,12 @@ class Reference:
         else:
             y_SD = attention(normed_SD, layer)
         y_SD = self.layer_norm(y_SD, layer, norms.attention_post)
-        x_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
-        return x_SD, self.layer_norm(x_SD, layer, norms.ffn)
+        after_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
+        if not self.config.parallel_residual:
+            return after_SD, self.layer_norm(after_SD, layer, norms.ffn)
+        if norms.ffn is None:
+            return after_SD, normed_SD
+        return after_SD, self.layer_norm(x_SD, layer, norms.ffn)
 
     def attention(self, x_SD: np.ndarray, layer: int) -> np.ndarray:
         """Causal attention of a layer, over the positions in its window or all."""
@@ -107,27 +120,38 @@ class Reference:
         q_SX = self.linear(x_SD, f"{name}.q_proj", c.qkv_bias)  # X: all heads
         k_SX = self.linear(x_SD, f"{name}.k_proj", c.qkv_bias)
         v_SX = self.linear(x_SD, f"{name}.v_proj", c.qkv_bias)
+        if c.clip_qkv is not None:
+            q_SX, k_SX, v_SX = (np.clip(x, -c.clip_qkv, c.clip_qkv) for x in (q_SX, k_SX, v_SX))
         q_norm, k_norm = f"{name}.q_norm", f"{name}.k_norm"
         if c.full_width_qk_norm:
             q_SX, k_SX = self.norm(q_SX, q_norm), self.norm(k_SX, k_norm)
         q_SHK = q_SX.reshape(-1, c.heads, c.head_dim)
         k_SGK = k_SX.reshape(-1, c.kv_heads, c.head_dim)
         v_SGK = v_SX.reshape(-1, c.kv_heads, c.head_dim)
-        if c.qk_norm and not c.qk_norm_after_rope:
+        if c.per_head_norm or (c.qk_norm and not c.qk_norm_after_rope):
             q_SHK, k_SGK = self.norm(q_SHK, q_norm), self.norm(k_SGK, k_norm)
         q_SHK, k_SGK = self.positioned(q_SHK, layer), self.positioned(k_SGK, layer)
         if c.qk_norm and c.qk_norm_after_rope:
             q_SHK, k_SGK = self.norm(q_SHK, q_norm), self.norm(k_SGK, k_norm)
+        if c.qk_l2_norm and c.ropes[layer].kind != "none":
+            q_SHK, k_SGK = (
+                x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_eps)
+                for x in (q_SHK, k_SGK)
+            )
 
         S = len(x_SD)
         query_scale_S1 = query_scale(c.ropes[layer], S)[:, None].astype(self.dtype)
-        hidden_SS = ~visible(S, c.windows[layer])
+        hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
         out_SHK = np.empty_like(q_SHK)
         for h in range(c.heads):
             g = h // (c.heads // c.kv_heads)  # neighbouring query heads share a key/value head
             q_SK, k_SK = q_SHK[:, h] * query_scale_S1, k_SGK[:, g]
             scale = 1 / math.sqrt(c.head_dim) if c.attention_scale is None else c.attention_scale
+            if c.inverse_layer_scale:
+                scale = scale / (layer + 1)
             scores_SS = softcapped(q_SK @ k_SK.T * scale, c.attn_logit_softcapping)
+            if c.alibi:
+                scores_SS = scores_SS + alibi_biases(c, h, S)
             scores_SS[hidden_SS] = -np.inf
             if c.sinks:
                 # A key that every query sees, with this score and a value of zero.
@@ -219,7 +243,7 @@ class Reference:
         turn = rotate_neighbours if mla.interleaved else rotate
         shared_key_SK = turn(shared_key_SK, cos_SJ, sin_SJ)
         scale = latent_score_factor(rope) / math.sqrt(mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-        hidden_SS = ~visible(S, c.windows[layer])
+        hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
         out_SHK = np.empty((S, c.heads, mla.v_head_dim), x_SD.dtype)
         for h in range(c.heads):
             nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.qk_nope_head_dim], axis=1)
@@ -241,7 +265,10 @@ class Reference:
         for token in range(len(x_SD)):
             chosen = zip(routing.experts_SA[token], routing.weights_SA[token], strict=True)
             for expert, weight in chosen:
-                y_SD[token] += weight * self.expert(x_SD[token], name, expert)
+                if moe.scale_inputs:
+                    y_SD[token] += self.expert(weight * x_SD[token], name, expert)
+                else:
+                    y_SD[token] += weight * self.expert(x_SD[token], name, expert)
         if moe.shared_expert_intermediate_size:
             shared_SD = self.feed_forward(x_SD, f"{name}.{moe.names.shared}")
             if moe.shared_gate:
@@ -329,12 +356,16 @@ class Reference:
         return x_SD if name is None else self.norm(x_SD, f"model.layers.{layer}.{name}")
 
     def norm(self, x: np.ndarray, name: str, eps: float | None = None) -> np.ndarray:
-        """RMSNorm over the last axis, Zhang and Sennrich 2019, arXiv 1910.07467; `eps` is the
-        model's unless given."""
+        """RMSNorm over the last axis, Zhang and Sennrich 2019, arXiv 1910.07467, or LayerNorm, Ba
+        et al. 2016, arXiv 1607.06450; `eps` is the model's unless given."""
         eps = self.config.norm_eps if eps is None else eps
-        mean_square = np.mean(x * x, axis=-1, keepdims=True)
-        weight = self.weights[f"{name}.weight"] + self.dtype(self.config.norm_offset)
-        return x / np.sqrt(mean_square + eps) * weight
+        if self.config.layer_norm:
+            x = x - np.mean(x, axis=-1, keepdims=True)
+        x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+        if self.config.norm_weight:
+            x = x * (self.weights[f"{name}.weight"] + self.dtype(self.config.norm_offset))
+        # Norms of each head have no bias, whatever the other norms have.
+        return x + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else x
 
 
 def choose(scores_SE: np.ndarray, moe: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -375,11 +406,38 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def visible(length: int, window: int | None) -> np.ndarray:
+def visible(length: int, window: int | None, chunk: int | None = None) -> np.ndarray:
     """Whether query i sees key j, as (i, j): no key after it, and of those up to itself the last
-    `window`."""
+    `window`, or those in its own `chunk`."""
     back = np.arange(length)[:, None] - np.arange(length)  # how far key j lies before query i
-    return (back >= 0) & (back < (length if window is None else window))
+    seen = (back >= 0) & (back < (length if window is None else window))
+    if chunk is not None:
+        number = np.arange(length) // chunk
+        seen &= number[:, None] == number
+    return seen
+
+
+def alibi_biases(config: ModelConfig, head: int, length: int) -> np.ndarray:
+    """What is added to the scores of a head, the same for every query: its slope times the
+    position of the key, (S,). Softmax sees only differences, so that this is a falling with the
+    distance: Press et al. 2021, arXiv 2108.12409."""
+    power = 2 ** math.floor(math.log2(config.heads))
+    if head < power:
+        slope = 2 ** (-8 * (head + 1) / power)
+    else:  # the heads beyond a power of two have those between
+        slope = 2 ** (-4 * (2 * (head - power) + 1) / power)
+    position_S = np.arange(length)
+    if config.alibi == "in bfloat16":
+        product_S = bfloat16(bfloat16(np.array(slope)) * bfloat16(position_S))
+        return product_S.astype(np.float64) / math.sqrt(config.head_dim)
+    return slope * position_S
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """`x` with its 24 significant bits rounded to 8, halves to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -462,8 +520,10 @@ def rotation(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.nda
 def query_scale(rope: Rope, length: int) -> np.ndarray:
     """What each query of a sequence is multiplied with, (S,): it grows with how many times the
     trained length lies before it."""
-    lengths_before_S = np.arange(length) // rope.original_positions if rope.query_scale_beta else 0
-    return np.ones(length) + rope.query_scale_beta * np.log1p(lengths_before_S)
+    if not rope.query_scale_beta:
+        return np.ones(length)
+    lengths_before_S = (np.arange(length) + rope.query_scale_offset) // rope.original_positions
+    return 1 + rope.query_scale_beta * np.log1p(lengths_before_S)
 
 
 def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
@@ -486,6 +546,8 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
         # Turns within the trained length: few are slowed down, many left alone, some in between.
         turns_J = rope.original_positions * plain_J / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
+        if low == high:
+            return np.where(turns_J > high, plain_J, plain_J / rope.factor)
         kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
         return kept_J * plain_J + (1 - kept_J) * plain_J / rope.factor
     if rope.kind == "yarn":

@@ -20,7 +20,8 @@ _NO_MATHEMATICS = frozenset(
     architecture name aliases max_position_embeddings kv_heads head_dim bos_id eos_id norm_eps tied
     activation_field activation_meanings window window_layers needs_window theta rope rope_types
     original_positions same uniform quantization ignored fixed heads_fill_hidden nth nth_field
-    sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim
+    sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim spellings variant
+    ffn ffn_field architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
     """.split()
 )
 _NORMS = {
@@ -66,6 +67,9 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "qk_norm": f"norms of each head of q and k{'' if value else ' (a field)'}",
         "qk_norm_after_rope": "these after rope",
         "full_width_qk_norm": "norms over all heads of q and of k",
+        "qk_l2_norm": "norms of q and k without a weight, after rope",
+        "chunk": "attention within chunks in layers with rope",
+        "temperature": "queries that grow with their position in layers without rope",
         "sinks": "attention sinks",
         "output_gate": "gated attention: its output times sigmoid(gate x)",
         "linear_attention": "gated delta nets in the layers of linear_attention",
@@ -82,7 +86,19 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "sliding_theta": f"layers with a window have a rope of their own, of theta {value}",
         "query_scale": "queries that grow with their position",
         "rope_alpha": "a dynamic rope of fixed stretch",
-        "mlp_bias": "biases in the feed-forward network (a field)",
+        "forms": f"by fields: {value}",
+        "positions": {"learned": "learned positions", "alibi": "ALiBi in place of positions"}.get(
+            str(value)
+        ),
+        "position_offset": f"position 0 in row {value}",
+        "layer_norm": "LayerNorm",
+        "norm_weight": "norms without weight",
+        "norm_bias": "norms with a bias",
+        "embedding_norm": "a norm of the embedding",
+        "parallel_residual": "a parallel residual",
+        "logit_scale": f"logits times {value} unless a field says otherwise",
+        "head_bias": "a bias on the head",
+        "mlp_bias": "biases in the feed-forward network" + ("" if value else " (a field)"),
         "activation": f"activation {value}",
         "gated_mlp": "a feed-forward network without a gate",
         "stored_names": ", ".join(_stored(family)),
@@ -115,6 +131,8 @@ _CAPPED = {"attn_logit_softcapping": "scores", "final_logit_softcapping": "logit
 
 
 def _where(norms: LayerNormNames) -> str:
+    if norms == LayerNormNames(ffn=None):
+        return "one norm for both sub-layers"
     return _NORMS.get((norms.attention is not None, norms.attention_post is not None), "")
 
 
@@ -134,6 +152,8 @@ def _experts(family: Family) -> Iterator[str]:
         yield f"dense layers {moe.dense}"
     if moe.biases:
         yield "with biases"
+    if moe.scale_inputs:
+        yield "weights multiply the inputs"
     if moe.clamped:
         yield "a clamped activation"
     if moe.names != ExpertNames() and moe.names.separate is None:

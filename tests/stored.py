@@ -22,6 +22,11 @@ def stored(config: ModelConfig, weights: Weights, prefix: str | None = None) -> 
         module, _, kind = name.rpartition(".")
         if module == "lm_head":
             tensors[f"{names.head}.{kind}"] = array
+        elif module.startswith("model.layers.") and module.split(".", 3)[3] in names.each_head:
+            _, _, layer, module = module.split(".", 3)
+            for head, row in enumerate(array):
+                own = names.each_head[module].format(head)
+                tensors[f"{prefix}{names.layers}.{layer}.{own}.{kind}"] = np.ascontiguousarray(row)
         elif not module.startswith("model.layers."):
             module = names.modules.get(module, module.removeprefix("model."))
             tensors[f"{prefix}{module}.{kind}"] = array

@@ -39,7 +39,10 @@ def byte_level(merges: bool = True, *, prefix: bool = False) -> Tokenizer:
 def byte_level_split() -> Tokenizer:
     """Byte-level BPE behind a splitting of its own and Unicode's composition, as of qwen."""
     tokenizer = byte_level()
-    pattern = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -16,11 +16,12 @@ one key/value head, query by query. A value is Y numbers wide, which need not be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from mpishard.arithmetic.alibi import Alibi, LinearBiases
 from mpishard.arithmetic.gemm import SMALL_GEMM_SIZE
 from mpishard.arithmetic.ops import sigmoid, softcap
 
@@ -40,17 +41,42 @@ SMALLEST_SUM, LARGEST_SUM = 1e-20, 1e20
 class AttentionSpec:
     """What the scores of one layer's attention depend on beside queries and keys.
 
-    ``score = softcap(scale * q . k)`` over the keys within the `window`, where ``softcap(x) =
-    softcap * tanh(x / softcap)`` (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each
-    head's softmax, without a value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it);
-    `apply_sinks` adds them once all keys are merged. `values_in_keys` says that values are the
-    first Y numbers of the keys (MLA), and need not be cached or sent beside them."""
+    ``score = softcap(scale * q . k)`` over the keys within the `window`, or within the query's
+    `chunk` of so many positions (Llama 4), where ``softcap(x) = softcap * tanh(x / softcap)``
+    (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each head's softmax, without a
+    value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it); `apply_sinks` adds them once all keys
+    are merged. `values_in_keys` says that values are the first Y numbers of the keys (MLA), and
+    need not be cached or sent beside them.
+
+    `alibi` adds biases that fall with the distance of a key, of this rank's query heads, and
+    `group_alibi` those of all ranks that share its key/value heads and the cache (flash
+    decoding)."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks_h: np.ndarray | None = None
     values_in_keys: bool = False
+    alibi: LinearBiases | None = None
+    group_alibi: LinearBiases | None = None
+    chunk: int | None = None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether queries see all earlier keys."""
+        return self.window is None and self.chunk is None
+
+    def first_keys(self, q_pos_S: np.ndarray) -> np.ndarray:
+        """The position of the first key that the query at each position sees, if it exists."""
+        return first_visible(q_pos_S, self.window, self.chunk)
+
+    def of_heads(self, heads: slice) -> AttentionSpec:
+        """The same for some of the query heads."""
+        return self if self.alibi is None else replace(self, alibi=self.alibi.of_heads(heads))
+
+    def of_group(self) -> AttentionSpec:
+        """The same for the query heads of all ranks that share this rank's key/value heads."""
+        return self if self.alibi is None else replace(self, alibi=self.group_alibi)
 
 
 def attend(
@@ -64,18 +90,19 @@ def attend(
     """Attention of the queries at the positions `q_pos_S` of a sequence over the keys at `k_pos_T`,
     both strictly ascending: ``(out_ShY, lse_Sh)``.
 
-    The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or at 0 to ``p`` without a
-    window. Sinks are left out. A query that sees none gets the output 0 and the log-sum-exp -inf.
-    Blocks of keys that no query of a block sees are not read."""
+    The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or from the beginning of its
+    chunk on, or at 0 to ``p`` without both. Sinks are left out. A query that sees none gets the
+    output 0 and the log-sum-exp -inf. Blocks of keys that no query of a block sees are not read."""
     S, h, K = q_ShK.shape
     g = len(k_gTK)
     q_SgXK = q_ShK.reshape(S, g, h // g, K)
+    alibi = Alibi(spec.alibi, g, q_pos_S, k_pos_T) if spec.alibi is not None else None
     if S == 1:
-        seen = _seen_by_one(q_pos_S[0], k_pos_T, spec.window)
-        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK[:, seen], v_gTY[:, seen], spec)
+        seen = _seen_by_one(q_pos_S[0], k_pos_T, spec)
+        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK, v_gTY, seen, spec, alibi)
     else:
-        bounds = _seen(q_pos_S, k_pos_T, spec.window)
-        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec)
+        bounds = _seen(q_pos_S, k_pos_T, spec)
+        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec, alibi)
     return out_SgXY.reshape(S, h, v_gTY.shape[2]), lse_SgX.reshape(S, h)
 
 
@@ -109,32 +136,50 @@ def merge_weights(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return share_RSh, peak_Sh + _log(total_Sh)
 
 
-def _seen_by_one(q_at: int, k_pos_T: np.ndarray, window: int | None) -> slice:
+def first_visible(q_pos_S: np.ndarray, window: int | None, chunk: int | None) -> np.ndarray:
+    """The first position that the query at each position sees: of its window, or of its chunk. It
+    is below 0 where the window reaches further back than the sequence.
+
+    >>> first_visible(np.arange(7), 3, None).tolist(), first_visible(np.arange(7), None, 3).tolist()
+    ([-2, -1, 0, 1, 2, 3, 4], [0, 0, 0, 3, 3, 3, 6])
+    """
+    if chunk is not None:
+        return q_pos_S // chunk * chunk
+    return np.zeros_like(q_pos_S) if window is None else q_pos_S - window + 1
+
+
+def _seen_by_one(q_at: int, k_pos_T: np.ndarray, spec: AttentionSpec) -> slice:
     """The keys that the query at `q_at` sees."""
-    if window is None and len(k_pos_T) and k_pos_T[-1] <= q_at:
+    if spec.sees_all and len(k_pos_T) and k_pos_T[-1] <= q_at:
         return slice(None)
-    (start,), (stop,) = _seen(np.array([q_at]), k_pos_T, window)
+    (start,), (stop,) = _seen(np.array([q_at]), k_pos_T, spec)
     return slice(start, stop)
 
 
 def _seen(
-    q_pos_S: np.ndarray, k_pos_T: np.ndarray, window: int | None
+    q_pos_S: np.ndarray, k_pos_T: np.ndarray, spec: AttentionSpec
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where among the keys those begin and end that each query sees: ``(start_S, stop_S)``."""
     stop_S = np.searchsorted(k_pos_T, q_pos_S, side="right")
-    if window is None:
+    if spec.sees_all:
         return np.zeros_like(stop_S), stop_S
-    return np.searchsorted(k_pos_T, q_pos_S - window, side="right"), stop_S
+    return np.searchsorted(k_pos_T, spec.first_keys(q_pos_S)), stop_S
 
 
 def _attend_one(
-    q_1gXK: np.ndarray, k_gTK: np.ndarray, v_gTY: np.ndarray, spec: AttentionSpec
+    q_1gXK: np.ndarray,
+    k_gTK: np.ndarray,
+    v_gTY: np.ndarray,
+    seen: slice,
+    spec: AttentionSpec,
+    alibi: Alibi | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one query over all the keys: ``(out_gXY, lse_gX)``.
+    """Attention of one query over the keys that it has `seen`: ``(out_gXY, lse_gX)``.
 
     Products with keys and values are cut so short that OpenBLAS does not pack them: over thousands
     of keys that takes half the time, if ``k.T`` is in C order, as a cache keeps it.
     """
+    k_gTK, v_gTY = k_gTK[:, seen], v_gTY[:, seen]
     _, g, X, K = q_1gXK.shape
     (_, T, Y), dtype = v_gTY.shape, q_1gXK.dtype
     if T == 0:
@@ -147,6 +192,8 @@ def _attend_one(
         np.matmul(q_gXK, k_gKT[:, :, keys], out=scores_gXT[:, :, keys])
     if spec.softcap is not None:
         softcap(scores_gXT, spec.softcap)
+    if alibi is not None:
+        alibi.add(scores_gXT, slice(None), seen)
     peak_gX1 = scores_gXT.max(axis=-1, keepdims=True)
     scores_gXT -= peak_gX1
     weights_gXT = np.exp(scores_gXT, out=scores_gXT)
@@ -165,6 +212,7 @@ def _attend_many(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     spec: AttentionSpec,
+    alibi: Alibi | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of each query over its keys, block by block of heads and queries: ``(out_SgXY,
     lse_SgX)``."""
@@ -179,7 +227,8 @@ def _attend_many(
             q_gSXK = q_SgXK[queries, heads].transpose(1, 0, 2, 3)
             q_gPK = q_gSXK.reshape(len(q_gSXK), -1, K) * q_SgXK.dtype.type(spec.scale)
             keys = k_gTK[heads], v_gTY[heads], start_S[queries], stop_S[queries]
-            out_gPY, lse_gP, shifted = _attend_block(q_gPK, *keys, spec.softcap, shifted)
+            biases = alibi.select(heads, queries) if alibi is not None else None
+            out_gPY, lse_gP, shifted = _attend_block(q_gPK, *keys, spec.softcap, biases, shifted)
             out_gSXY = out_gPY.reshape(*q_gSXK.shape[:-1], Y)
             out_SgXY[queries, heads] = out_gSXY.transpose(1, 0, 2, 3)
             lse_SgX[queries, heads] = lse_gP.reshape(q_gSXK.shape[:-1]).transpose(1, 0, 2)
@@ -193,11 +242,12 @@ def _attend_block(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     cap: float | None,
+    alibi: Alibi | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Attention of a block of scaled queries and whether its scores had to be shifted, which those
     of the same heads' next block will then be from the start: ``(out_gPY, lse_gP, shifted)``."""
-    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap
+    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap, alibi
     if not shifted:
         with np.errstate(over="ignore", invalid="ignore"):
             sum_gPY, total_gP1, peak_gP1 = _sums(*block, shifted=False)
@@ -217,6 +267,7 @@ def _sums(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     cap: float | None,
+    alibi: Alibi | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over the keys that each query sees of ``weight * value`` and of ``weight``, where a
@@ -234,6 +285,8 @@ def _sums(
         weights_gPT = q_gPK[:, rows] @ k_gTK[:, start:stop].transpose(0, 2, 1)
         if cap is not None:
             softcap(weights_gPT, cap)
+        if alibi is not None:
+            alibi.add(weights_gPT, slice(first, last), slice(start, stop))
         _hide(weights_gPT, start, stop, start_S[first:last], stop_S[first:last])
         if shifted:
             before_gP1 = peak_gP1[:, rows].copy()

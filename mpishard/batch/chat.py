@@ -16,6 +16,9 @@ FIELDS = (
     *("reasoning_content", "reasoning", "thinking"),
 )
 
+# What a chat template is given beside the messages.
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")
+
 
 def read_messages(messages: Any, where: str) -> list[Message]:
     """A conversation, for a chat template: without nulls, contents as strings, and arguments of
@@ -23,6 +26,16 @@ def read_messages(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{where}: "messages" must be a list of messages, not {short(messages)}')
     return [_message(message, where) for message in messages]
+
+
+def template_kwargs(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a line gives to the chat template beside the messages (UserError)."""
+    variables = fields.get("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        raise UserError(
+            f'{where}: "chat_template_kwargs" must be an object, not {short(variables)}'
+        )
+    return variables | {name: fields[name] for name in ("tools", "documents") if fields.get(name)}
 
 
 def _message(given: Any, where: str) -> Message:

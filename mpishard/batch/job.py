@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ class BatchJob:
     """A batch job: the lines of `source`, to be answered in `target`.
 
     `defaults` are the sampling parameters of lines that say nothing else. With `chat`, plain
-    prompts open a conversation in the model's chat template. `metadata` is what else answers depend
-    on.
+    prompts open a conversation in the model's chat template; `chat_template_kwargs` are given to
+    the template, and lines may have others. `metadata` is what else answers depend on.
 
     Raises UserError where the input cannot be read or is not lines of JSON, where the output exists
     or cannot be made, and as `Journal` does.
@@ -46,6 +46,7 @@ class BatchJob:
         defaults: SamplingParams,
         metadata: dict[str, Any] | None = None,
         chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.source, self.target, self.defaults, self.chat = (
             source,
@@ -53,6 +54,7 @@ class BatchJob:
             defaults,
             chat,
         )
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         check_output("--output", target, source)
         if source.exists() and not source.is_file() and not source.is_dir():
             raise UserError(f"--input {source} is no file: lines have to be read more than once")
@@ -75,6 +77,7 @@ class BatchJob:
                 "another name, or remove it"
             )
         told = asdict(defaults) | {"chat": self.chat}
+        told["chat_template_kwargs"] = self.chat_template_kwargs
         own = {"input": f"sha256 {digest}", "lines": len(self._spans)}
         self.journal = Journal(path, {**own, **(metadata or {}), **told})
 

@@ -11,8 +11,8 @@ answered is answered with the reason, in its own form.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpishard.batch.answers import (
@@ -25,7 +25,7 @@ from mpishard.batch.answers import (
     openai_body,
     plain_answer,
 )
-from mpishard.batch.chat import read_messages
+from mpishard.batch.chat import TEMPLATE_FIELDS, read_messages, template_kwargs
 from mpishard.batch.fields import (
     check_fields,
     name_of,
@@ -39,8 +39,9 @@ from mpishard.batch.params import PARAMS, openai_params, read_params
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 
-PLAIN_FIELDS = ("id", "prompt", "input_ids", *PARAMS)
+PLAIN_FIELDS = ("id", "prompt", "input_ids", "chat_template_kwargs", *PARAMS)
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
+OTHERS = ("echo", "add_special_tokens")
 PARAMS_OF_BODY = (*PARAMS, "max_completion_tokens", "top_logprobs", "best_of")
 
 # Fields of an OpenAI body that change nothing about the answer.
@@ -52,7 +53,6 @@ UNRELATED = (
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "suffix": ("",),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -68,17 +68,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "documents": ([],),
     "priority": (0,),
     "include_reasoning": (True,),
     "return_hidden_states": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
-
-
-NEUTRAL_IN_CHATS = {"echo": (False,), "add_special_tokens": (False,)}
-NEUTRAL_IN_COMPLETIONS = {"add_special_tokens": (True,)}
+NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (False,), "add_special_tokens": (False,)}
+NEUTRAL_IN_COMPLETION: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "tools": ([],),
+    "documents": ([],),
+    "chat_template_kwargs": ({},),
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class BatchRequest:
     echo: bool = False
     error: str = ""
     is_object: bool = True
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def answer(
         self,
@@ -156,7 +159,10 @@ def read_request(content: bytes, number: int, defaults: SamplingParams, where: s
         check_fields(fields, PLAIN_FIELDS, where)
         line = replace(line, name=name_of(fields, "id", where))
         return replace(
-            line, prompt=prompt_of(fields, where), params=read_params(fields, defaults, where)
+            line,
+            prompt=prompt_of(fields, where),
+            params=read_params(fields, defaults, where),
+            chat_template_kwargs=template_kwargs(fields, where),
         )
     except UserError as error:
         name = None if isinstance(line.name, bool | float | list | dict) else line.name
@@ -185,9 +191,9 @@ def _read_body(
 ) -> BatchRequest:
     is_chat = line.form == CHAT
     prompt = "messages" if is_chat else "prompt"
-    known = (prompt, *PARAMS_OF_BODY, "echo", "add_special_tokens", *UNRELATED, *NEUTRAL)
+    known = (prompt, *PARAMS_OF_BODY, *OTHERS, *TEMPLATE_FIELDS, *UNRELATED, *NEUTRAL)
     check_fields(body, known, f"{where}: its body")
-    neutral = NEUTRAL | (NEUTRAL_IN_CHATS if is_chat else NEUTRAL_IN_COMPLETIONS)
+    neutral = NEUTRAL | (NEUTRAL_IN_CHAT if is_chat else NEUTRAL_IN_COMPLETION)
     for name, values in neutral.items():
         if name in body and not any(_same(body[name], value) for value in values):
             raise UserError(
@@ -207,7 +213,12 @@ def _read_body(
             "scores the tokens of a prompt"
         )
     read = read_messages if is_chat else one_prompt
-    return replace(line, prompt=read(body.get(prompt), where), params=params)
+    return replace(
+        line,
+        prompt=read(body.get(prompt), where),
+        params=params,
+        chat_template_kwargs=template_kwargs(body, where) if is_chat else {},
+    )
 
 
 def _same(value: Any, neutral: Any) -> bool:

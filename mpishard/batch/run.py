@@ -20,11 +20,11 @@ from mpishard.communication.collectives import MIN, all_reduce
 from mpishard.communication.group import CollectiveCall
 from mpishard.communication.mailbox import Mailbox
 from mpishard.communication.mesh import Mesh
-from mpishard.engine.generate import check_bias, check_request, serve
+from mpishard.engine.generate import check_request, check_token_ids, serve
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.errors import UserError
 from mpishard.model import Decoder
-from mpishard.tokenizer import Tokenizer, has_tokenizer
+from mpishard.tokenizer import Tokenizer
 
 # The part of the memory that is free when a job begins that its caches may take.
 CACHE_SHARE = 0.5
@@ -59,12 +59,14 @@ class BatchReport:
 def run(
     decoder: Decoder,
     directory: Path,
+    text: Tokenizer | None,
     task: BatchJob | None,
     limits: SchedulerConfig,
     should_stop: Callable[[], bool],
     report: Callable[[Progress], None],
 ) -> BatchReport:
-    """Answer the `task`, which rank 0 has and no other, with the model of `directory`.
+    """Answer the `task`, which rank 0 has and no other, with the model of `directory` and its
+    tokenizer `text`, if it has one.
 
     A replica works within `limits`; if it has none for the cache, `available_memory` is. All ranks
     stop after a step in which `should_stop` is true on any of them. `report` is called on rank 0.
@@ -80,7 +82,7 @@ def run(
         limits = replace(limits, kv_cache_memory_bytes=max(LEAST_CACHE, share))
     progress = Progress(len(task), len(task.journal)) if task else None
     if left:
-        progress = _serve(decoder, directory, task, limits, should_stop, report)
+        progress = _serve(decoder, directory, text, task, limits, should_stop, report)
     figures = None
     if task and progress:
         all_refused = False
@@ -105,6 +107,7 @@ def run(
 def _serve(
     decoder: Decoder,
     directory: Path,
+    text: Tokenizer | None,
     task: BatchJob | None,
     limits: SchedulerConfig,
     should_stop: Callable[[], bool],
@@ -112,8 +115,6 @@ def _serve(
 ) -> Progress | None:
     """Answer what is left of the task; on rank 0 how far that came."""
     mesh = decoder.mesh
-    most = decoder.config.max_position_embeddings
-    text = Tokenizer(directory, most_tokens=most) if has_tokenizer(directory) else None
     post = Mailbox(mesh.world.comm)
     coordinator = None
     if task:
@@ -142,8 +143,8 @@ def _encoder(
     def encode(line: BatchRequest) -> list[int]:
         where = f"{task.source} line {line.number}"
         try:
-            check_bias(decoder, line.params)
-            ids = _ids(line, task.chat, directory, text)
+            check_token_ids(decoder, line.params)
+            ids = _ids(line, task, directory, text)
             check_request(decoder, ids, "the prompt")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -152,19 +153,22 @@ def _encoder(
     return encode
 
 
-def _ids(line: BatchRequest, chat: bool, directory: Path, text: Tokenizer | None) -> list[int]:
-    prompt = line.prompt
+def _ids(line: BatchRequest, task: BatchJob, directory: Path, text: Tokenizer | None) -> list[int]:
+    prompt, chat = line.prompt, task.chat
+    variables = {**task.chat_template_kwargs, **line.chat_template_kwargs}
     are_ids = isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
     needs_text = line.params.stop or not line.params.skip_special_tokens or line.echo
     if text is None and (not are_ids or needs_text):
         text = Tokenizer(directory)  # which says that there is none
     if are_ids and chat:
         raise UserError("a chat needs the text that opens it, not token ids; omit --chat")
+    if line.chat_template_kwargs and not chat and (are_ids or isinstance(prompt, str)):
+        raise UserError("chat_template_kwargs have no effect without --chat: leave them out")
     if are_ids or text is None:
         return prompt  # type: ignore[return-value]
-    if isinstance(prompt, str):
-        return text.chat(prompt) if chat else text.encode(prompt)
-    return text.chat(prompt)  # type: ignore[arg-type]
+    if isinstance(prompt, str) and not chat:
+        return text.encode(prompt)
+    return text.chat(prompt, variables)  # type: ignore[arg-type]
 
 
 def available_memory(mesh: Mesh) -> int:

@@ -23,7 +23,7 @@ from mpishard.layers import Layer
 from mpishard.model import Decoder
 from mpishard.parallel.attention import AttendCache
 from mpishard.parallel.expert import Dispatch, MoELayer, Routing
-from mpishard.parallel.tensor import FeedForward
+from mpishard.parallel.tensor import FeedForward, ParallelLayer
 
 # Bytes of matrices that the ranks of a node walk together, beyond the caches that they share, and
 # that each walks at least, beyond its own.
@@ -57,13 +57,13 @@ class TimedDecoder(Decoder):
         self.attention_seconds = self.moe_seconds = 0.0
         self.expert_rows = self.expert_flops = 0
 
-    def _timed(self, layer: Layer) -> Layer:
+    def _timed(self, layer: Layer | ParallelLayer) -> Layer | ParallelLayer:
         ffn = layer.ffn
-        if isinstance(ffn, MoELayer):
-            experts = {number: self._counted(w) for number, w in ffn.experts.items()}
-            dispatch = self._timed_dispatch(ffn.dispatch)
-            ffn = replace(ffn, experts=experts, dispatch=dispatch)
-        return replace(layer, ffn=ffn)
+        if not isinstance(layer, Layer) or not isinstance(ffn, MoELayer):
+            return layer
+        experts = {number: self._counted(w) for number, w in ffn.experts.items()}
+        dispatch = self._timed_dispatch(ffn.dispatch)
+        return replace(layer, ffn=replace(ffn, experts=experts, dispatch=dispatch))
 
     def _timed_attend(self, attend: AttendCache) -> Any:
         def timed(*operands: Any) -> Any:
@@ -93,13 +93,15 @@ class TimedDecoder(Decoder):
 
 
 class LayerSample(Decoder):
-    """The first layer of each kind of a model: of each window, and of linear attention."""
+    """The first layer of each kind of a model: of each window or chunk, and of linear attention."""
 
     def __init__(self, model: Decoder) -> None:
         model = model.map_moe_layers(lambda _, w: replace(w, hooks=()))
         self.__dict__.update(model.__dict__)
         config = model.config
-        kinds = [(window, config.is_linear(n)) for n, window in enumerate(config.windows)]
+        kinds = [
+            (config.windows[n], config.chunks[n], config.is_linear(n)) for n in range(config.layers)
+        ]
         firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         self.layer_numbers = range(len(firsts))
         self.layers = [model.layers[first] for first in firsts]
@@ -129,7 +131,7 @@ def memory_probe(model: Model) -> tuple[Callable[[], None], int]:
     return walk, matrices.nbytes
 
 
-def gemm_probe(layer: Layer) -> tuple[Callable[[], None], int]:
+def gemm_probe(layer: Layer | ParallelLayer) -> tuple[Callable[[], None], int]:
     """Work that multiplies PRODUCT_ROWS tokens with a layer's weights plainly, and its flops."""
     attention, ffn = layer.attention, layer.ffn
     if isinstance(ffn, MoELayer):

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 
 from mpi4py import MPI
-from tqdm import tqdm
 
 from mpishard import options
 from mpishard.api import open_batch, scheduler_config
@@ -21,6 +20,7 @@ from mpishard.commands.common import (
     load_model,
     sampling_params,
     say,
+    say_notices,
     say_totals,
     tracked_expert_load,
 )
@@ -53,9 +53,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="OUT.jsonl",
         help="their answers in the same order; until all are there, OUT.jsonl.journal has them",
     )  # fmt: skip
-    command.add_argument(
-        "--chat", action="store_true", help="apply the model's chat template to every prompt"
-    )
+    options.add_chat(command)
+    options.add_bos(command)
     limits = command.add_argument_group("limits", "What each replica takes on at once.")
     limits.add_argument(
         "--max-num-batched-tokens", type=options.count, metavar="N",
@@ -94,11 +93,14 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     )
     args.stop_request.listen()  # MPI may have taken these signals for itself
     files = Path(args.model), args.input, args.output, params, args.compute_dtype
-    more = args.max_model_len, args.watch.calls, args.chat, args.ignore_config
+    text = args.chat, args.chat_template_kwargs, args.add_bos
+    more = args.max_model_len, args.watch.calls, *text, args.ignore_config
     with open_batch(world, *files, *more) as task:
         if task and task.journal.damaged:
             say(f"{task.journal.path}: {task.journal.damaged} damaged lines are done again")
         model = load_model(args, world)
+        if model.has_tokenizer:
+            say_notices(model, world)
         with tracked_expert_load(args, model, world):
             with _reporter(task) as report:
                 outcome = model.answer(task, limits, lambda: args.stop_request.came, report)
@@ -131,6 +133,8 @@ def _reporter(task: BatchJob | None) -> Iterator[Callable[[Progress], None]]:
     if task is None or not reaches_terminal():
         yield write
         return
+    from tqdm import tqdm  # here, because only terminals need it
+
     with tqdm(
         total=len(task), initial=len(task.journal), desc="answering", unit="line", leave=False
     ) as bar:

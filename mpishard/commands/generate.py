@@ -22,6 +22,7 @@ from mpishard.commands.common import (
     routing_files,
     sampling_params,
     say,
+    say_notices,
     say_summary,
     tracked_expert_load,
 )
@@ -49,7 +50,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--prompt-file", action=AppendPrompt, dest="prompts", default=[], metavar="FILE",
         help="a prompt of any length, which rank 0 reads; may be given several times",
     )  # fmt: skip
-    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    options.add_chat(command)
+    options.add_bos(command)
     command.add_argument(
         "--json", action="store_true", help="print one JSON object a line instead of text"
     )
@@ -66,9 +68,15 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     params = sampling_params(args, world)
     if params.logprobs is not None and not args.json:
         raise UserError(f"--logprobs {params.logprobs} has no effect without --json: give both")
+    if args.chat and args.add_bos is not None:
+        flag = "--add-bos" if args.add_bos else "--no-add-bos"
+        raise UserError(f"{flag} has no effect with --chat, whose template decides: leave it out")
+    if args.chat_template_kwargs and not args.chat:
+        raise UserError("--chat-template-kwargs has no effect without --chat: leave it out")
     prompts = read_prompts(args.prompts, world, args.watch.calls)
     check_outputs(args, world)
     model = load_model(args, world)
+    say_notices(model, world)
     with tracked_expert_load(args, model, world):
         names = [str(place) for place in range(len(prompts))]  # the ids of --json
         with routing_files(args, model, names, world):
@@ -92,6 +100,7 @@ def _generate(
             prompts,
             params,
             chat=args.chat,
+            chat_template_kwargs=args.chat_template_kwargs,
             on_text=_write_text if streams else None,
             on_finish=lambda place: advance(1),
             timing=timing,

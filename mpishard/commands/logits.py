@@ -20,6 +20,7 @@ from mpishard.commands.common import (
     load_model,
     progress_bar,
     routing_files,
+    say_notices,
     say_summary,
     tracked_expert_load,
 )
@@ -54,6 +55,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="also ID.hidden.L, (tokens, hidden): the residual stream entering layer L and, for "
         "the last L, after the final norm",
     )  # fmt: skip
+    options.add_bos(command)
     options.add_chunked_prefill(command)
     options.add_expert_load(command)
     options.add_routing(command)
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     check_outputs(args, world)
     model = load_model(args, world)
     with tracked_expert_load(args, model, world):
+        if any(line.get("prompt") is not None for _, line in lines):
+            say_notices(model, world)
         sequences = [_encode_line(model, line, where) for where, line in lines]
         names = [line["id"] for _, line in lines]
         with routing_files(args, model, names, world):

@@ -15,7 +15,18 @@ def active_options(config: ModelConfig) -> list[str]:
 
 def _norms(config: ModelConfig) -> Iterator[str]:
     names = config.norms
-    if names != LayerNormNames():
+    if config.layer_norm:
+        parts = [
+            name
+            for name, has in (("weight", config.norm_weight), ("bias", config.norm_bias))
+            if has
+        ]
+        yield f"LayerNorm with {' and '.join(parts) or 'neither weight nor bias'}"
+    if config.embedding_norm:
+        yield "a norm of the embedding"
+    if config.parallel_residual:
+        yield f"parallel residual with {'one norm' if names.ffn is None else 'two norms'}"
+    elif names != LayerNormNames():
         before, after = names.attention is not None, names.attention_post is not None
         where = {(True, True): "before and after", (False, True): "after", (True, False): "before"}
         yield f"norms {where.get((before, after), 'neither before nor after')} sub-layers"
@@ -33,12 +44,25 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         )
         if has
     ]
+    if config.head_bias:
+        biases.append("head")
+    if not config.gated_mlp:
+        yield "no gate in the feed-forward network"
     if biases:
         yield f"biases of {' and '.join(biases)}"
     if config.qk_norm:
         yield f"norms of q and k by head{' after rope' if config.qk_norm_after_rope else ''}"
+    if config.per_head_norm:
+        yield "norms of q and k with weights for each head"
+    if config.clip_qkv is not None:
+        yield f"queries, keys and values cut off at {config.clip_qkv:g}"
     if config.full_width_qk_norm:
         yield "norms of q and k over all heads"
+    if config.qk_l2_norm:
+        yield "norms of q and k without a weight, after rope"
+    chunked = [chunk for chunk in config.chunks if chunk is not None]
+    if chunked:
+        yield f"chunks of {chunked[0]} positions in {len(chunked)} of {config.layers} layers"
     if config.linear_attention:
         linear = config.linear_attention
         yield (
@@ -54,6 +78,8 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         yield f"scores capped at {config.attn_logit_softcapping:g}"
     if config.attention_scale is not None:
         yield f"scores times {config.attention_scale:g}"
+    if config.inverse_layer_scale:
+        yield "scores divided by the number of the layer"
 
 
 def _ropes(config: ModelConfig) -> Iterator[str]:
@@ -61,8 +87,13 @@ def _ropes(config: ModelConfig) -> Iterator[str]:
         yield f"rope on {config.partial_rotary_dim} of a head's {config.head_dim} elements"
     if config.rope_interleaved or (config.mla and config.mla.interleaved):
         yield "rope on pairs of neighbours"
+    if config.learned_positions:
+        offset = f", position 0 in row {config.position_offset}" if config.position_offset else ""
+        yield f"learned positions{offset}"
+    if config.alibi:
+        yield f"ALiBi{' in bfloat16' if config.alibi == 'in bfloat16' else ''}"
     unrotated = sum(rope.kind == "none" for rope in config.ropes)
-    if unrotated:
+    if 0 < unrotated < config.layers:
         yield f"no rope in {unrotated} of {config.layers} layers"
     for rope in dict.fromkeys(config.ropes):
         if rope.kind != "none" and rope != config.rope:
@@ -92,6 +123,8 @@ def _experts(moe: MoEConfig) -> Iterator[str]:
     normalized = ", normalized" if moe.norm_topk_prob else ""
     scaled = f", times {moe.routed_scaling_factor:g}" if moe.routed_scaling_factor != 1 else ""
     yield f"experts weighted by {moe.scoring}{normalized}{scaled}"
+    if moe.scale_inputs:
+        yield "weights multiply the inputs of experts"
     if moe.e_score_correction_bias:
         yield "experts chosen by scores and a bias"
     if moe.n_group > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from mpishard.config.known_fields import COMMON_FIELDS, KNOWN_FIELDS
@@ -68,6 +68,31 @@ class Fields:
         self.within = within
         self.answered = answered or Answered()
         self.asked: set[str] = set()
+        self.written: dict[str, str] = {}  # names in the file that differ from those in `values`
+
+    def respelled(self, spellings: Mapping[str, tuple[str, ...]], reader: str) -> Fields:
+        """These fields by their usual names, where `spellings` has the names that the family
+        `reader` gives them. Raises UserError for several that contradict each other, and for a
+        usual name that the family does not have."""
+        values = dict(self.values)
+        fields = Fields(values, self.source, self.within, self.answered)
+        fields.asked = self.asked
+        for usual, names in spellings.items():
+            given = [name for name in names if self.values.get(name) is not None]
+            if usual not in names and values.pop(usual, None) is not None:
+                known = f", which spells it {names[0]}" if names else ""
+                self.refuse(usual, f"is not a field that is known for {reader}{known}")
+            for name in given[1:]:
+                if self.values[name] != self.values[given[0]]:
+                    self.refuse(name, f"contradicts {given[0]} = {as_json(self.values[given[0]])}")
+            there = [name for name in names if name in values]
+            for name in there:
+                value = values.pop(name)
+            if there:
+                values[usual] = self.values[given[0]] if given else value
+            if names:
+                fields.written[usual] = (given or there or [names[0]])[0]
+        return fields
 
     def get(self, name: str, absent: Any = None) -> Any:
         """The value in the file, unchecked; `absent` if there is no such field."""
@@ -77,7 +102,8 @@ class Fields:
     def refuse(self, name: str, problem: str) -> NoReturn:
         """Raise UserError: the field `name` has the `problem`."""
         value = f" = {as_json(self.values[name])}" if name in self.values else ""
-        raise UserError(f"{self.source}: {self.within}{brief(name)}{value} {problem}")
+        written = self.written.get(name, name)
+        raise UserError(f"{self.source}: {self.within}{brief(written)}{value} {problem}")
 
     def optional_integer(self, name: str, absent: int | None = None) -> int | None:
         """A positive whole number, None for null, `absent` if there is no such field."""
@@ -214,7 +240,7 @@ class Fields:
             self._refuse_unanswered(name, problem)
 
     def _refuse_unanswered(self, name: str, problem: str) -> None:
-        whole = f"{self.within}{name}"
+        whole = f"{self.within}{self.written.get(name, name)}"
         if whole not in self.answered.names:
             remedy = (
                 f"if it does not change the mathematics, give --ignore-config {brief(whole, 60)}"

@@ -17,6 +17,11 @@ from mpishard.config.known_fields import DEFAULT_SIZES, WRAPPER_FIELDS
 _BY_MODEL_TYPE = {
     name: family for family in FAMILIES.values() for name in (family.name, *family.aliases)
 }
+_BY_ARCHITECTURE = {
+    name: family
+    for family in FAMILIES.values()
+    for name in (family.architecture, *family.architecture_aliases)
+}
 _WRAPPERS = {name: wrapper for wrapper in WRAPPERS for name in wrapper.architectures}
 _WRAPPERS_BY_MODEL_TYPE = {wrapper.name: wrapper for wrapper in WRAPPERS}
 
@@ -55,9 +60,9 @@ def find_family(fields: Fields) -> tuple[Family, Fields, Wrapper | None]:
         if kind not in (None, wrapper.name):
             fields.refuse("model_type", f'must be "{wrapper.name}", as architectures is {names[0]}')
         return _unwrapped(fields, wrapper)
-    if names[0] not in FAMILIES:
+    if names[0] not in _BY_ARCHITECTURE:
         fields.refuse("architectures", f"is not implemented; {_LISTED}")
-    family = FAMILIES[names[0]]
+    family = _BY_ARCHITECTURE[names[0]]
     if kind not in (None, family.name, *family.aliases):
         fields.refuse("model_type", f'must be "{family.name}", as architectures is {names[0]}')
     return family, fields, None

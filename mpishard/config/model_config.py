@@ -27,8 +27,8 @@ class Rope:
     `factor` at all lengths. "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753. A layer whose
     kind is "none" rotates nothing (NoPE, arXiv 2305.19466).
 
-    A query at position p is multiplied by ``1 + query_scale_beta * ln(1 + floor(p /
-    original_positions))``, as Ministral 3 has it.
+    A query at position p is multiplied by ``1 + query_scale_beta * ln(1 + floor((p +
+    query_scale_offset) / original_positions))``, as Ministral 3 and Llama 4 have it.
     """
 
     # "default", "linear", "dynamic", "ntk_alpha", "llama3", "yarn", "longrope" or "none"
@@ -47,6 +47,7 @@ class Rope:
     short_factors: tuple[float, ...] = ()  # by which each pair's frequency is divided
     long_factors: tuple[float, ...] = ()
     query_scale_beta: float = 0.0
+    query_scale_offset: int = 0
 
     def frequency_length(self, length: int) -> int:
         """The number of positions that the frequencies of a sequence of `length` positions depend
@@ -134,6 +135,7 @@ class MoEConfig:
     # F of the shared expert, to which every token goes; 0: there is none.
     shared_expert_intermediate_size: int = 0
     shared_gate: bool = False  # the shared expert's output is multiplied by sigmoid(x @ gate)
+    scale_inputs: bool = False  # the weights multiply the inputs of experts, not their outputs
     router_bias: bool = False
     expert_bias: bool = False  # on all three projections of an expert
     # The clamped activation (up + 1) gate sigmoid(alpha gate), with gate clamped to at most limit
@@ -201,10 +203,12 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool  # RMSNorm over each head of q and k
+    qk_norm: bool  # a norm over each head of q and k
     ropes: tuple[Rope, ...]  # the rotary embedding of each layer
     # The sliding window of each layer: the number of keys that a query sees, its own included.
     windows: tuple[int | None, ...]
+    # The chunks of each layer: a query sees the keys of its own chunk of so many positions.
+    chunks: tuple[int | None, ...]
     max_position_embeddings: int  # positions that are usable with the scaling of the rope
     eos_ids: tuple[int, ...]
     bos_id: int | None
@@ -213,7 +217,23 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     norms: LayerNormNames = LayerNormNames()
-    norm_offset: float = 0.0  # added to the weight of every RMSNorm
+    norm_offset: float = 0.0  # added to the weight of every norm
+    layer_norm: bool = False  # norms are LayerNorm, not RMSNorm
+    norm_weight: bool = True  # norms have a weight
+    norm_bias: bool = False  # norms have a bias
+    embedding_norm: bool = False  # of the residual stream as it enters the first layer
+    per_head_norm: bool = False  # of each head of q and k, with a weight for each head
+    # Attention and feed-forward network read the same residual stream, and both are added to it.
+    # Without a norm of its own the feed-forward network reads what attention reads.
+    parallel_residual: bool = False
+    learned_positions: int = 0  # rows of the embedding of positions; 0: there is none
+    position_offset: int = 0  # the row of position 0
+    # Scores fall with the distance of a key, for each head by its own slope (ALiBi, arXiv
+    # 2108.12409): "exact", or "in bfloat16" as Falcon computes it; None: they do not.
+    alibi: str | None = None
+    clip_qkv: float | None = None  # queries, keys and values are cut off at this absolute value
+    inverse_layer_scale: bool = False  # scores are divided by the number of the layer, from 1
+    head_bias: bool = False
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
@@ -226,6 +246,8 @@ class ModelConfig:
     qk_norm_after_rope: bool = False
     # Rotated elements at the beginning of each query and key; None: all of them.
     partial_rotary_dim: int | None = None
+    # Each head of q and k has a root mean square of 1, after rope and in layers with rope only.
+    qk_l2_norm: bool = False
     rope_interleaved: bool = False  # rope rotates pairs of neighbours, not of the two halves
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
@@ -272,8 +294,8 @@ class ModelConfig:
         """The rotary embedding of the first layer that rotates and sees all earlier positions, or
         else of the first that rotates."""
         rotating = [
-            (window is not None, layer)
-            for layer, window in enumerate(self.windows)
+            (window is not None or chunk is not None, layer)
+            for layer, (window, chunk) in enumerate(zip(self.windows, self.chunks, strict=True))
             if self.ropes[layer].kind != "none"
         ]
         return self.ropes[min(rotating)[1]] if rotating else NO_ROPE

@@ -17,12 +17,12 @@ from typing import Any
 from mpishard.config.families.family import Family
 from mpishard.config.fields import Answered, Fields, as_json
 from mpishard.config.find_family import find_family
-from mpishard.config.model_config import MLAConfig, ModelConfig
+from mpishard.config.model_config import NO_ROPE, MLAConfig, ModelConfig
 from mpishard.config.quantization.read import read_quantization
 from mpishard.config.read_linear_attention import read_linear_attention
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
-from mpishard.config.read_windows import read_windows
+from mpishard.config.read_windows import read_chunks, read_windows
 from mpishard.errors import UserError
 
 # No model has so many layers. A damaged number must not fill the memory with lists of layers before
@@ -67,6 +67,8 @@ def read_model_config(
         raise UserError(f"{_beside(source)} must hold a JSON object, not {as_json(generation)}")
     answered = Answered(ignore_config)
     family, fields, wrapper = find_family(Fields(raw, source, answered=answered))
+    fields = fields.respelled(family.spellings, family.name)
+    family = family.variant(fields) if family.variant else family
     for name in family.uniform:
         fields.unlist(name)
     hidden = fields.integer("hidden_size")
@@ -77,7 +79,13 @@ def read_model_config(
     rope_dim = _rope_dim(fields, family, hidden, heads)
     linear = read_linear_attention(fields, layers) if family.linear_attention else None
     windows = (None,) * layers if linear else read_windows(fields, family, layers)
-    ropes, max_position_embeddings, rotary_dim = read_ropes(fields, family, rope_dim, windows)
+    if family.positions == "rope":
+        ropes, max_position_embeddings, rotary_dim = read_ropes(fields, family, rope_dim, windows)
+    else:
+        ropes, rotary_dim = (NO_ROPE,) * layers, rope_dim
+        max_position_embeddings = fields.integer(
+            "max_position_embeddings", family.max_position_embeddings
+        )
     mla = _mla(fields, family) if family.mla else None
     kv_heads = _kv_heads(fields, family, heads)
     bias = _bias(fields, family.qkv_bias_field, family.qkv_bias, family.qkv_bias_default)
@@ -91,17 +99,18 @@ def read_model_config(
         heads=heads,
         kv_heads=1 if mla else kv_heads,
         head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else rope_dim,
-        ffn=fields.integer("intermediate_size"),
+        ffn=_ffn(fields, family, hidden),
         vocab=fields.integer("vocab_size"),
         norm_eps=fields.number("rms_norm_eps", family.norm_eps),
         activation=_activation(fields, family),
         tied=fields.flag("tie_word_embeddings", family.tied),
         qkv_bias=bias and not mla,
         o_bias=_o_bias(fields, family, bias),
-        mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias),
+        mlp_bias=_bias(fields, family.mlp_bias_field, family.mlp_bias, family.mlp_bias_default),
         qk_norm=_qk_norm(fields, family),
         ropes=ropes,
         windows=windows,
+        chunks=read_chunks(fields, family, layers),
         max_position_embeddings=max_position_embeddings,
         eos_ids=_eos_ids(fields, generation, family),
         bos_id=_bos_id(fields, generation, family),
@@ -111,6 +120,20 @@ def read_model_config(
         mla=mla,
         norms=family.norms,
         norm_offset=family.norm_offset,
+        layer_norm=family.layer_norm,
+        norm_weight=family.norm_weight,
+        norm_bias=family.norm_bias,
+        embedding_norm=family.embedding_norm,
+        per_head_norm=family.per_head_norm,
+        parallel_residual=family.parallel_residual,
+        learned_positions=(
+            max_position_embeddings + family.position_offset if family.positions == "learned" else 0
+        ),
+        position_offset=family.position_offset,
+        alibi={"alibi": "exact", "alibi in bfloat16": "in bfloat16"}.get(family.positions),
+        clip_qkv=family.clip_qkv,
+        inverse_layer_scale=family.inverse_layer_scale,
+        head_bias=family.head_bias,
         attn_logit_softcapping=_softcap(fields, family, "attn_logit_softcapping"),
         final_logit_softcapping=_softcap(fields, family, "final_logit_softcapping"),
         attention_scale=_attention_scale(fields, family),
@@ -119,8 +142,9 @@ def read_model_config(
         embedding_scale=(hidden**0.5 if family.scaled_embedding else 1.0)
         * _multiplier(fields, family, "embedding_multiplier"),
         residual_scale=_multiplier(fields, family, "residual_multiplier"),
-        logits_scale=1 / _multiplier(fields, family, "logits_scaling"),
-        qk_norm_after_rope=family.qk_norm_after_rope,
+        logits_scale=_logits_scale(fields, family),
+        qk_l2_norm=family.qk_l2_norm and fields.flag("use_qk_norm", True),
+        qk_norm_after_rope=family.qk_norm_after_rope or family.qk_l2_norm,
         partial_rotary_dim=None if rotary_dim == rope_dim else rotary_dim,
         rope_interleaved=bool(family.rope_interleaved_pairs) and not mla,
         gated_mlp=family.gated_mlp,
@@ -158,7 +182,9 @@ def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
                 f"must be a multiple of num_attention_heads = {heads}, or head_dim must be given",
             )
         head_dim = hidden // heads
-    if head_dim % 2 and family.partial_rotary_factor is None:
+    fields.only("attention_head_dim", head_dim)  # as Hunyuan's published files call it
+    rotates_all = family.positions == "rope" and family.partial_rotary_factor is None
+    if head_dim % 2 and rotates_all:
         fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
     if family.heads_fill_hidden and head_dim * heads != hidden:
         fields.refuse("head_dim", f"contradicts {family.name}, whose heads fill hidden_size")
@@ -230,8 +256,23 @@ def _multiplier(fields: Fields, family: Family, name: str) -> float:
     return fields.number(name, 1.0) if family.multipliers else 1.0
 
 
+def _logits_scale(fields: Fields, family: Family) -> float:
+    """The factor of the logits, which Granite divides by and Cohere multiplies with."""
+    if family.logit_scale is not None:
+        return fields.number("logit_scale", family.logit_scale)
+    return 1 / _multiplier(fields, family, "logits_scaling")
+
+
+def _ffn(fields: Fields, family: Family, hidden: int) -> int:
+    """The width of the feed-forward network."""
+    multiple = family.ffn_multiple
+    return fields.integer(family.ffn_field, family.ffn or (multiple and multiple * hidden))
+
+
 def _attention_scale(fields: Fields, family: Family) -> float | None:
     """The factor of the attention scores, None for the usual ``head_dim ** -0.5``."""
+    if family.attention_scale is not None:
+        return family.attention_scale
     if family.multipliers:
         return _multiplier(fields, family, "attention_multiplier")
     if family.query_pre_attn_scalar is None:

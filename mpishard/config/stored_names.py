@@ -29,6 +29,8 @@ class StoredNames:
     # `qkv_by_kv_head`, for one key/value head after the other its queries, its key and its value.
     qkv: str | None = None
     qkv_by_kv_head: bool = False
+    # Modules whose rows, one for each head, are tensors of their own; ``{}`` is the head's number.
+    each_head: Mapping[str, str] = field(default_factory=dict, hash=False)
     gate_up: str | None = None  # one module: the rows of gate, then those of up
     shared_gate_up: str | None = None  # the same of a shared expert
     transposed: bool = False  # the layers' matrices are (inputs, outputs)

@@ -6,20 +6,23 @@ the loader, the verifier and the tests read this table. No layer of the model sl
 ============================  ==============  ====================================================
 weights                       whole shape     a rank has
 ============================  ==============  ====================================================
-embedding, lm_head            (V, D)          rows: a block of the vocabulary
+embedding, lm_head, its bias  (V, D)          rows: a block of the vocabulary
+embedding of positions        (rows, D)       rows: a block
 q_proj, its bias              (H*K, D)        rows: its query heads
 k_proj, v_proj, their biases  (G*K, D)        rows: its key/value heads
 o_proj                        (D, H*K)        columns: its query heads
 sinks                         (H,)            its query heads
 q_norm, k_norm over all       (H*K,), (G*K,)  its query or key/value heads
 heads together
+q_norm, k_norm with a weight  (H, K), (G, K)  its query or key/value heads
+for each head
 gate_proj, up_proj, biases,   (F, D)          rows: a block of the feed-forward width
 also of a shared expert
 down_proj, the same           (D, F)          columns: a block of the feed-forward width
 experts                       as gate_proj …  nothing of experts of other ranks, and a block of the
                                               width of its own
 norms, routers, biases of     (D,) or (K,) …  everything; for biases of an expert's down_proj, if it
-o_proj and down_proj                          has the expert
+norms, o_proj and down_proj                   has the expert
 ============================  ==============  ====================================================
 
 Linear attention is sharded like attention: by value heads, as by query heads, and by the key heads
@@ -102,7 +105,7 @@ class WeightSpec:
     shape: tuple[int, ...]
     axis: int | None = None
     # "query heads", "kv heads", "value heads" or "key heads" of linear attention, "ffn",
-    # "vocabulary" or "expert ffn"
+    # "vocabulary", "positions" or "expert ffn"
     split_by: str | None = None
     expert: int | None = None
     keep_fp32: bool = False
@@ -146,7 +149,7 @@ def _bounds(
         if split_by == "value heads":
             return _scaled(query_heads_of(heads, tp, rank), length // heads.heads)
         return _scaled(kv_heads_of(heads, tp, rank), length // heads.kv_heads)
-    if split_by in ("ffn", "vocabulary"):
+    if split_by in ("ffn", "vocabulary", "positions"):
         return block(length, tp, rank)
     if split_by == "expert ffn":
         return block(length, sharding.etp, sharding.etp_rank(index))
@@ -166,39 +169,52 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
     """Every weight of the model, in the order of the forward pass."""
     D, V = config.hidden, config.vocab
     table = [WeightSpec("model.embed_tokens.weight", None, "embedding", (V, D), 0, "vocabulary")]
+    if config.learned_positions:
+        rows = (config.learned_positions, D)
+        table.append(
+            WeightSpec("model.embed_positions.weight", None, "positions", rows, 0, "positions")
+        )
+    if config.embedding_norm:
+        table += _norm(config, "model.embed_norm", "embedding_norm", (D,))
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}."
         table += [
             replace(weight, name=prefix + weight.name, layer=layer)
             for weight in _layer_weights(config, layer)
         ]
-    table.append(WeightSpec("model.norm.weight", None, "norm", (D,)))
+    table += _norm(config, "model.norm", "norm", (D,))
     if not config.tied:
         table.append(WeightSpec("lm_head.weight", None, "head", (V, D), 0, "vocabulary"))
+    if config.head_bias:
+        table.append(WeightSpec("lm_head.bias", None, "head_bias", (V,), 0, "vocabulary"))
     return table
 
 
 def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     """The weights of a layer, with their names within it."""
     D, names = config.hidden, config.norms
-    yield from _norm(names.attention, "attention_norm", D)
+    yield from _norm(config, names.attention, "attention_norm", (D,))
     if config.linear_attention and config.linear_attention.layers[layer]:
         yield from _linear_attention(D, config.linear_attention)
     else:
         yield from _mla(config, config.mla) if config.mla else _attention(config)
-    yield from _norm(names.attention_post, "attention_post_norm", D)
-    yield from _norm(names.ffn, "ffn_norm", D)
-    yield from _norm(names.ffn_post, "ffn_post_norm", D)
+    yield from _norm(config, names.attention_post, "attention_post_norm", (D,))
+    yield from _norm(config, names.ffn, "ffn_norm", (D,))
+    yield from _norm(config, names.ffn_post, "ffn_post_norm", (D,))
     if config.moe and config.moe.layers[layer]:
         yield from _moe(config, config.moe)
     else:
         yield from _feed_forward("mlp", D, config.ffn, config.mlp_bias, config.gated_mlp)
 
 
-def _norm(name: str | None, field: str, D: int) -> Iterator[WeightSpec]:
+def _norm(
+    config: ModelConfig, name: str | None, field: str, shape: tuple[int, ...]
+) -> Iterator[WeightSpec]:
     """The norm called `name`, if the family has it."""
-    if name is not None:
-        yield _weight(f"{name}.weight", field, (D,))
+    if name is not None and config.norm_weight:
+        yield _weight(f"{name}.weight", field, shape)
+    if name is not None and config.norm_bias:
+        yield _weight(f"{name}.bias", f"{field}_bias", shape)
 
 
 def _weight(
@@ -229,8 +245,12 @@ def _attention(config: ModelConfig) -> Iterator[WeightSpec]:
         if config.qkv_bias:
             yield _weight("self_attn.gate_proj.bias", "o_gate_bias", (q,), 0, "query heads")
     if config.qk_norm:
-        yield _weight("self_attn.q_norm.weight", "q_norm", (K,))
-        yield _weight("self_attn.k_norm.weight", "k_norm", (K,))
+        yield from _norm(config, "self_attn.q_norm", "q_norm", (K,))
+        yield from _norm(config, "self_attn.k_norm", "k_norm", (K,))
+    if config.per_head_norm:
+        heads, kv_heads = config.heads, config.kv_heads
+        yield _weight("self_attn.q_norm.weight", "q_norm", (heads, K), 0, "query heads")
+        yield _weight("self_attn.k_norm.weight", "k_norm", (kv_heads, K), 0, "kv heads")
     if config.full_width_qk_norm:
         yield _weight("self_attn.q_norm.weight", "q_norm", (q,), 0, "query heads")
         yield _weight("self_attn.k_norm.weight", "k_norm", (kv,), 0, "kv heads")

@@ -106,12 +106,14 @@ def check_request(model: Decoder, ids: list[int], what: str) -> None:
             )
 
 
-def check_bias(model: Decoder, params: SamplingParams) -> None:
-    """Raise UserError if `params` bias tokens that the model does not have."""
-    for token, _ in params.bias_pairs:
+def check_token_ids(model: Decoder, params: SamplingParams) -> None:
+    """Raise UserError if `params` bias, or stop at, tokens that the model does not have."""
+    named = [("logit_bias", token) for token, _ in params.bias_pairs]
+    named += [("stop_token_ids", token) for token in params.stop_token_ids]
+    for name, token in named:
         if not 0 <= token < model.config.vocab:
             raise UserError(
-                f"logit_bias has token id {token}, but the model's ids are 0 to "
+                f"{name} has token id {token}, but the model's ids are 0 to "
                 f"{model.config.vocab - 1}"
             )
 

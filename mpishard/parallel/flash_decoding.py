@@ -116,7 +116,7 @@ def decode(
     for segment, (index_S, q_pos_S) in zip(step.extends, step.extend_global_index, strict=True):
         keys_and_values = segment.cache.read(layer)  # t of the sequence's T positions
         partial_WHY[index_S], lse_WH[index_S] = attend(
-            q_WHK[index_S], q_pos_S, *keys_and_values, spec
+            q_WHK[index_S], q_pos_S, *keys_and_values, spec.of_group()
         )
     out_pY, lse_p = merge(partial_WHY, lse_WH, pairs, mesh)
     out_NhY[own_N] = out_pY.reshape(len(own_N), *out_NhY.shape[1:])

@@ -14,6 +14,7 @@ Nothing here is communicated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from mpishard.arithmetic.linear import Linear
 from mpishard.arithmetic.ops import RMSNorm
 from mpishard.arithmetic.rotary import apply_rotary, deinterleave
 
+Norm = Callable[[np.ndarray], np.ndarray]
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -75,8 +77,9 @@ class Attention:
     o: Linear  # (D, h*K)
     head_dim: int  # K
     spec: AttentionSpec
-    q_norm: RMSNorm | None = None  # over each head of q: (K,)
-    k_norm: RMSNorm | None = None
+    clip: float | None = None  # the largest absolute value of q, k and v
+    q_norm: Norm | None = None  # over each head of q: weights of (K,) or (h, K)
+    k_norm: Norm | None = None
     norm_after_rope: bool = False  # of q_norm and k_norm
     full_width_norm: FullWidthNorm | None = None
     o_gate: Linear | None = None  # (h*K, D)
@@ -92,6 +95,9 @@ class Attention:
         q_NhK = split_heads(self.q(x_ND), self.head_dim)
         k_NgK = split_heads(self.k(x_ND), self.head_dim)
         v_NgK = split_heads(self.v(x_ND), self.head_dim)
+        if self.clip is not None:
+            for x_NhK in (q_NhK, k_NgK, v_NgK):
+                np.clip(x_NhK, -self.clip, self.clip, out=x_NhK)
         if not self.norm_after_rope:
             q_NhK, k_NgK = self._norm_heads(q_NhK, k_NgK)
         return q_NhK, k_NgK, v_NgK

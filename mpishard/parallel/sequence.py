@@ -5,11 +5,13 @@ Tensor parallelism with the residual stream sharded as well: between the sub-lay
 column-parallel product makes all tokens whole. A reduce_scatter after the row-parallel one sums and
 scatters in one go. The two send what the all_reduce sends that they replace.
 
-embed         ids_N -> partial_ND -> reduce_scatter(tp) -> x_nD
-attention     x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND
-              -> reduce_scatter(tp) -> y_nD
-feed_forward  x_nD -> all_gather(tp) -> x_ND -> hidden_Nf -> partial_ND
-              -> reduce_scatter(tp) -> y_nD
+embed           ids_N -> partial_ND -> reduce_scatter(tp) -> x_nD
+attention       x_nD -> all_gather(tp) -> x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND
+                -> reduce_scatter(tp) -> y_nD
+feed_forward    x_nD -> all_gather(tp) -> x_ND -> hidden_Nf -> partial_ND
+                -> reduce_scatter(tp) -> y_nD
+parallel_layer  x_nD -> all_gather(tp) -> x_ND -> out_NhY and hidden_Nf -> partial_ND
+                -> reduce_scatter(tp) -> y_nD
 
 The functions differ from those of `mpishard.parallel.tensor` in their first and their last
 collective. A rank without a token takes part with no rows.
@@ -26,13 +28,13 @@ from mpishard.config.layout import block
 from mpishard.parallel.attention import AttendCache
 from mpishard.parallel.linear_attention import GatedDeltaNet, Recur
 from mpishard.parallel.qkv import MLA, Attention, Rope
-from mpishard.parallel.tensor import FeedForward, partial_embedding
+from mpishard.parallel.tensor import Embedding, FeedForward, ParallelLayer
 from mpishard.sequences.step import Step
 
 
-def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int, mesh: Mesh) -> np.ndarray:
-    """This rank's block of the rows of the whole embedding for `ids_N`: (n, D)."""
-    partial_ND = partial_embedding(ids_N, embedding_vD, vocab_start)
+def embed(w: Embedding, step: Step, mesh: Mesh) -> np.ndarray:
+    """This rank's block of the rows of the whole embedding for the step's tokens: (n, D)."""
+    partial_ND = w.partial(step.ids_N, step.positions_N)
     return reduce_scatter(partial_ND, mesh.tp)
 
 
@@ -80,6 +82,29 @@ def feed_forward(x_nD: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     partial_ND = w.down.partial(hidden_Nf)  # row-parallel: f is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
     return w.down.add_bias(y_nD)
+
+
+def parallel_layer(
+    x_nD: np.ndarray,
+    w: ParallelLayer,
+    layer: int,
+    step: Step,
+    rope: Rope,
+    attend: AttendCache,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Attention and feed-forward network side by side (GPT-J; PaLM: Chowdhery et al. 2022, arXiv
+    2204.02311), added: (n, D). One all_gather serves both, and one reduce_scatter completes both.
+    """
+    x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
+    q_NhK, k_NgK, v_NgK = w.attention.project_qkv(w.attention_affine(x_ND))
+    q_NhK, k_NgK = w.attention.rotate(q_NhK, k_NgK, rope)
+    out_NhK, lse_Nh = attend(q_NhK, k_NgK, v_NgK, w.attention.spec, layer, step, mesh)
+    hidden_Nf = w.ffn.hidden(w.ffn_affine(x_ND))  # column-parallel: D is whole
+    partial_ND = w.attention.o.partial(w.attention.merge_heads(out_NhK, lse_Nh))
+    partial_ND += w.ffn.down.partial(hidden_Nf)  # row-parallel: h and f are summed away
+    y_nD = reduce_scatter(partial_ND, mesh.tp)
+    return w.ffn.down.add_bias(w.attention.o.add_bias(y_nD))
 
 
 def select_logits_rows(x_nD: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:

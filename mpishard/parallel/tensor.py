@@ -4,12 +4,14 @@ Every rank of the ``tp`` group has the whole residual stream and a shard of ever
 query heads with the key/value heads they need, a block of the feed-forward width, a block of the
 vocabulary. The first product of a sub-layer is column-parallel: it reads the whole stream and
 yields this rank's heads or columns. The second is row-parallel: it reads what this rank has and
-yields a partial sum of the whole stream, which an all_reduce completes.
+yields a partial sum of the whole stream, which an all_reduce completes. Where attention and
+feed-forward network read the same stream, one all_reduce completes the sum of both.
 
-embed         ids_N -> partial_ND -> all_reduce(tp) -> x_ND
-attention     x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND -> all_reduce(tp) -> y_ND
-feed_forward  x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
-logits        x_MD -> logits_Mv
+embed           ids_N -> partial_ND -> all_reduce(tp) -> x_ND
+attention       x_ND -> q_NhK, k_NgK, v_NgY -> out_NhY -> partial_ND -> all_reduce(tp) -> y_ND
+feed_forward    x_ND -> hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
+parallel_layer  x_ND -> out_NhY and hidden_Nf -> partial_ND -> all_reduce(tp) -> y_ND
+logits          x_MD -> logits_Mv
 
 `mpishard.parallel.sequence` has the same functions for a residual stream that is sharded by tokens.
 Nothing here asks how many ranks there are.
@@ -75,9 +77,43 @@ class UngatedFeedForward:
 FeedForward: TypeAlias = GatedFeedForward | UngatedFeedForward
 
 
-def embed(ids_N: np.ndarray, embedding_vD: np.ndarray, vocab_start: int, mesh: Mesh) -> np.ndarray:
-    """The rows of the whole embedding for `ids_N`: (N, D)."""
-    partial_ND = partial_embedding(ids_N, embedding_vD, vocab_start)
+@dataclass(frozen=True)
+class ParallelLayer:
+    """A decoder layer on this rank whose attention and feed-forward network read the same residual
+    stream. `norm` comes first, of this rank's tokens. Where the two have norms of their own, `norm`
+    is what these share, and `attention_affine` and `ffn_affine` are what they differ in."""
+
+    norm: Callable[[np.ndarray], np.ndarray]
+    attention_affine: Callable[[np.ndarray], np.ndarray]
+    attention: Attention
+    ffn_affine: Callable[[np.ndarray], np.ndarray]
+    ffn: FeedForward
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """This rank's rows of the embedding of tokens, from the id `vocab_start` on, and, where the
+    model learns an embedding of positions, of that, from row `first_row` on. Position 0 has row
+    `position_offset` of it."""
+
+    tokens_vD: np.ndarray
+    vocab_start: int
+    positions: np.ndarray | None = None  # (some rows, D)
+    first_row: int = 0
+    position_offset: int = 0
+
+    def partial(self, ids_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
+        """The sum of both for these tokens: (N, D), a partial sum."""
+        partial_ND = partial_embedding(ids_N, self.tokens_vD, self.vocab_start)
+        if self.positions is not None:
+            rows_N = positions_N + self.position_offset
+            partial_ND += partial_embedding(rows_N, self.positions, self.first_row)
+        return partial_ND
+
+
+def embed(w: Embedding, step: Step, mesh: Mesh) -> np.ndarray:
+    """The rows of the whole embedding for the step's tokens: (N, D)."""
+    partial_ND = w.partial(step.ids_N, step.positions_N)
     return all_reduce(partial_ND, mesh.tp)
 
 
@@ -122,6 +158,27 @@ def feed_forward(x_ND: np.ndarray, w: FeedForward, step: Step, mesh: Mesh) -> np
     partial_ND = w.down.partial(hidden_Nf)  # row-parallel: f is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return w.down.add_bias(y_ND)
+
+
+def parallel_layer(
+    x_ND: np.ndarray,
+    w: ParallelLayer,
+    layer: int,
+    step: Step,
+    rope: Rope,
+    attend: AttendCache,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Attention and feed-forward network side by side (GPT-J; PaLM: Chowdhery et al. 2022, arXiv
+    2204.02311), added: (N, D). Both partial sums are added before the one all_reduce."""
+    q_NhK, k_NgK, v_NgK = w.attention.project_qkv(w.attention_affine(x_ND))
+    q_NhK, k_NgK = w.attention.rotate(q_NhK, k_NgK, rope)
+    out_NhK, lse_Nh = attend(q_NhK, k_NgK, v_NgK, w.attention.spec, layer, step, mesh)
+    hidden_Nf = w.ffn.hidden(w.ffn_affine(x_ND))  # column-parallel: D is whole
+    partial_ND = w.attention.o.partial(w.attention.merge_heads(out_NhK, lse_Nh))
+    partial_ND += w.ffn.down.partial(hidden_Nf)  # row-parallel: h and f are summed away
+    y_ND = all_reduce(partial_ND, mesh.tp)
+    return w.ffn.down.add_bias(w.attention.o.add_bias(y_ND))
 
 
 def select_logits_rows(x_ND: np.ndarray, step: Step, mesh: Mesh) -> np.ndarray:

@@ -103,7 +103,9 @@ class Checkpoint:
     def dtype(self, name: str) -> np.dtype:
         """The stored dtype of a weight; float32 for a quantized one, which `read` dequantizes."""
         location = self.locations[name]
-        return DTYPES["float32"] if location.quantized else self.arrays[location.name].dtype
+        if location.quantized:
+            return DTYPES["float32"]
+        return self.arrays[next(iter(location.tensors))].dtype
 
     def read(
         self, name: str, slices: tuple[slice, ...], dtype: DTypeLike | None = None
@@ -127,15 +129,17 @@ class Checkpoint:
         location, shape = self.locations[name], self._shapes[name]
         bounds = [part.indices(length) for part, length in zip(slices, shape, strict=True)]
         part = tuple(slice(start, stop) for start, stop, _ in bounds)
-        pieces = [self._numbers(location, piece) for piece in location.parts(part)]
+        pieces = [self._numbers(location, *piece) for piece in location.pieces(part)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _numbers(self, location: TensorLocation, part: Part) -> np.ndarray:
-        """The numbers in `part` of the matrix in which a weight is located."""
+    def _numbers(self, location: TensorLocation, tensor: str, part: Part) -> np.ndarray:
+        """The numbers in `part` of the matrix in which a weight is located, which has `tensor`."""
         if location.quantized:
             with self._naming_files():
                 return location.quantized.part(self._stored(location), *part)
-        matrix = self.arrays[location.name].map()[location.index]
+        matrix = self.arrays[tensor].map()[location.index]
+        if location.heads:
+            matrix = matrix[np.newaxis]
         return (matrix.swapaxes(-2, -1) if location.transposed else matrix)[part]
 
     def check_quantized(self) -> None:

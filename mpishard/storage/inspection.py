@@ -9,7 +9,7 @@ import numpy as np
 
 from mpishard.config.active_options import active_options
 from mpishard.config.layout import block, kv_heads_of, query_heads_of
-from mpishard.config.model_config import MLAConfig, ModelConfig, MoEConfig
+from mpishard.config.model_config import MAX_POSITIONS, NO_ROPE, MLAConfig, ModelConfig, MoEConfig
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import local_experts, weight_specs
 from mpishard.errors import UserError
@@ -48,12 +48,19 @@ def _model_lines(config: ModelConfig) -> list[str]:
         *([f"ffn           {config.ffn}, {config.activation}"] if _is_dense(config) else []),
         *([f"experts       {_experts(config, config.moe)}"] if config.moe else []),
         f"vocabulary    {config.vocab}{', head tied to the embedding' if config.tied else ''}",
-        f"positions     {config.max_position_embeddings}, rope {config.rope.kind}{reach}",
+        f"positions     {_positions(config)}{reach}",
         *(
             f"{'' if place else 'options':14}{option}"
             for place, option in enumerate(active_options(config))
         ),
     ]
+
+
+def _positions(config: ModelConfig) -> str:
+    if config.max_position_embeddings == MAX_POSITIONS:
+        return "any number"
+    rope = f", rope {config.rope.kind}" if config.rope != NO_ROPE else ""
+    return f"{config.max_position_embeddings}{rope}"
 
 
 def _latent(mla: MLAConfig) -> str:

@@ -30,8 +30,10 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "tekken.json",
 )
-TEMPLATES = "chat_templates/*.jinja"  # more companions
+# Folders of templates by name: as transformers calls it, and as it did before.
+CHAT_TEMPLATES = ("additional_chat_templates", "chat_templates")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,15 +69,21 @@ def read_config(directory: Path, ignore_config: Iterable[str] = ()) -> ModelConf
     return read_model_config(read_json(path), generation, str(path), ignore_config, quantization)
 
 
+def named_templates(directory: Path) -> list[Path]:
+    """The files of chat templates in folders of a directory; of two with a name the latter
+    counts."""
+    folders = [directory / folder for folder in reversed(CHAT_TEMPLATES)]
+    return [path for folder in folders for path in sorted(folder.glob("*.jinja"))]
+
+
 def companions(directory: Path) -> list[str]:
-    """The names of those of the `COMPANIONS` that a directory has."""
-    templates = sorted(directory.glob(TEMPLATES))
-    names = [*COMPANIONS, *(str(path.relative_to(directory)) for path in templates)]
-    return [name for name in names if (directory / name).is_file()]
+    """The names of those of the `COMPANIONS` that a directory has, and of its chat templates."""
+    templates = [str(path.relative_to(directory)) for path in named_templates(directory)]
+    return [name for name in (*COMPANIONS, *templates) if (directory / name).is_file()]
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies those of the `COMPANIONS` that `source` has."""
+    """Copies the `companions` of a directory to another."""
     for name in companions(source):
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)

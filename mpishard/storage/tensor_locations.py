@@ -60,7 +60,9 @@ class TensorLocation:
     """The location of a weight: some `rows` of a matrix, or elements of a vector.
 
     The matrix is the tensor `name`, or ``tensor[index]`` of a tensor of all experts, and its
-    transpose if `transposed`. A `quantized` matrix is stored as several tensors in its place.
+    transpose if `transposed`. If there are `heads`, so many rows are tensors of their own, whose
+    names have the number of a head in place of ``{}``. A `quantized` matrix is stored as several
+    tensors in its place.
     """
 
     name: str
@@ -68,6 +70,7 @@ class TensorLocation:
     index: tuple[int, ...] = ()
     transposed: bool = False
     rows: Rows | None = None  # None: all
+    heads: int = 0
     quantized: QuantizedMatrix | None = None
 
     @property
@@ -75,7 +78,9 @@ class TensorLocation:
         """The stored tensors, by name."""
         if self.quantized:
             return self.quantized.tensors
-        return {self.name: Tensor("", FLOATS, self.shape)}
+        heads = map(self.name.format, range(self.heads))
+        names = list(heads) if self.heads else [self.name]
+        return {name: Tensor("", FLOATS, self.shape) for name in names}
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -83,14 +88,19 @@ class TensorLocation:
         shape = self.shape[len(self.index) :]
         return shape[::-1] if self.transposed else shape
 
-    def parts(self, part: Part) -> Iterator[Part]:
-        """The parts of the matrix that, one below the other, are this `part` of the weight."""
-        if self.rows is None:
-            yield part
-            return
+    def pieces(self, part: Part) -> Iterator[tuple[str, Part]]:
+        """The pieces that, one below the other, are this `part` of the weight: the tensor that has
+        a piece, and the part of its matrix that it is."""
         rows, *columns = part
-        for piece in self.rows.slices(rows.start, rows.stop):
-            yield (piece, *columns)
+        if self.heads:
+            for head in range(rows.start, max(rows.stop, rows.start + 1)):
+                row = slice(0, int(rows.start < rows.stop))
+                yield self.name.format(head % self.heads), (row, *columns)
+        elif self.rows is None:
+            yield self.name, part
+        else:
+            for piece in self.rows.slices(rows.start, rows.stop):
+                yield self.name, (piece, *columns)
 
 
 def locate_weights(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, TensorLocation]:
@@ -161,6 +171,9 @@ def _in_layer(config: ModelConfig, weight: WeightSpec, name: str, of_layer: str)
     names, (module, _, kind) = config.stored_names, name.rpartition(".")
     rows, total = None, weight.shape[0]
     part, _, _ = weight.field.partition("_")
+    if module in names.each_head:
+        name = f"{of_layer}{names.each_head[module]}.{kind}"
+        return TensorLocation(name, weight.shape[1:], heads=weight.shape[0])
     if config.is_linear(weight.layer or 0) and module.startswith("linear_attn."):
         module, rows, total = _linear_rows(config, module, total)
     elif config.output_gate and module in ("self_attn.q_proj", "self_attn.gate_proj"):

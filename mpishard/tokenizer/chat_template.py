@@ -16,10 +16,9 @@ from jinja2.utils import Namespace
 
 from mpishard.errors import UserError, brief
 from mpishard.storage.downloads import refuse_placeholder
-from mpishard.storage.model_dir import read_json
+from mpishard.storage.model_dir import named_templates, read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
-TEMPLATE_FOLDER = "chat_templates"  # of templates beside it, NAME.jinja
 PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models, in older checkpoints
 
 # What a template is rendered with, and what else decides about that elsewhere: arguments, and so
@@ -109,7 +108,7 @@ class ChatTemplate:
 def _read_templates(directory: Path, settings: Mapping[str, Any]) -> str | dict[str, str]:
     """A template, or several by name; none if there are none. Files of their own count before
     ``tokenizer_config.json``."""
-    files = {path.stem: path for path in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
+    files = {path.stem: path for path in named_templates(directory)}
     if (directory / TEMPLATE_FILE).is_file():
         files = {"default": directory / TEMPLATE_FILE, **files}
     if files:

@@ -20,6 +20,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mpishard.tokenizer import byte_level
 from mpishard.tokenizer.tokenizer import Tokenizer
 
 # Tokens of a prompt with which the first ones of an answer are decoded.
@@ -99,7 +100,7 @@ class TextStream:
     def _joins(self, word: str) -> bool:
         """Whether a token may go on with what those before it have begun."""
         if self._kind == "ByteLevel":
-            first = byte_level_bytes(word)[:1]
+            first = byte_level.to_bytes(word)[:1]
             return b"\x80" <= first < b"\xc0"
         return self._kind == "ByteFallback" and _fallback_byte(word) is not None
 
@@ -109,7 +110,7 @@ class TextStream:
         for token in reversed(ids):
             if len(last) >= LONGEST_CHARACTER:
                 break
-            last = byte_level_bytes(self._word(token) or "") + last
+            last = byte_level.to_bytes(self._word(token) or "") + last
         return last
 
     def _run(self, ids: list[int]) -> list[int]:
@@ -164,23 +165,3 @@ def _fallback_byte(word: str | None) -> int | None:
         return bytes.fromhex(word[3:5])[0]
     except ValueError:
         return None
-
-
-def byte_level_bytes(word: str) -> bytes:
-    """The bytes that a byte-level token stands for; one that has other characters than those for
-    bytes was added as it is."""
-    values = [_BYTE_OF.get(character) for character in word]
-    return word.encode() if None in values else bytes(values)  # type: ignore[arg-type]
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character by which GPT-2's byte-level vocabularies write each byte: itself where it is
-    visible, else the next beyond Latin-1."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {
-        chr(256 + place): byte for place, byte in enumerate(hidden)
-    }
-
-
-_BYTE_OF = _byte_characters()

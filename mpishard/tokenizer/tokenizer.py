@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
+from tokenizers import processors
 
 from mpishard.errors import UserError, brief
 from mpishard.storage.downloads import refuse_placeholder
-from mpishard.tokenizer.chat_template import ChatTemplate
 from mpishard.tokenizer.length_bound import LengthBound
 from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
+from mpishard.tokenizer.vocabularies import find_vocabulary
+
+if TYPE_CHECKING:
+    from mpishard.tokenizer.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 
@@ -24,7 +28,9 @@ LONG_TOKEN = 8
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a model directory has a tokenizer that can be read."""
-    return (directory / TOKENIZER).is_file()
+    if (directory / TOKENIZER).is_file():
+        return True
+    return callable(find_vocabulary(directory, read_settings(directory)))
 
 
 class Tokenizer:
@@ -42,12 +48,12 @@ class Tokenizer:
         self, directory: Path, add_bos: bool | None = None, most_tokens: int | None = None
     ) -> None:
         self.directory, self._add_bos, self._most_tokens = directory, add_bos, most_tokens
-        self.tokenizer = _read_tokenizer(directory)
         settings = read_settings(directory)
+        self.tokenizer, settings, source = _read_tokenizer(directory, settings)
         tokens = SpecialTokens(self.tokenizer, directory, settings)
         self.names = tokens.names
         self.notices = [
-            f"{directory}: {brief(repr(token))} is token {actual} of {TOKENIZER}, although the "
+            f"{directory}: {brief(repr(token))} is token {actual} of {source}, although the "
             f"files beside it say {declared}"
             for token, (declared, actual) in tokens.moved.items()
         ]
@@ -56,7 +62,23 @@ class Tokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
         self._settings = settings
+        if source != TOKENIZER:
+            self._add_ends(settings)
         self._check_bos(settings.get("add_bos_token"))
+
+    def _add_ends(self, settings: Mapping[str, Any]) -> None:
+        """Have prompts begin and end with the tokens that the settings say. A ``tokenizer.json``
+        says it itself."""
+        ends = {
+            name: self.names[f"{name}_token"]
+            for name in ("bos", "eos")
+            if settings.get(f"add_{name}_token") is True and f"{name}_token" in self.names
+        }
+        parts = [ends.get("bos", ""), "$A", ends.get("eos", "")]
+        self.tokenizer.post_processor = processors.TemplateProcessing(
+            single=[part for part in parts if part],
+            special_tokens=[(end, self.tokenizer.token_to_id(end)) for end in ends.values()],
+        )
 
     def _check_bos(self, declared: object) -> None:
         bos = self.names.get("bos_token")
@@ -140,19 +162,31 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template."""
+        # Imported here, because only chats need it and its Jinja.
+        from mpishard.tokenizer.chat_template import ChatTemplate
+
         return ChatTemplate(self.directory, self._settings, self.names)
 
 
-def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+def _read_tokenizer(
+    directory: Path, settings: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any], str]:
+    """The tokenizer, the settings with the defaults that belong to it, and where it comes from."""
     path = directory / TOKENIZER
     if not path.is_file() and not path.is_symlink():
+        found = find_vocabulary(directory, settings)
+        if callable(found):
+            tokenizer, defaults = found()
+            return tokenizer, {**defaults, **settings}, "its vocabulary"
+        if found:
+            raise UserError(found)
         raise UserError(
             f"{path} does not exist: text needs the model's tokenizer; "
             f"give token ids instead, or copy {TOKENIZER} there"
         )
     refuse_placeholder(path)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path)), settings, TOKENIZER
     except Exception as error:  # the library raises plain Exception
         reason = brief(" ".join(str(error).split()), 300).rstrip(".")
         raise UserError(f"{path} is not a tokenizer that can be read: {reason}") from None

@@ -67,6 +67,8 @@ NOT_A_LINE = [  # each of these is answered with an error, whatever else there i
     b'"\\u0000"',
 ]
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 
 NOT_NAMES = ["\ud800", "x" * 70_000, "\0", "../a", "/a", "a.npy", "é" * 300]  # of arrays
 NOTHING = "which changes nothing"
@@ -271,8 +273,9 @@ def _check_other(fields: dict[str, Any], answer: dict[str, Any], oracle, model: 
     text = said["text"] if "text" in said else said["message"]["content"]
     usage = body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    right_text = tokenizer.decode(right[0]).rstrip("\N{REPLACEMENT CHARACTER}")
-    if not own.get("stop") and (text, *usage) != (right_text, len(ids), len(right[0])):
+    right_text = tokenizer.decode(right[0])
+    same = text.rstrip(REPLACEMENT) == right_text.rstrip(REPLACEMENT)  # half characters go
+    if not own.get("stop") and (same, *usage) != (True, len(ids), len(right[0])):
         raise Finding(f"the answer should be {right_text!r}: {answer}")
 
 

@@ -112,7 +112,7 @@ def arrays_of(part: object) -> dict[int, np.ndarray]:
         return {id(part): part}
     parts: list[object] = []
     if isinstance(part, Decoder):
-        parts = [part.embedding_vD, part.head, part.norm, *part.layers]
+        parts = [part.embedding, part.head, part.norm, *part.layers]
     elif is_dataclass(part):
         parts = [getattr(part, field.name) for field in fields(part)]
     return {key: array for one in parts for key, array in arrays_of(one).items()}

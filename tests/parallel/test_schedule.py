@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from test_memory import cache_bytes, heads_of, residual_bytes, weight_bytes
+from tiny_models import tiny_config
 from toys import Recorder, mesh_of, meshes, toy
 
 from mpishard.communication.mesh import Mesh
@@ -371,6 +372,26 @@ def test_sequence_parallelism_sends_what_tensor_parallelism_sends(comm: MPI.Intr
                 if tokens % tp == 0:
                     alone = layers * tensor_bytes(tp, tokens, hidden, 4)
                     assert wire == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["gpt_neox-parallel", "phi-normed"])
+def test_a_parallel_residual_sends_half(comm: MPI.Intracomm, variant: str):
+    """With two norms or one: both partial sums of a layer are completed by the same collective."""
+    for tp, divided in product(divisors(comm.size), (False, True)):
+        layout = Layout(tp=tp, dp=comm.size // tp, sequence_parallel=divided)
+        if tp > tiny_config(variant).heads:
+            continue
+        with mesh_of(comm, variant, layout) as mesh:
+            model = toy(variant, mesh, np.float32)
+            layers, hidden = model.config.layers, model.config.hidden
+            operations = ("all_gather", "reduce_scatter") if divided else ("all_reduce",)
+            for tokens in (1, 5, 16):
+                found = of_the_layers(model, fed(model, tokens))
+                calls = {key: calls for key, (calls, _, _) in found.items()}
+                assert calls == {(operation, "tp"): layers for operation in operations}
+                wire = sum(wire for _, _, wire in found.values())
+                together = layers * tp * tensor_bytes(tp, tokens, hidden, 4) / 2
+                assert mesh.tp.comm.allreduce(wire) == pytest.approx(together, rel=1e-12)
 
 
 # Flash decoding

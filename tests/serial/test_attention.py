@@ -4,12 +4,15 @@ attention over parts of the keys."""
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from mpishard.arithmetic import attention
+from mpishard.arithmetic import alibi, attention
+from mpishard.arithmetic.alibi import LinearBiases, alibi_slopes
 from mpishard.arithmetic.attention import AttentionSpec, attend, merge_attn_states, merge_weights
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -40,13 +43,23 @@ POSITIONS = {
 }
 
 
+REACHES: list[dict[str, int]] = [
+    *({"window": window} for window in (1, 2, 5, 100)),
+    *({"chunk": chunk} for chunk in (1, 4, 7)),
+]
+
+
 def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec):
     """One query, one head, one key at a time."""
     S, h, _ = q_ShK.shape
     out_ShK, lse_Sh = np.zeros_like(q_ShK), np.full((S, h), -np.inf)
     for s, p in enumerate(q_pos_S):
         seen = [
-            i for i, t in enumerate(k_pos_T) if t <= p and (not spec.window or t > p - spec.window)
+            i
+            for i, t in enumerate(k_pos_T)
+            if t <= p
+            and (not spec.window or t > p - spec.window)
+            and (not spec.chunk or t // spec.chunk == p // spec.chunk)
         ]
         if not seen:
             continue
@@ -55,19 +68,22 @@ def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec):
             scores = np.array([spec.scale * q_ShK[s, head] @ k_gTK[group, i] for i in seen])
             if spec.softcap is not None:
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
+            if spec.alibi is not None:
+                slope = spec.alibi.scale * spec.alibi.slopes_h[head]
+                scores += [slope * (k_pos_T[i] - p) for i in seen]
             weights = np.exp(scores - scores.max())
             out_ShK[s, head] = weights @ v_gTK[group, seen] / weights.sum()
             lse_Sh[s, head] = scores.max() + np.log(weights.sum())
     return out_ShK, lse_Sh
 
 
-def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None, softcap=None) -> Any:
+def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None, softcap=None, chunk=None) -> Any:
     """Random queries with the positions of queries and keys, and keys and values that are part of
     larger arrays, as `attend` takes them; `size` scales queries and keys."""
     random = np.random.RandomState(0)
     q_ShK = size * random.standard_normal((len(q_at), h, K))
     k_gTK, v_gTK = random.standard_normal((2, g + 1, len(k_at) + 3, K))[:, 1:, : len(k_at)]
-    spec = AttentionSpec(0.4, window, softcap)
+    spec = AttentionSpec(0.4, window, softcap, chunk=chunk)
     return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), spec
 
 
@@ -83,25 +99,28 @@ def assert_close(found, expected, rtol=0.0, atol=1e-12):
 
 
 @pytest.mark.parametrize("block", [1, 3, None])
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
+@pytest.mark.parametrize("reach", [{}, *REACHES])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_attend(monkeypatch, block, window, positions):
+def test_attend(monkeypatch, block, reach, positions):
     for name in BLOCKS if block else ():
         monkeypatch.setattr(attention, name, block)
     # With the larger scores some blocks of queries need a shift.
     for h, g, size in [(4, 4, 1.0), (6, 2, 1.0), (3, 1, 1.0), (6, 2, 6.0)]:
-        case = arrays(*POSITIONS[positions], h, g, size=size, window=window)
+        case = arrays(*POSITIONS[positions], h, g, size=size, **reach)
         assert_close(attend(*case), plain(*case), atol=1e-12 * size**2)
-        capped = arrays(*POSITIONS[positions], h, g, size=size, window=window, softcap=1.5 * size)
+        capped = arrays(*POSITIONS[positions], h, g, size=size, softcap=1.5 * size, **reach)
         assert_close(attend(*capped), plain(*capped), atol=1e-12 * size**2)
+        *rest, spec = case
+        biased = *rest, replace(spec, alibi=LinearBiases(0.9 ** np.arange(h), scale=0.3))
+        assert_close(attend(*biased), plain(*biased), atol=1e-12 * size**2)
 
 
 @pytest.mark.parametrize("blocks", [(4, 4, 4), (64, 16, 16), (64, 16, 8), (1024, 256, 128)])
-@pytest.mark.parametrize("window", [None, 3, 70])
-def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, window):
+@pytest.mark.parametrize("reach", [{}, {"window": 3}, {"window": 70}, {"chunk": 40}])
+def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, reach):
     for name, block in zip(BLOCKS, blocks, strict=False):
         monkeypatch.setattr(attention, name, block)
-    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1, window=window)
+    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1, **reach)
     assert_close(attend(*case), plain(*case))
 
 
@@ -247,3 +266,43 @@ def test_memory_is_far_below_a_matrix_of_scores(size):
     finally:
         tracemalloc.stop()
     assert peak < h * S * S * 4 / 30
+
+
+def test_slopes_of_heads_that_are_a_power_of_two_and_of_others():
+    """Those of section 3 of arXiv 2108.12409, and how the published models go on from there."""
+    eight = [2.0**-n for n in range(1, 9)]
+    assert alibi_slopes(8).tolist() == eight
+    assert alibi_slopes(3).tolist() == [2.0**-4, 2.0**-8, 2.0**-2]
+    assert alibi_slopes(6).tolist() == [2.0**-n for n in (2, 4, 6, 8, 1, 3)]
+    assert alibi_slopes(1).tolist() == [2.0**-8]
+
+
+def test_biases_of_some_heads_are_those_of_the_whole():
+    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = arrays(range(9), range(9), h=6, g=3)
+    spec = replace(spec, alibi=LinearBiases(alibi_slopes(6)))
+    whole, _ = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
+    part, _ = attend(
+        q_ShK[:, 2:4], q_pos_S, k_gTK[1:2], v_gTK[1:2], k_pos_T, spec.of_heads(slice(2, 4))
+    )
+    np.testing.assert_allclose(part, whole[:, 2:4], rtol=0, atol=1e-12)
+
+
+def test_rounding_is_that_of_bfloat16():
+    x = np.concatenate([np.arange(600), 0.7 ** np.arange(40), [0.0, -3.14159, 2.0**-100]])
+    expected = x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(float)
+    np.testing.assert_array_equal(alibi.round_to_bfloat16(x.astype(np.float32)), expected)
+
+
+def test_rounded_biases_do_not_depend_on_how_the_keys_are_cut():
+    """Of a bfloat16 product of slope and position, positions beyond 256 are rounded too."""
+    q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = arrays(range(250, 260), range(260), h=4, g=2)
+    spec = replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4, rounded=True))
+    whole = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
+    cuts = [slice(0, None, 2), slice(1, None, 2)]
+    parts = [
+        attend(q_ShK, q_pos_S, k_gTK[:, cut], v_gTK[:, cut], k_pos_T[cut], spec) for cut in cuts
+    ]
+    assert_close(merge_attn_states(*parts[0], *parts[1]), whole)
+    spec = replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4))
+    exact, _ = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
+    assert np.abs(exact - whole[0]).max() > 1e-3

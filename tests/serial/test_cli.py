@@ -41,6 +41,8 @@ def test_what_a_command_does_unless_told_otherwise():
         "ignore_eos": False,
         "stop_token_ids": (),
         "skip_special_tokens": True,
+        "add_bos": None,
+        "chat_template_kwargs": None,
         "include_stop_str_in_output": False,
         "chunked_prefill_size": None,
         "expert_load": None,

@@ -102,6 +102,7 @@ def test_defaults_of_llama():
         qk_norm=False,
         ropes=(Rope(kind="default", theta=10000.0, original_positions=2048),) * 3,
         windows=(None, None, None),
+        chunks=(None, None, None),
         max_position_embeddings=2048,
         eos_ids=(2,),
         bos_id=1,
@@ -970,6 +971,7 @@ def test_tiny_models_are_read(variant):
         ("never_heard_of", []),
         ("never_heard_of", {}),
         ("internal_version", "1.0"),
+        ("attention_head_dim", 2),
         ("document_attention", True),
         ("partial_rotary_factor", 1.0),
         ("residual_multiplier", 1.0),
@@ -1347,8 +1349,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, not 0.5"),
     (
         "llama",
-        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}},
-        "rope_scaling.high_freq_factor = 4.0 must be above low_freq_factor = 4",
+        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.5}},
+        "rope_scaling.high_freq_factor = 4.0 must be at least low_freq_factor = 4.5",
+    ),
+    (
+        "llama",
+        {"attention_head_dim": 4},
+        "attention_head_dim = 4 is not implemented: 2 is",
     ),
     (
         "llama",

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
-from mpishard.tokenizer.text_stream import byte_level_bytes
+from mpishard.tokenizer.byte_level import to_bytes, to_word
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -35,7 +35,7 @@ def whole_text(text: Tokenizer, ids: list[int], skip: bool = True) -> str:
     words = [text.tokenizer.id_to_token(token) or "" for token in ids]
     decoder = str(text.tokenizer.decoder)
     if "ByteLevel" in decoder:
-        data = b"".join(map(byte_level_bytes, words))
+        data = b"".join(map(to_bytes, words))
         half = any(begins_character(data[-length:]) for length in (1, 2, 3))
         return text.decode(ids, skip)[: -1 if half else None]
     if "ByteFallback" in decoder:
@@ -64,11 +64,12 @@ def is_utf8(data: bytes) -> bool:
 
 
 def test_bytes_of_byte_level_tokens():
-    assert {byte_level_bytes(one) for one in pre_tokenizers.ByteLevel.alphabet()} == {
+    assert {to_bytes(one) for one in pre_tokenizers.ByteLevel.alphabet()} == {
         bytes([byte]) for byte in range(256)
     }
-    assert byte_level_bytes("ĠcafÃ©") == " café".encode()
-    assert byte_level_bytes("漢") == "漢".encode()  # no byte is written so: it was added
+    assert to_bytes("ĠcafÃ©") == " café".encode()
+    assert to_word(" café".encode()) == "ĠcafÃ©"
+    assert to_bytes("漢") == "漢".encode()  # no byte is written so: it was added
 
 
 def token_ids(kind: str) -> st.SearchStrategy[list[int]]:

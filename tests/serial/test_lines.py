@@ -133,6 +133,29 @@ def test_openais_form():
     ]
 
 
+def test_what_a_line_gives_to_the_chat_template():
+    tools, documents = [{"type": "function"}], [{"title": "t", "text": "u"}]
+    line = openai(
+        tools=tools, tool_choice="auto", documents=documents, chat_template_kwargs={"a": 1}
+    )
+    assert line.error == ""
+    assert line.chat_template_kwargs == {"a": 1, "tools": tools, "documents": documents}
+    assert openai(tools=[], documents=None, chat_template_kwargs=None).chat_template_kwargs == {}
+    assert plain(chat_template_kwargs={"a": None}).chat_template_kwargs == {"a": None}
+    assert '"chat_template_kwargs" must be an object' in plain(chat_template_kwargs=[1]).error
+
+
+@pytest.mark.parametrize("form", [plain, openai])
+def test_what_ends_an_answer_and_what_of_it_is_shown(form):
+    own = {"stop_token_ids": [1, 2], "skip_special_tokens": False}
+    line = form(**own, include_stop_str_in_output=True)
+    expected = replace(PARAMS, stop_token_ids=(1, 2), skip_special_tokens=False)
+    assert line.params == replace(expected, include_stop_str_in_output=True)
+    assert '"stop_token_ids" must be a list of integers' in form(stop_token_ids="1").error
+    assert "stop_token_ids -1 is out of range" in form(stop_token_ids=[-1]).error
+    assert '"skip_special_tokens" must be true or false' in form(skip_special_tokens=0).error
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
@@ -231,7 +254,9 @@ def test_a_wish_that_cannot_be_is_refused(form, name, value, sentence):
         (lambda: openai(top_logprobs=21, logprobs=True), "logprobs 21 is out of range: it must be"),
         (lambda: openai(COMPLETION, top_logprobs=2), '"top_logprobs" 2 needs a chat: give the num'),
         (lambda: openai(COMPLETION, logprobs=True), '"logprobs" must be a whole number, not true'),
-        (lambda: openai(tools=[{}]), '"tools" [{}] is not built: leave it out, or say []'),
+        (lambda: openai(tool_choice="required"), '"tool_choice" "required" is not built'),
+        (lambda: openai(COMPLETION, tools=[{}]), '"tools" [{}] is not built: leave it out'),
+        (lambda: plain(tools=[{}]), 'unknown field "tools"'),
         (lambda: openai(guided_json="x"), 'its body has the unknown field "guided_json"'),
         (lambda: openai(prompt="x"), 'its body has the unknown field "prompt"'),
         (lambda: openai(model=4), '"model" must be a string, not 4'),

@@ -187,7 +187,9 @@ def test_a_mistake_shows(variant):
 def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, ModelConfig, Weights]]:
     """What an implementation may get wrong: ``(description, configuration, weights)`` that would
     make a right one compute the same as the wrong one."""
-    yield "epsilon ten times too small", replace(config, norm_eps=config.norm_eps / 10), weights
+    # Some families have no field for it, and always a small one.
+    factor, how = (0.1, "ten times too small") if config.norm_eps > 1e-4 else (1e4, "far too large")
+    yield f"epsilon {how}", replace(config, norm_eps=factor * config.norm_eps), weights
     if config.moe is None or config.moe.alpha is None:
         activation = "silu" if config.activation != "silu" else "gelu_pytorch_tanh"
         yield "another activation", replace(config, activation=activation), weights
@@ -211,7 +213,7 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
         yield "the model's epsilon in latents", with_mla(config, norm_eps=config.norm_eps), weights
     if config.sinks:
         yield "no sinks", replace(config, sinks=False), weights
-    for mistake, changes in scale_mistakes(config):
+    for mistake, changes in [*scale_mistakes(config), *layer_norm_mistakes(config)]:
         yield mistake, replace(config, **changes), weights
     for mistake, names in norm_mistakes(config):
         yield mistake, replace(config, norms=names), weights
@@ -252,6 +254,8 @@ def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
         yield "no groups", replace(moe, n_group=1, topk_group=1)
         yield "one group more", replace(moe, topk_group=moe.topk_group + 1)
         yield "another score of groups", replace(moe, group_score=other)
+    if moe.scale_inputs:
+        yield "weights of outputs", replace(moe, scale_inputs=False)
     if moe.router_bias:
         yield "no bias of the router", replace(moe, router_bias=False)
     if moe.alpha and moe.limit:
@@ -303,9 +307,43 @@ def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no norms of q and k", {"qk_norm": False}
     if config.rope_interleaved:
         yield "pairs of halves", {"rope_interleaved": False}
+    if config.qk_l2_norm:
+        yield "no norms of q and k", {"qk_l2_norm": False}
+    chunks = config.chunks
+    if any(chunks):
+        longest, none = max(c for c in chunks if c), (None,) * config.layers
+        yield "chunks one too long", {"chunks": tuple(c and c + 1 for c in chunks)}
+        yield "no chunks", {"chunks": none}
+        yield "windows for chunks", {"chunks": none, "windows": chunks}
+        yield "chunks everywhere", {"chunks": (longest,) * config.layers}
     if config.partial_rotary_dim and config.rope.kind != "longrope":
         yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
         yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
+
+
+def layer_norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What there is beside LayerNorm in the families that have it."""
+    if config.layer_norm:
+        yield "a mean that stays", {"layer_norm": False}
+    if config.parallel_residual:
+        yield "one sub-layer after the other", {"parallel_residual": False}
+    if config.learned_positions:
+        yield "no positions", {"learned_positions": 0}
+        yield "positions off by one", {"position_offset": config.position_offset + 1}
+    if config.alibi:
+        yield "no biases of scores", {"alibi": None}
+
+    if config.alibi == "in bfloat16" and config.heads & (config.heads - 1):
+        yield "exact biases of scores", {"alibi": "exact"}
+    if config.clip_qkv:
+        yield "nothing clipped", {"clip_qkv": None}
+        yield "clipped a tenth too late", {"clip_qkv": 1.1 * config.clip_qkv}
+    if config.inverse_layer_scale:
+        yield "the same scale in all layers", {"inverse_layer_scale": False}
+    if config.embedding_norm:
+        yield "no norm of the embedding", {"embedding_norm": False}
+    if config.per_head_norm:
+        yield "no norms of heads", {"per_head_norm": False}
 
 
 def norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, LayerNormNames]]:
@@ -324,6 +362,10 @@ def norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, LayerNormNames]]:
 
 
 def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
+    if rope.query_scale_beta:
+        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
+        later = 1 - rope.query_scale_offset
+        yield "queries scaled one position later", replace(rope, query_scale_offset=later)
     if rope.kind == "none":
         return
     yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
@@ -331,8 +373,6 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
         yield "no rope scaling", replace(rope, kind="default")
     if rope.kind != "default" and rope.attention_factor is None:
         yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
-    if rope.query_scale_beta:
-        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
     if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
         longer = replace(rope, original_positions=rope.original_positions + 1)
         yield "original length one too long", longer
@@ -367,13 +407,22 @@ def window_mistakes(config):
 
 def weight_mistakes(config, weights):
     layer = f"model.layers.{config.layers - 1}."
+    # Without rope a bias of k adds the same to all scores of a query.
+    unrotated = {
+        f"model.layers.{number}.self_attn.k_proj.bias"
+        for number, rope in enumerate(config.ropes)
+        if rope.kind == "none"
+    }
     for name in weights:
-        if name.endswith("bias") and weights[name].any():
+        if name.endswith("bias") and weights[name].any() and name not in unrotated:
             yield f"no {name}", {name: np.zeros_like(weights[name])}
-        if "norm" in name:
+        if "norm" in name and not name.endswith("bias"):
             yield f"no {name}", {name: np.ones_like(weights[name])}
     if config.gated_mlp:
         yield "gate for up", gate_for_up(weights, layer)
+    for part in "qk" if config.per_head_norm and config.kv_heads > 1 else "":
+        norm = f"{layer}self_attn.{part}_norm.weight"
+        yield f"norms of other {part}", {norm: np.roll(weights[norm], 1, axis=0)}
     if config.moe is not None and config.moe.layers[-1]:
         router = layer + router_of(config)
         yield "experts in another order", {router: np.roll(weights[router], 1, axis=0)}
@@ -469,6 +518,8 @@ def latent_mistakes(config, weights, layer):
 
 @pytest.mark.parametrize("variant", EVERY_VARIANT)
 def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
+    if tiny_config(variant).rope == NO_ROPE:
+        return
     halves, neighbours = reference.rotate, reference.rotate_neighbours
     monkeypatch.setattr(reference, "rotate", neighbours)
     monkeypatch.setattr(reference, "rotate_neighbours", halves)
@@ -477,6 +528,17 @@ def test_pairs_of_neighbours_in_place_of_halves_show(variant, monkeypatch):
         expected["ids_1"].tolist()
     )
     assert deviation(logits_SV, expected["logits_1"]) > 50 * BOUND
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_other_form_of_gelu_shows(variant):
+    """It differs by little, but by more than the tolerance."""
+    config, expected = tiny_config(variant), golden(variant)
+    others = {"gelu": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu"}
+    if config.activation in others:
+        config = replace(config, activation=others[config.activation])
+        logits_SV, _ = Reference(config, tiny_weights(variant)).forward(expected["ids_1"].tolist())
+        assert deviation(logits_SV, expected["logits_1"]) > 1.5 * BOUND
 
 
 def test_an_older_token_does_not_see_a_newer_one():

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from stored import stored
-from tiny_models import tiny_config, tiny_weights
+from tiny_layer_norm_models import LAYER_NORM_VARIANTS
+from tiny_models import rewrite, tiny_config, tiny_weights, write_checkpoint
 
 from mpishard.config.stored_names import StoredNames
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import weight_specs
+from mpishard.errors import UserError
 from mpishard.storage import checkpoint as checkpoint_module
 from mpishard.storage.arrays import row_blocks
 from mpishard.storage.convert import convert
@@ -82,3 +85,30 @@ def test_loaded_verified_and_converted(checkpoint, tmp_path, monkeypatch):
             expected = tiny_weights(VARIANT)[weight.name][part]
             np.testing.assert_array_equal(loaded[weight.name], expected)
             np.testing.assert_array_equal(of_shards[weight.name], expected)
+
+
+@pytest.mark.parametrize("variant", LAYER_NORM_VARIANTS)
+def test_checkpoints_of_the_families_are_read_under_each_of_their_names(tmp_path, variant):
+    """And with the buffers that old files have, which follow from the configuration."""
+    config, whole = tiny_config(variant), tiny_weights(variant)
+    sharding = WeightSharding(min(4, config.heads))
+    for prefix in config.stored_names.prefixes:
+        directory = write_checkpoint(variant, tmp_path / (prefix or "none"), "bfloat16")
+        weights = stored(config, tiny_weights(variant, ml_dtypes.bfloat16), prefix)
+        layer = f"{prefix}{config.stored_names.layers}.0"
+        buffers = {f"{layer}{end}": np.ones(3, np.uint8) for end in config.stored_names.buffers}
+        save_file(weights | buffers, directory / "model.safetensors")
+        source = open_source(directory)
+        for rank in range(sharding.ranks):
+            loaded = load_weights(source, sharding, rank)
+            for weight in weight_specs(config):
+                part = whole[weight.name][weight.slices(config, sharding, rank)]
+                np.testing.assert_array_equal(loaded[weight.name], part)
+
+
+def test_a_missing_tensor_has_the_name_of_the_checkpoint(tmp_path):
+    directory = write_checkpoint("gpt2-layers", tmp_path)
+    name = "transformer.h.1.attn.c_attn.weight"
+    rewrite(directory / "model.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(UserError, match=rf"lacks the tensor {name}.* in shape \(30, 90\)"):
+        open_source(directory)
