@@ -102,6 +102,7 @@ def test_defaults_of_llama():
         qk_norm=False,
         ropes=(Rope(kind="default", theta=10000.0, original_positions=2048),) * 3,
         windows=(None, None, None),
+        chunks=(None, None, None),
         max_position_embeddings=2048,
         eos_ids=(2,),
         bos_id=1,
