@@ -11,8 +11,8 @@
   Every rank runs the whole test. It may take the fixtures ``comm``, a communicator of its own, and
   ``ranks``, the number of ranks. ``tmp_path`` differs from rank to rank; ``mpi_tmp_path``, of
   pytest-mpi, is rank 0's on all.
-- ``pytest --exhaustive`` tries every variant of the sweeps on 6 and 8 ranks too, in all layouts;
-  without it a covering design of one variant of each form has to do there.
+- ``@over(layouts_of)`` of `sweep` makes a test one for each tiny model that has layouts of that
+  number of ranks. ``pytest --exhaustive`` has all degrees for all models, on 6 and 8 ranks too.
 - ``from mpi_runner import run_mpi`` runs a real command under mpirun, in a serial test:
   ``run_mpi(4, ["-m", "mpishard", "generate", …])`` answers with returncode, stdout and stderr;
   ``run_mpi(None, …)`` goes without mpirun. ``Launch`` is the same as a running process, whose
@@ -35,27 +35,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive",
         action="store_true",
-        help="try every variant on 6 and 8 ranks too, not only one of each form of model",
+        help="sweep every tiny model over all degrees on every number of ranks, not over a few "
+        "layouts in which all options meet",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "sweep: over all variants, of which many ranks take one of each form of model"
+        "markers",
+        "sweep(layouts_of): for the variants for which layouts_of(ranks, variant) is not empty",
     )
     covering.exhaustive = config.getoption("exhaustive")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if covering.exhaustive:
-        return
-    from toys import MANY, REPRESENTATIVES
-
     def is_left_out(item: pytest.Item) -> bool:
-        if not item.get_closest_marker("sweep"):
+        mark = item.get_closest_marker("sweep")
+        if mark is None:
             return False
         params = item.callspec.params  # type: ignore[attr-defined]
-        return params["ranks"] in MANY and params["variant"] not in REPRESENTATIVES
+        return not mark.args[0](params["ranks"], params["variant"])
 
     left_out = [item for item in items if is_left_out(item)]
     config.hook.pytest_deselected(items=left_out)

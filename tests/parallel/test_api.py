@@ -11,9 +11,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from mpi4py import MPI
+from sweep import accepted, layouts
 from tiny_models import VARIANTS, tiny_config, write_checkpoint
 from tiny_text import write_speaker
-from toys import accepted, layouts, oracle
+from toys import oracle
 
 import mpishard
 from mpishard.config.layout import LAYOUT_OPTIONS, Layout

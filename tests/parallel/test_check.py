@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sweep import accepted, layouts
 from tiny_models import tiny_config
 from tiny_text import write_speaker
-from toys import accepted, layouts
 
 import mpishard
 from mpishard.communication import check

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from covering import Row, covering
 from mpi4py import MPI
+from sweep import AXES, has_effect, layout_of
 from tiny_models import tiny_config
-from toys import AXES, Recorder, has_effect, layout_of, mesh_of, meshes, oracle, toy
+from toys import Recorder, mesh_of, meshes, oracle, toy
 
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 from mpi4py import MPI
+from sweep import degrees, layouts
 from tiny_models import tiny_config
-from toys import degrees, layouts, mesh_of
+from toys import mesh_of
 
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout, kv_heads_of, query_heads_of

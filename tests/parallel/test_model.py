@@ -3,27 +3,109 @@ token by token through the generate loop."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from mpi4py import MPI
+from sweep import over, swept, swept_in_float32, trials
 from tiny_models import tiny_config
-from toys import Recorder, every_variant, meshes, oracle, slices, toy, whole_logits
+from toys import Recorder, Remembering, mesh_of, meshes, oracle, slices, toy, whole_logits
 
+from mpishard.communication.mesh import Mesh
+from mpishard.config.layout import Layout, block
 from mpishard.engine.generate import generate
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
-from mpishard.sequences.step import pack
+from mpishard.sequences.step import Step, pack
 
 pytestmark = pytest.mark.ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_TOLERANCE = 2e-4  # of the logits' standard deviation
+
+# How many tokens of each of four sequences a step processes: first chunks side by side, of more
+# tokens than ranks and of fewer; a further chunk and a decode beside a prompt that is longer than
+# every window and every original length; a decode of all.
+PHASES = ((5, 1, 6, 0), (4, 1, 0, 21), (1, 1, 1, 1))
+
+
+def phases(
+    model: Decoder, sequences: list[np.ndarray]
+) -> Iterator[tuple[Step, list[tuple[int, int, int]]]]:
+    """The steps, with all logits, and which tokens they process: (sequence, start, stop). With
+    rotary frequencies that go by its length a sequence is processed anew, as in the engine."""
+    firsts = [next(filter(None, counts)) for counts in zip(*PHASES, strict=True)]
+    caches = [
+        model.allocate_cache(len(ids_S), first)
+        for ids_S, first in zip(sequences, firsts, strict=True)
+    ]
+    lengths = [0] * len(sequences)
+    for counts in PHASES:
+        new = []
+        for place in map(int, np.flatnonzero(counts)):
+            start, stop = lengths[place], lengths[place] + counts[place]
+            if model.uses_dynamic_rope(stop):
+                start, caches[place] = 0, model.allocate_cache(stop)
+            new.append((place, start, stop))
+            lengths[place] = stop
+        feeds = [(sequences[place][start:stop], caches[place]) for place, start, stop in new]
+        yield pack(feeds, model.sequence_sharding, all_logits=True), new
+
+
+@over(swept)
+def test_every_phase_is_the_references(comm: MPI.Intracomm, variant: str):
+    """After every token, this rank's block of the logits."""
+    reference = oracle(variant)
+    vocab = reference.config.vocab
+    random = np.random.RandomState(3)
+    sequences = [random.randint(0, vocab, sum(counts)) for counts in zip(*PHASES, strict=True)]
+    for layout in swept(comm.size, variant):
+        with mesh_of(comm, variant, layout) as mesh:
+            model, mine = toy(variant, mesh), block(vocab, mesh.tp.size, mesh.tp.rank)
+            for step, new in phases(model, sequences):
+                logits_Mv = model.forward(step)
+                expected_WV = np.concatenate(
+                    [reference.logits(sequences[place], stop)[start:] for place, start, stop in new]
+                )
+                agree(logits_Mv, expected_WV[step.global_index[mesh.cp.rank], mine], mesh)
+
+
+def agree(found: np.ndarray, expected: np.ndarray, mesh: Mesh) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9, err_msg=str(mesh.layout))
+
+
+@over(swept_in_float32)
+def test_float32_agrees_with_transformers(comm: MPI.Intracomm, variant: str):
+    """The logits at every position, the residual streams entering each layer and after the final
+    norm, and how the generate loop goes on, with prompts in chunks."""
+    golden = np.load(GOLDEN / f"{variant}.npz")
+    prompts = [golden["ids_0"], golden["ids_1"]]
+    requests = [
+        Request(place, ids.tolist(), SamplingParams(max_tokens=8))
+        for place, ids in enumerate(prompts)
+    ]
+    for layout in swept_in_float32(comm.size, variant):
+        with mesh_of(comm, variant, layout) as mesh:
+            model = toy(variant, mesh, np.float32)
+            logits, hidden = score(model, prompts)
+            answers = generate(model, requests, limits=SchedulerConfig(chunked_prefill_size=8))
+        for place, answer in enumerate(answers):
+            assert logits[place].dtype == np.float32
+            close(logits[place], golden[f"logits_{place}"], layout)
+            for x_SD, expected_SD in zip(hidden[place], golden[f"hidden_{place}"], strict=True):
+                close(x_SD, expected_SD, layout)
+            assert answer.ids == golden[f"greedy_{place}"].tolist(), layout
+
+
+def close(found: np.ndarray, expected: np.ndarray, layout: Layout) -> None:
+    error = np.abs(found - expected).max() / expected.std()
+    assert error < GOLDEN_TOLERANCE, f"{layout}: {error} of the standard deviation"
 
 
 def score(
@@ -45,58 +127,12 @@ def score(
     )
 
 
-@every_variant
-def test_float32_agrees_with_transformers(comm: MPI.Intracomm, variant: str):
-    golden = np.load(GOLDEN / f"{variant}.npz")
-    prompts = [golden["ids_0"], golden["ids_1"]]
-    for mesh in meshes(comm, variant):
-        model = toy(variant, mesh, np.float32)
-        logits, hidden = score(model, prompts)
-        for place in range(len(prompts)):
-            expected = golden[f"logits_{place}"]
-            assert logits[place].dtype == np.float32
-            error = np.abs(logits[place] - expected).max() / expected.std()
-            assert error < GOLDEN_TOLERANCE, f"{mesh.layout}: {error} of the standard deviation"
-            for x_SD, expected_SD in zip(hidden[place], golden[f"hidden_{place}"], strict=True):
-                error = np.abs(x_SD - expected_SD).max() / expected_SD.std()
-                assert error < GOLDEN_TOLERANCE, f"{mesh.layout}: {error} of a hidden state's"
-
-
 @pytest.mark.ranks(1, 2, 3, 4, 6, 8)
-@every_variant
-def test_float64_agrees_with_the_reference(comm: MPI.Intracomm, variant: str):
-    reference = oracle(variant)
-    random = np.random.RandomState(3)
-    prompts = [random.randint(0, reference.config.vocab, length) for length in (17, 1, 4, 30)]
-    for mesh in meshes(comm, variant):
-        logits, hidden = score(toy(variant, mesh), prompts)
-        for place, ids_S in enumerate(prompts):
-            expected_SV, expected = reference.forward(ids_S.tolist())
-            np.testing.assert_allclose(logits[place], expected_SV, rtol=0, atol=1e-9)
-            np.testing.assert_allclose(hidden[place], expected, rtol=0, atol=1e-9)
-
-
-@every_variant
-def test_the_generate_loop_goes_on_as_transformers_does(comm: MPI.Intracomm, variant: str):
-    golden = np.load(GOLDEN / f"{variant}.npz")
-    for mesh in meshes(comm, variant):
-        model = toy(variant, mesh, np.float32)
-        prompts = [golden["ids_0"].tolist(), golden["ids_1"].tolist()]
-        answers = generate(
-            model, [Request(i, ids, SamplingParams(max_tokens=8)) for i, ids in enumerate(prompts)]
-        )
-        for place, answer in enumerate(answers):
-            assert answer.ids == golden[f"greedy_{place}"].tolist(), mesh.layout
-
-
-@pytest.mark.ranks(1, 2, 3, 4, 6, 8)
-@pytest.mark.parametrize("chunk", [None, 4])
-@every_variant
-def test_every_step_of_the_generate_loop_is_the_references(
-    comm: MPI.Intracomm, variant: str, chunk: int | None
-):
+@over(trials)
+def test_every_step_of_the_generate_loop_is_the_references(comm: MPI.Intracomm, variant: str):
     """Sequences enter and leave at different steps, whole or in chunks, and each token's logits are
-    held to those of a whole recomputation."""
+    held to those of a whole recomputation. Replicas that share experts step together, with unequal
+    work and with none."""
     reference = oracle(variant)
     vocab = reference.config.vocab
     random = np.random.RandomState(5)
@@ -104,32 +140,40 @@ def test_every_step_of_the_generate_loop_is_the_references(
         Request(
             index, random.randint(0, vocab, length).tolist(), SamplingParams(max_tokens=max_tokens)
         )
-        for index, (length, max_tokens) in enumerate([(9, 4), (1, 7), (14, 1), (3, 5)])
+        for index, (length, max_tokens) in enumerate([(9, 3), (1, 4), (14, 1), (3, 2)])
     ]
-    for mesh in meshes(comm, variant):
-        model = Recorder(toy(variant, mesh))
-        mine = [requests[place] for place in assign_requests(len(requests), mesh)]
-        answers = generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=chunk))
-        assert [answer.index for answer in answers] == [request.index for request in mine]
-        for request, answer in zip(mine, answers, strict=True):
-            assert answer.ids == reference.greedy(request.ids, request.params.max_tokens)
-            assert answer.finish_reason == "length"
-        if chunk and not model.uses_dynamic_rope(14):
-            fed = [
-                len(np.concatenate(s.positions_by_rank))
-                for step in model.steps
-                for s in step.segments
-            ]
-            assert max(fed, default=0) <= chunk
-        segments = [segment for step in model.steps for segment in step.segments]
-        caches = list({id(segment.cache): segment.cache for segment in segments}.values())
-        sequences = [r.ids + answer.ids for r, answer in zip(mine, answers, strict=True)]
-        for step, logits_Mv, asked in zip(model.steps, model.logits, model.asked, strict=True):
-            found_MV = whole_logits(logits_Mv, model, step)
-            for found_V, (cache, length) in zip(found_MV, asked, strict=True):
-                ids = sequences[caches.index(cache)][:length]
-                expected_V = reference.forward(ids)[0][-1]
-                np.testing.assert_allclose(found_V, expected_V, rtol=0, atol=1e-9)
+    for layout, chunk in trials(comm.size, variant):
+        with mesh_of(comm, variant, layout) as mesh:
+            model = Recorder(toy(variant, mesh))
+            mine = [requests[place] for place in assign_requests(len(requests), mesh)]
+            answers = generate(model, mine, limits=SchedulerConfig(chunked_prefill_size=chunk))
+            assert [answer.index for answer in answers] == [request.index for request in mine]
+            sequences = [r.ids + answer.ids for r, answer in zip(mine, answers, strict=True)]
+            check_steps(model, sequences, reference)
+            for request, answer in zip(mine, answers, strict=True):
+                assert answer.ids == reference.greedy(request.ids, request.params.max_tokens)
+                assert answer.finish_reason == "length"
+            if chunk and not model.uses_dynamic_rope(14):
+                chunks = [s.positions_by_rank for step in model.steps for s in step.segments]
+                assert max((sum(map(len, ranks)) for ranks in chunks), default=0) <= chunk
+
+
+def check_steps(model: Recorder, sequences: list[list[int]], reference: Remembering) -> None:
+    """Whether this rank's block of the logits of every step is the reference's."""
+    segments = [segment for step in model.steps for segment in step.segments]
+    caches = list({id(segment.cache): segment.cache for segment in segments}.values())
+    for ids in sequences:
+        reference.logits_after(ids)
+    mesh = model.mesh
+    mine = block(model.config.vocab, mesh.tp.size, mesh.tp.rank)
+    for step, logits_Mv, asked in zip(model.steps, model.logits, model.asked, strict=True):
+        expected = [
+            reference.logits_after(sequences[caches.index(asked[place][0])][: asked[place][1]])
+            for place in step.logits_owner_index[mesh.cp.rank]
+        ]
+        assert len(logits_Mv) == len(expected)
+        if expected:
+            agree(logits_Mv, np.array(expected)[:, mine], mesh)
 
 
 def test_answers_come_back_in_the_order_of_the_requests(comm: MPI.Intracomm):

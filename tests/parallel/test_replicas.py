@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from sweep import degrees
 from tiny_models import tiny_config
 from tiny_text import write_speaker
-from toys import degrees
 
 import mpishard
 from mpishard.api import scheduler_config
