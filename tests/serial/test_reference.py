@@ -240,9 +240,15 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
 
 
 def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
-    yield "one expert more", replace(moe, top_k=moe.top_k + 1)
-    yield "one expert less", replace(moe, top_k=moe.top_k - 1)
-    yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.scoring == "sparsemixer":
+        yield "jitter a quarter too large", replace(moe, jitter=1.25 * moe.jitter)
+        yield "the softmax of all", replace(moe, scoring="softmax")
+    else:
+        yield "one expert more", replace(moe, top_k=moe.top_k + 1)
+        yield "one expert less", replace(moe, top_k=moe.top_k - 1)
+        yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.norm_min > 1e-3:
+        yield "no least sum", replace(moe, norm_min=0.0)
     if moe.shared_expert_intermediate_size:
         yield "no shared expert", replace(moe, shared_expert_intermediate_size=0)
     if moe.shared_gate:
@@ -371,9 +377,9 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
     yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
     if rope.kind != "default":
         yield "no rope scaling", replace(rope, kind="default")
-    if rope.kind != "default" and rope.attention_factor is None:
+    if rope.kind != "default" and rope.attention_factor is None and not rope.mscales:
         yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
-    if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
+    if rope.kind in ("dynamic", "llama3", "yarn", "longrope") and not rope.mscales:
         longer = replace(rope, original_positions=rope.original_positions + 1)
         yield "original length one too long", longer
     used = {
@@ -389,7 +395,10 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
     if rope.kind == "yarn":
         yield "truncate the other way", replace(rope, truncate=not rope.truncate)
         yield "no attention factor", replace(rope, attention_factor=1.0)
-    if rope.kind == "longrope":
+    if rope.mscales:
+        first, second = rope.mscales
+        yield "the short mscale alone", replace(rope, mscales=(first, first))
+    if rope.kind == "longrope" and not rope.mscales:
         yield "short factors alone", replace(rope, long_factors=rope.short_factors)
         yield "no attention factor", replace(rope, attention_factor=1.0)
 
