@@ -473,6 +473,10 @@ TEMPLATES: dict[str, Files] = {
         "special_tokens_map.json": {"bos_token": token("<map>"), "think_token": "<think>"},
         **config(chat_template=NAMES, **BOS),
     },
+    "an empty name": config(chat_template=NAMES, pad_token="", bos_token="<s>"),
+    "names as transformers 5 writes them": config(
+        chat_template=NAMES, model_specific_special_tokens={"tool_token": "<tool>"}
+    ),
     "reasoning": config(chat_template=REASONING),
     "several": config(
         chat_template=[

@@ -30,6 +30,7 @@ ADDED_TOKENS = "added_tokens.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DECODER = "added_tokens_decoder"
 EXTRA, ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
+SPECIFIC = "model_specific_special_tokens"  # by name, as transformers 5 writes them
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -74,7 +75,8 @@ class SpecialTokens:
         for token in (*named.values(), *others):
             if token.content not in known:
                 new.setdefault(token.content, token)
-        self.names = {name: token.content for name, token in named.items()}
+        self.names = {name: "" for name in NAMES if settings.get(name) == ""}
+        self.names |= {name: token.content for name, token in named.items()}
         for content in self.names.values():
             if content in new:
                 new[content].special = True
@@ -86,17 +88,13 @@ class SpecialTokens:
         }
 
     def _named(self, settings: dict[str, Any]) -> dict[str, AddedToken]:
-        named = {
-            name: self._token(settings[name], name)
-            for name in NAMES
-            if settings.get(name) is not None
-        }
+        named = {name: self._token(settings[name], name) for name in NAMES if settings.get(name)}
         for name, value in settings.items():
             if name.endswith("_token") and name not in NAMES and isinstance(value, str | dict):
                 named[name] = self._token(value, name)
-        extra = settings.get(EXTRA)
-        if isinstance(extra, dict):
-            named |= {name: self._token(value, name) for name, value in extra.items()}
+        for field in (SPECIFIC, EXTRA):
+            if isinstance(tokens := settings.get(field), dict):
+                named |= {name: self._token(value, name) for name, value in tokens.items()}
         return named
 
     def _added(

@@ -72,7 +72,7 @@ class Tokenizer:
         ends = {
             name: self.names[f"{name}_token"]
             for name in ("bos", "eos")
-            if settings.get(f"add_{name}_token") is True and f"{name}_token" in self.names
+            if settings.get(f"add_{name}_token") is True and self.names.get(f"{name}_token")
         }
         parts = [ends.get("bos", ""), "$A", ends.get("eos", "")]
         self.tokenizer.post_processor = processors.TemplateProcessing(
@@ -81,7 +81,7 @@ class Tokenizer:
         )
 
     def _check_bos(self, declared: object) -> None:
-        bos = self.names.get("bos_token")
+        bos = self.names.get("bos_token") or None
         self._bos_id = None if bos is None else self.tokenizer.token_to_id(bos)
         prefix = self.tokenizer.encode("").ids
         self._adds_bos = self._bos_id is not None and prefix[:1] == [self._bos_id]
@@ -185,6 +185,13 @@ def _read_tokenizer(
             f"give token ids instead, or copy {TOKENIZER} there"
         )
     refuse_placeholder(path)
+    names = settings.get("fast_tokenizer_files")
+    for name in names if isinstance(names, list) else ():
+        if name != TOKENIZER and (directory / str(name)).is_file():
+            raise UserError(
+                f"{directory} has the tokenizer {name} for newer libraries, as its "
+                f"tokenizer_config.json says: copy it to {TOKENIZER}"
+            )
     try:
         return tokenizers.Tokenizer.from_file(str(path)), settings, TOKENIZER
     except Exception as error:  # the library raises plain Exception

@@ -66,6 +66,16 @@ def test_a_model_without_a_tokenizer(tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_tokenizer_for_newer_libraries(directory, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    names = ["tokenizer.json", "tokenizer.4.0.0.json"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": names}))
+    assert Tokenizer(tmp_path).encode("a")
+    (tmp_path / names[1]).touch()
+    with pytest.raises(UserError, match=r"the tokenizer tokenizer.4.0.0.json for newer libraries"):
+        Tokenizer(tmp_path)
+
+
 LONG = f'{{"model": {{"type": "{5000 * "x"}"}}}}'
 
 
