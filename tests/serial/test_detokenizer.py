@@ -229,3 +229,17 @@ def test_a_character_that_the_prompt_began_is_of_the_answer(kind):
     ids = text.encode("hello 漢字", special=False)
     for cut, expected in ((-6, "漢字"), (-5, "漢字"), (-4, "漢字"), (-3, "字"), (-2, "字")):
         assert "".join(grow(text, ids[:cut], ids[cut:], SamplingParams())) == expected
+
+
+def test_a_stop_string_that_a_broken_run_of_bytes_completes():
+    """The run was a character before; what stood before that had to wait."""
+    text = tokenizer_of("byte fallback")
+    ids = [text.tokenizer.token_to_id(one) for one in ("▁", "é", "▁")]
+    ids += [text.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "漢".encode() + b"\x80"]
+    for stop, expected in (
+        ("é \ufffd", ""),
+        ("é 漢", ""),
+        ("漢", "é "),
+        ("x", "é " + 4 * "\ufffd"),
+    ):
+        assert "".join(grow(text, [], ids, SamplingParams(stop=(stop,)))) == expected
