@@ -133,10 +133,15 @@ class Reference:
         q_SHK, k_SGK = self.positioned(q_SHK, layer), self.positioned(k_SGK, layer)
         if c.qk_norm and c.qk_norm_after_rope:
             q_SHK, k_SGK = self.norm(q_SHK, q_norm), self.norm(k_SGK, k_norm)
+        if c.qk_l2_norm and c.ropes[layer].kind != "none":
+            q_SHK, k_SGK = (
+                x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_eps)
+                for x in (q_SHK, k_SGK)
+            )
 
         S = len(x_SD)
         query_scale_S1 = query_scale(c.ropes[layer], S)[:, None].astype(self.dtype)
-        hidden_SS = ~visible(S, c.windows[layer])
+        hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
         out_SHK = np.empty_like(q_SHK)
         for h in range(c.heads):
             g = h // (c.heads // c.kv_heads)  # neighbouring query heads share a key/value head
@@ -238,7 +243,7 @@ class Reference:
         turn = rotate_neighbours if mla.interleaved else rotate
         shared_key_SK = turn(shared_key_SK, cos_SJ, sin_SJ)
         scale = latent_score_factor(rope) / math.sqrt(mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-        hidden_SS = ~visible(S, c.windows[layer])
+        hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
         out_SHK = np.empty((S, c.heads, mla.v_head_dim), x_SD.dtype)
         for h in range(c.heads):
             nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.qk_nope_head_dim], axis=1)
@@ -260,7 +265,10 @@ class Reference:
         for token in range(len(x_SD)):
             chosen = zip(routing.experts_SA[token], routing.weights_SA[token], strict=True)
             for expert, weight in chosen:
-                y_SD[token] += weight * self.expert(x_SD[token], name, expert)
+                if moe.scale_inputs:
+                    y_SD[token] += self.expert(weight * x_SD[token], name, expert)
+                else:
+                    y_SD[token] += weight * self.expert(x_SD[token], name, expert)
         if moe.shared_expert_intermediate_size:
             shared_SD = self.feed_forward(x_SD, f"{name}.{moe.names.shared}")
             if moe.shared_gate:
@@ -398,11 +406,15 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def visible(length: int, window: int | None) -> np.ndarray:
+def visible(length: int, window: int | None, chunk: int | None = None) -> np.ndarray:
     """Whether query i sees key j, as (i, j): no key after it, and of those up to itself the last
-    `window`."""
+    `window`, or those in its own `chunk`."""
     back = np.arange(length)[:, None] - np.arange(length)  # how far key j lies before query i
-    return (back >= 0) & (back < (length if window is None else window))
+    seen = (back >= 0) & (back < (length if window is None else window))
+    if chunk is not None:
+        number = np.arange(length) // chunk
+        seen &= number[:, None] == number
+    return seen
 
 
 def alibi_biases(config: ModelConfig, head: int, length: int) -> np.ndarray:
@@ -508,8 +520,10 @@ def rotation(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.nda
 def query_scale(rope: Rope, length: int) -> np.ndarray:
     """What each query of a sequence is multiplied with, (S,): it grows with how many times the
     trained length lies before it."""
-    lengths_before_S = np.arange(length) // rope.original_positions if rope.query_scale_beta else 0
-    return np.ones(length) + rope.query_scale_beta * np.log1p(lengths_before_S)
+    if not rope.query_scale_beta:
+        return np.ones(length)
+    lengths_before_S = (np.arange(length) + rope.query_scale_offset) // rope.original_positions
+    return 1 + rope.query_scale_beta * np.log1p(lengths_before_S)
 
 
 def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:

@@ -53,8 +53,8 @@ class RotaryEmbedding:
     def _query_scale(self, rope: RopeConfig, positions_N: np.ndarray) -> np.ndarray | None:
         if not rope.query_scale_beta:
             return None
-        beta, trained = rope.query_scale_beta, rope.original_positions
-        scale_N = rotary.position_query_scale(positions_N, beta, trained)
+        beta, offset = rope.query_scale_beta, rope.query_scale_offset
+        scale_N = rotary.position_query_scale(positions_N, beta, rope.original_positions, offset)
         return scale_N[:, np.newaxis, np.newaxis].astype(self.dtype)
 
     def _of_length(self, rope: RopeConfig, length: int) -> tuple[np.ndarray, float]:

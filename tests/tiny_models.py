@@ -113,6 +113,7 @@ _FAMILIES = {
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
     "mimo": "MiMoForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
 }
@@ -773,6 +774,28 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         rope_theta=20.0,
         rope_scaling={"type": "dynamic", "alpha": 9.0, "factor": 1.0},
     ),
+    "llama4-chunks": _family(
+        *("llama4_text", 6, 3, 37, 18, 77),
+        num_hidden_layers=4,
+        head_dim=10,
+        intermediate_size_mlp=23,
+        attention_bias=True,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[1, 0, 1, 1],
+        attention_chunk_size=6,
+        floor_scale=4,
+        attn_scale=0.4,
+        rope_theta=20.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 2.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
 }
 
 # 0 but where a greedy continuation would repeat itself or come to a near-tie, or
@@ -813,6 +836,7 @@ _SEEDS = {
     "exaone4-hybrid": 2,
     "glm-partial": 1,
     "hunyuan_v1_moe-alpha": 1,
+    "llama4-chunks": 1,
     "internlm2-dynamic": 1,
     "arcee-relu2": 1,
     "hunyuan_v1_dense-alpha": 5,
@@ -871,7 +895,9 @@ def separate_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndar
     for layer in np.flatnonzero(config.moe.layers):
         name = f"model.layers.{layer}."
         gate_up, down = weights.pop(name + stacked.gate_up), weights.pop(name + stacked.down)
-        if not stacked.transposed:
+        if not stacked.alternating:
+            if stacked.transposed:
+                gate_up, down = gate_up.swapaxes(1, 2).copy(), down.swapaxes(1, 2).copy()
             for expert in range(config.moe.num_experts):
                 weights[name + names.gate.format(expert)] = gate_up[expert, :F]
                 weights[name + names.up.format(expert)] = gate_up[expert, F:]
@@ -1028,12 +1054,13 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
         return _gated_shapes("mlp", config.ffn, D, config.mlp_bias)
     separate, E, F = moe.names.separate, moe.num_experts, moe.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]]
-    if separate is None and not moe.names.stacked.transposed:
+    if separate is None and not moe.names.stacked.alternating:
         stacked = moe.names.stacked
+        transposed = stacked.transposed
         shapes = {
             stacked.router: (E, D),
-            stacked.gate_up: (E, 2 * F, D),
-            stacked.down: (E, D, F),
+            stacked.gate_up: (E, D, 2 * F) if transposed else (E, 2 * F, D),
+            stacked.down: (E, F, D) if transposed else (E, D, F),
         }
         width = moe.shared_expert_intermediate_size
         return shapes | (_gated_shapes(moe.names.shared, width, D, False) if width else {})

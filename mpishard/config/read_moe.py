@@ -54,6 +54,7 @@ def read_moe(fields: Fields, family: MoEFamily, layers: int) -> MoEConfig:
         group_score="top-2 sum" if family.choice == "noaux_tc" else "max",
         shared_expert_intermediate_size=_shared_width(fields, family, ffn),
         shared_gate=family.names.shared_gate is not None,
+        scale_inputs=family.scale_inputs,
         router_bias=family.biases,
         expert_bias=family.biases,
         alpha=fields.number("swiglu_alpha", _DEFAULT_ALPHA) if family.clamped else None,
@@ -67,6 +68,14 @@ def _moe_layers(fields: Fields, family: MoEFamily, layers: int) -> tuple[bool, .
         fields.only("moe_layer_freq", 1)
         first = fields.non_negative_integer("first_k_dense_replace", family.first_dense)
         return tuple(layer >= first for layer in range(layers))
+    if family.dense == "interleaved":
+        step = fields.integer("interleave_moe_layer_step", 1)
+        chosen = fields.get("moe_layers")
+        if chosen is None:
+            return tuple((layer + 1) % step == 0 for layer in range(layers))
+        if not isinstance(chosen, list) or not all(type(layer) is int for layer in chosen):
+            fields.refuse("moe_layers", "must be a list of the numbers of layers")
+        return tuple(layer in chosen for layer in range(layers))
     if family.dense == "by step":
         step = fields.integer("decoder_sparse_step", 1)
         dense = fields.get("mlp_only_layers") or []

@@ -48,11 +48,29 @@ def read_ropes(
         _check(fields, rope, rotary_dim)
     stretched = _stretched(fields, full, positions)
     rotated = read_rotated(fields, family, windows)
+    unrotated = _unrotated(fields, family)
     ropes = tuple(
-        (full if window is None else sliding) if rotates else NO_ROPE
+        (full if window is None else sliding) if rotates else unrotated
         for window, rotates in zip(windows, rotated, strict=True)
     )
     return ropes, stretched, rotary_dim
+
+
+def _unrotated(fields: Fields, family: Family) -> Rope:
+    """What layers without rope have: with `Family.temperature`, queries that grow with their
+    position."""
+    if not family.temperature:
+        return NO_ROPE
+    length = fields.integer("floor_scale", 8192)
+    beta = fields.optional_number("attn_scale")
+    if not fields.flag("attn_temperature_tuning", True):
+        return NO_ROPE
+    return Rope(
+        "none",
+        original_positions=length,
+        query_scale_beta=0.1 if beta is None else beta,
+        query_scale_offset=1,
+    )
 
 
 def _rotary_dim(

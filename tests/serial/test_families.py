@@ -79,6 +79,20 @@ def test_partial_rotation_has_three_spellings():
     assert read("minimax_m2-partial", rotary_dim=ABSENT).rotary_dim == 10
 
 
+def test_llama4_has_chunks_where_it_has_rope():
+    config = read("llama4-chunks")
+    assert config.chunks == (6, None, 6, 6)
+    warm = Rope("none", original_positions=4, query_scale_beta=0.4, query_scale_offset=1)
+    assert config.ropes[1] == warm and config.ropes[0].kind == "llama3"
+    assert config.moe is not None and config.moe.layers == (False, True, False, True)
+    plain = read("llama4-chunks", attn_temperature_tuning=False, moe_layers=[0])
+    assert plain.ropes[1] == NO_ROPE
+    assert plain.moe is not None and plain.moe.layers == (True, False, False, False)
+    assert read("llama4-chunks", attention_chunk_size=None).chunks == (None,) * 4
+    types = ["chunked_attention", *["full_attention"] * 3]
+    assert read("llama4-chunks", layer_types=types).chunks == (6, None, None, None)
+
+
 def test_a_fixed_alpha_of_hunyuan():
     rope = read("hunyuan_v1_dense-alpha").rope
     assert (rope.kind, rope.factor, rope.frequency_length(60)) == ("ntk_alpha", 9.0, 0)
@@ -118,6 +132,12 @@ REFUSALS = (
     ("hunyuan_v1_moe-alpha", {"num_shared_expert": [2, 2]}, "num_shared_expert = 2 is not"),
     ("minimax_m2-partial", {"attn_type_list": [1, 0]}, "attn_type_list = [1, 0] is not impl"),
     ("mimo-plain", {"attention_bias": False}, "attention_bias = false contradicts"),
+    (
+        "llama4-chunks",
+        {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 4},
+        "has chunked_attention, but no attention_chunk_size",
+    ),
+    ("llama4-chunks", {"moe_layers": 1}, "moe_layers = 1 must be a list"),
     ("granite-plain", {"residual_multiplier": 0}, "residual_multiplier = 0 must be a positive"),
 )
 

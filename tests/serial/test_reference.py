@@ -254,6 +254,8 @@ def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
         yield "no groups", replace(moe, n_group=1, topk_group=1)
         yield "one group more", replace(moe, topk_group=moe.topk_group + 1)
         yield "another score of groups", replace(moe, group_score=other)
+    if moe.scale_inputs:
+        yield "weights of outputs", replace(moe, scale_inputs=False)
     if moe.router_bias:
         yield "no bias of the router", replace(moe, router_bias=False)
     if moe.alpha and moe.limit:
@@ -305,6 +307,15 @@ def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no norms of q and k", {"qk_norm": False}
     if config.rope_interleaved:
         yield "pairs of halves", {"rope_interleaved": False}
+    if config.qk_l2_norm:
+        yield "no norms of q and k", {"qk_l2_norm": False}
+    chunks = config.chunks
+    if any(chunks):
+        longest, none = max(c for c in chunks if c), (None,) * config.layers
+        yield "chunks one too long", {"chunks": tuple(c and c + 1 for c in chunks)}
+        yield "no chunks", {"chunks": none}
+        yield "windows for chunks", {"chunks": none, "windows": chunks}
+        yield "chunks everywhere", {"chunks": (longest,) * config.layers}
     if config.partial_rotary_dim and config.rope.kind != "longrope":
         yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
         yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
@@ -351,6 +362,10 @@ def norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, LayerNormNames]]:
 
 
 def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
+    if rope.query_scale_beta:
+        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
+        later = 1 - rope.query_scale_offset
+        yield "queries scaled one position later", replace(rope, query_scale_offset=later)
     if rope.kind == "none":
         return
     yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
@@ -358,8 +373,6 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
         yield "no rope scaling", replace(rope, kind="default")
     if rope.kind != "default" and rope.attention_factor is None:
         yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
-    if rope.query_scale_beta:
-        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
     if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
         longer = replace(rope, original_positions=rope.original_positions + 1)
         yield "original length one too long", longer
@@ -394,10 +407,14 @@ def window_mistakes(config):
 
 def weight_mistakes(config, weights):
     layer = f"model.layers.{config.layers - 1}."
+    # Without rope a bias of k adds the same to all scores of a query.
+    unrotated = {
+        f"model.layers.{number}.self_attn.k_proj.bias"
+        for number, rope in enumerate(config.ropes)
+        if rope.kind == "none"
+    }
     for name in weights:
-        # Without a rotation a bias of keys adds the same to all scores of a query.
-        is_unseen = name.endswith("k_proj.bias") and config.rope == NO_ROPE
-        if name.endswith("bias") and weights[name].any() and not is_unseen:
+        if name.endswith("bias") and weights[name].any() and name not in unrotated:
             yield f"no {name}", {name: np.zeros_like(weights[name])}
         if "norm" in name and not name.endswith("bias"):
             yield f"no {name}", {name: np.ones_like(weights[name])}

@@ -30,6 +30,7 @@ from mpishard.config.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from mpishard.config.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from mpishard.config.families.internlm2 import INTERNLM2
 from mpishard.config.families.llama import LLAMA
+from mpishard.config.families.llama4 import LLAMA4
 from mpishard.config.families.mimo import MIMO
 from mpishard.config.families.minimax_m2 import MINIMAX_M2
 from mpishard.config.families.ministral3 import MINISTRAL3
@@ -64,6 +65,6 @@ FAMILIES: dict[str, Family] = {
         *(GPT_NEOX, GPTJ, PHI, STABLELM, COHERE, COHERE2, NEMOTRON),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3),
         *(DOTS1, GLM4_MOE, MINIMAX_M2, GRANITEMOE, GRANITEMOESHARED, HUNYUAN_V1_MOE),
-        *(QWEN3_NEXT,),
+        *(LLAMA4, QWEN3_NEXT),
     )
 }
