@@ -212,12 +212,12 @@ MISTAKES = {
         "    return replace(layer, ffn=replace(layer.ffn, down=down))\n"
         "layers._parallel_layer = wrong",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "biases of a parallel residual that are added twice": (
         "from mpishard.arithmetic.linear import Linear\nLinear.partial = lambda self, x: self(x)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "positions off by one": (
         "from dataclasses import replace\n"
@@ -228,14 +228,14 @@ MISTAKES = {
         "    return replace(embedding, position_offset=embedding.position_offset + 1)\n"
         "model.make_embedding = wrong",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "slopes of the heads of another rank": (
         "from mpishard import layers\n"
         "right = layers.query_heads_of\n"
         "layers.query_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "norms that keep the mean": (
         "import numpy as np\n"
@@ -243,7 +243,7 @@ MISTAKES = {
         "from mpishard.arithmetic.ops import rms_norm\n"
         "layer_norm.standardize = lambda x, eps: rms_norm(x, np.ones(1), eps)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "queries that do not grow with their position": (
         "from mpishard.rope import RotaryEmbedding\n"
