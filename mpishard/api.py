@@ -77,6 +77,7 @@ from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
 from mpishard.storage.fingerprint import fingerprint
+from mpishard.storage.generation_config import read_sampling_defaults
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
 from mpishard.storage.source import notices, open_source
@@ -264,6 +265,7 @@ class Model:
         logits are not finite.
         """
         _check_chunk(chunked_prefill_size)
+        _check_params(params)
         given, n = as_prompts(prompts), params.n
         check_token_ids(self.decoder, params)
         encoded = [
@@ -315,6 +317,12 @@ class Model:
             for index, result in enumerate(answers)
         ]
 
+    def default_sampling_params(self, **given: Any) -> SamplingParams:
+        """The parameters that are `given`, and for the others the defaults of the model's
+        ``generation_config.json``: vLLM's get_default_sampling_params. Raises UserError as
+        `read_sampling_defaults` does."""
+        return SamplingParams(**{**read_sampling_defaults(self.path), **given})
+
     def batch(
         self,
         input: str | Path,
@@ -341,6 +349,7 @@ class Model:
         Raises UserError for an input without lines, an output that exists, and a journal that is
         another job's, on all ranks, and on rank 0 alone where the disk takes no more.
         """
+        _check_params(params)
         with open_batch(
             self.mesh.world.comm,
             self.path,
@@ -548,6 +557,13 @@ def _completion(
         logprobs=None if params.logprobs is None else logprobs,
         **result,
     )
+
+
+def _check_params(params: object) -> None:
+    if not isinstance(params, SamplingParams):
+        raise TypeError(
+            f"params are of type {type(params).__name__}: give mpishard.SamplingParams(…)"
+        )
 
 
 def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:

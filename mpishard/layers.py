@@ -198,7 +198,10 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
     scale = config.attention_scale or config.head_dim**-0.5
     if config.inverse_layer_scale:
         scale /= number + 1
-    q_norm = k_norm = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    if config.qk_l2_norm and config.ropes[number].kind != "none":
+        q_norm = k_norm = RMSNorm(np.ones(config.head_dim, w["q"].dtype), config.norm_eps)
     if config.qk_norm or config.per_head_norm:
         q_norm, k_norm = make_norm(config, w, "q_norm"), make_norm(config, w, "k_norm")
     alibi, group_alibi = _linear_biases(config, mesh) if config.alibi else (None, None)
@@ -213,6 +216,7 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
             config.windows[number],
             config.attn_logit_softcapping,
             w.get("sinks"),
+            chunk=config.chunks[number],
             alibi=alibi,
             group_alibi=group_alibi,
         ),
@@ -315,7 +319,10 @@ def _moe_layer(
             moe.n_group,
             moe.topk_group,
             moe.group_score,
+            moe.norm_min,
+            moe.jitter,
         ),
+        scale_inputs=moe.scale_inputs,
         experts={expert: _gated(own, of_experts) for expert, own in experts.items()},
         shared_expert=_gated(w, dense) if moe.shared_expert_intermediate_size else None,
         shared_expert_gate=Linear(w["shared_gate"]) if "shared_gate" in w else None,

@@ -48,8 +48,15 @@ def _as_prompt(item: Any, what: str) -> str | list[int]:
 
 
 def _is_id(value: Any) -> bool:
-    """Whether something is an integer, of Python or NumPy. No truth value is one."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    """Whether something is an integer, of Python, NumPy or another library whose tensors of no
+    dimension are numbers. No truth value is one."""
+    if isinstance(value, bool | np.bool_) or getattr(value, "shape", ()) != ():
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _iterates(value: Any) -> bool:

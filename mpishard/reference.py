@@ -133,10 +133,15 @@ class Reference:
         q_SHK, k_SGK = self.positioned(q_SHK, layer), self.positioned(k_SGK, layer)
         if c.qk_norm and c.qk_norm_after_rope:
             q_SHK, k_SGK = self.norm(q_SHK, q_norm), self.norm(k_SGK, k_norm)
+        if c.qk_l2_norm and c.ropes[layer].kind != "none":
+            q_SHK, k_SGK = (
+                x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_eps)
+                for x in (q_SHK, k_SGK)
+            )
 
         S = len(x_SD)
         query_scale_S1 = query_scale(c.ropes[layer], S)[:, None].astype(self.dtype)
-        hidden_SS = ~visible(S, c.windows[layer])
+        hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
         out_SHK = np.empty_like(q_SHK)
         for h in range(c.heads):
             g = h // (c.heads // c.kv_heads)  # neighbouring query heads share a key/value head
@@ -238,7 +243,7 @@ class Reference:
         turn = rotate_neighbours if mla.interleaved else rotate
         shared_key_SK = turn(shared_key_SK, cos_SJ, sin_SJ)
         scale = latent_score_factor(rope) / math.sqrt(mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-        hidden_SS = ~visible(S, c.windows[layer])
+        hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
         out_SHK = np.empty((S, c.heads, mla.v_head_dim), x_SD.dtype)
         for h in range(c.heads):
             nope_SK, rope_SK = np.split(q_SHK[:, h], [mla.qk_nope_head_dim], axis=1)
@@ -260,7 +265,10 @@ class Reference:
         for token in range(len(x_SD)):
             chosen = zip(routing.experts_SA[token], routing.weights_SA[token], strict=True)
             for expert, weight in chosen:
-                y_SD[token] += weight * self.expert(x_SD[token], name, expert)
+                if moe.scale_inputs:
+                    y_SD[token] += self.expert(weight * x_SD[token], name, expert)
+                else:
+                    y_SD[token] += weight * self.expert(x_SD[token], name, expert)
         if moe.shared_expert_intermediate_size:
             shared_SD = self.feed_forward(x_SD, f"{name}.{moe.names.shared}")
             if moe.shared_gate:
@@ -280,6 +288,8 @@ class Reference:
         logits_SE = x_SD @ self.weights[router].T
         if moe.router_bias:
             logits_SE = logits_SE + self.weights[f"{name}.{stacked.router_bias}"]
+        if moe.scoring == "sparsemixer":
+            return sparse_mixer(logits_SE, moe.jitter)
         scores_SE = {"softmax": softmax, "sigmoid": sigmoid}[moe.scoring](logits_SE)
         chosen_by_SE = scores_SE
         if moe.e_score_correction_bias:
@@ -290,7 +300,8 @@ class Reference:
         experts_SA, margin_S = choose(chosen_by_SE, moe)
         weights_SA = np.take_along_axis(scores_SE, experts_SA, axis=1)
         if moe.norm_topk_prob:
-            weights_SA = weights_SA / weights_SA.sum(axis=1, keepdims=True)
+            sum_S1 = weights_SA.sum(axis=1, keepdims=True)
+            weights_SA = weights_SA / np.maximum(sum_S1, moe.norm_min)
         return Routing(experts_SA, weights_SA * moe.routed_scaling_factor, margin_S)
 
     def expert(self, x_D: np.ndarray, name: str, number: int) -> np.ndarray:
@@ -378,6 +389,29 @@ def choose(scores_SE: np.ndarray, moe: MoEConfig) -> tuple[np.ndarray, np.ndarra
     return experts_SA, np.minimum(margin_S, margin_of_experts_S)
 
 
+def sparse_mixer(logits_SE: np.ndarray, jitter: float) -> Routing:
+    """Two experts for each token, as SparseMixer chooses them outside of training (arXiv
+    2409.12136): the best, and the best of the others. The weight of each is its softmax among those
+    that come near to it: the best expert takes no part in the second weight."""
+    experts, weights, margins = [], [], []
+    for logits_E in logits_SE:
+        left_E, chosen, margin = logits_E.copy(), {}, np.inf
+        for _ in range(2):
+            best = int(np.argmax(left_E))
+            distance_E = left_E[best] - logits_E
+            relative_E = distance_E / np.maximum(np.abs(logits_E), left_E[best])
+            near_E = np.where(relative_E > 2 * jitter, -np.inf, left_E)
+            chosen[best] = softmax(near_E)[best]
+            others_E = np.delete(left_E, best)
+            apart_E = np.abs(relative_E - 2 * jitter)
+            margin = min(margin, left_E[best] - others_E.max(), apart_E.min())
+            left_E[best] = -np.inf
+        experts.append(sorted(chosen))
+        weights.append([chosen[expert] for expert in sorted(chosen)])
+        margins.append(margin)
+    return Routing(np.array(experts), np.array(weights, logits_SE.dtype), np.array(margins))
+
+
 def top(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The columns of the `count` greatest scores of each row, ascending, and by how much the least
     of them exceeds the greatest of the others."""
@@ -398,11 +432,15 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def visible(length: int, window: int | None) -> np.ndarray:
+def visible(length: int, window: int | None, chunk: int | None = None) -> np.ndarray:
     """Whether query i sees key j, as (i, j): no key after it, and of those up to itself the last
-    `window`."""
+    `window`, or those in its own `chunk`."""
     back = np.arange(length)[:, None] - np.arange(length)  # how far key j lies before query i
-    return (back >= 0) & (back < (length if window is None else window))
+    seen = (back >= 0) & (back < (length if window is None else window))
+    if chunk is not None:
+        number = np.arange(length) // chunk
+        seen &= number[:, None] == number
+    return seen
 
 
 def alibi_biases(config: ModelConfig, head: int, length: int) -> np.ndarray:
@@ -502,14 +540,18 @@ def rotation(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.nda
     angle_SJ = np.arange(length)[:, None] * frequency_J
     factor = {"yarn": yarn_attention_factor, "longrope": longrope_attention_factor}
     scale = factor[rope.kind](rope) if rope.kind in factor else 1.0
+    if rope.mscales is not None:
+        scale = rope.mscales[1 if length > rope.original_positions else 0]
     return scale * np.cos(angle_SJ), scale * np.sin(angle_SJ)
 
 
 def query_scale(rope: Rope, length: int) -> np.ndarray:
     """What each query of a sequence is multiplied with, (S,): it grows with how many times the
     trained length lies before it."""
-    lengths_before_S = np.arange(length) // rope.original_positions if rope.query_scale_beta else 0
-    return np.ones(length) + rope.query_scale_beta * np.log1p(lengths_before_S)
+    if not rope.query_scale_beta:
+        return np.ones(length)
+    lengths_before_S = (np.arange(length) + rope.query_scale_offset) // rope.original_positions
+    return 1 + rope.query_scale_beta * np.log1p(lengths_before_S)
 
 
 def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
@@ -532,6 +574,8 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
         # Turns within the trained length: few are slowed down, many left alone, some in between.
         turns_J = rope.original_positions * plain_J / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
+        if low == high:
+            return np.where(turns_J > high, plain_J, plain_J / rope.factor)
         kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
         return kept_J * plain_J + (1 - kept_J) * plain_J / rope.factor
     if rope.kind == "yarn":

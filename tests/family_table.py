@@ -21,7 +21,7 @@ _NO_MATHEMATICS = frozenset(
     activation_field activation_meanings window window_layers needs_window theta rope rope_types
     original_positions same uniform quantization ignored fixed heads_fill_hidden nth nth_field
     sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim spellings variant
-    architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
+    ffn ffn_field architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
     """.split()
 )
 _NORMS = {
@@ -67,6 +67,9 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "qk_norm": f"norms of each head of q and k{'' if value else ' (a field)'}",
         "qk_norm_after_rope": "these after rope",
         "full_width_qk_norm": "norms over all heads of q and of k",
+        "qk_l2_norm": "norms of q and k without a weight, after rope",
+        "chunk": "attention within chunks in layers with rope",
+        "temperature": "queries that grow with their position in layers without rope",
         "sinks": "attention sinks",
         "output_gate": "gated attention: its output times sigmoid(gate x)",
         "linear_attention": "gated delta nets in the layers of linear_attention",
@@ -82,6 +85,7 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         }.get(str(value)),
         "sliding_theta": f"layers with a window have a rope of their own, of theta {value}",
         "query_scale": "queries that grow with their position",
+        "rope_mscales": "longrope with scales of its own, and its short factors at all lengths",
         "rope_alpha": "a dynamic rope of fixed stretch",
         "forms": f"by fields: {value}",
         "positions": {"learned": "learned positions", "alibi": "ALiBi in place of positions"}.get(
@@ -149,6 +153,8 @@ def _experts(family: Family) -> Iterator[str]:
         yield f"dense layers {moe.dense}"
     if moe.biases:
         yield "with biases"
+    if moe.scale_inputs:
+        yield "weights multiply the inputs"
     if moe.clamped:
         yield "a clamped activation"
     if moe.names != ExpertNames() and moe.names.separate is None:

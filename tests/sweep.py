@@ -56,6 +56,7 @@ REPRESENTATIVES = (
     *("llama-mha", "llama-gqa", "llama-mqa", "llama-uneven", "llama-dynamic-old"),
     *("mistral-window", "mistral-full", "qwen2-tied", "qwen3-mixed", "qwen3-bias"),
     *("gemma2-capped", "gemma2-plain"),
+    *("gpt2-layers", "gpt_neox-parallel", "falcon-grouped-alibi"),
     *("mixtral-full", "qwen2_moe-mixed", "qwen3_moe-plain", "olmoe-normed"),
     *("gpt_oss-yarn", "deepseek_v2-full", "deepseek_v3-groups"),
 )

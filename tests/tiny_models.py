@@ -113,6 +113,10 @@ _FAMILIES = {
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
     "mimo": "MiMoForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
 }
@@ -434,6 +438,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
         },
+    ),
+    "ernie4_5-bias": _family(
+        *("ernie4_5", 6, 3, 44, 55, 77),
+        head_dim=8,
+        use_bias=True,
+        tie_word_embeddings=_ABSENT,  # then they are tied
+        rope_theta=50.0,
     ),
     "mimo-plain": _family(
         *("mimo", 6, 3, 40, 51, 73),
@@ -773,6 +784,60 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         rope_theta=20.0,
         rope_scaling={"type": "dynamic", "alpha": 9.0, "factor": 1.0},
     ),
+    "ernie4_5_moe-clamped": _family(
+        *("ernie4_5_moe", 4, 2, 40, 25, 79),
+        num_hidden_layers=4,
+        use_bias=True,
+        tie_word_embeddings=False,
+        moe_num_experts=7,
+        moe_k=2,
+        moe_num_shared_experts=2,
+        moe_intermediate_size=11,
+        moe_layer_start_index=1,
+        moe_layer_end_index=2,
+        moe_norm_min=0.5,
+        rope_theta=50.0,
+    ),
+    "phimoe-mixer": _family(
+        *("phimoe", 6, 2, 48, 13, 81),
+        attention_bias=True,
+        lm_head_bias=True,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        router_jitter_noise=0.2,
+        sliding_window=9,
+        rope_theta=7.0,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0, 1.2, 1.5, 2.0],
+            "long_factor": [1.5, 2.5, 4.0, 8.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 12,
+        },
+    ),
+    "llama4-chunks": _family(
+        *("llama4_text", 6, 3, 37, 18, 77),
+        num_hidden_layers=4,
+        head_dim=10,
+        intermediate_size_mlp=23,
+        attention_bias=True,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[1, 0, 1, 1],
+        attention_chunk_size=6,
+        floor_scale=4,
+        attn_scale=0.4,
+        rope_theta=20.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 2.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
 }
 
 # 0 but where a greedy continuation would repeat itself or come to a near-tie, or
@@ -813,6 +878,9 @@ _SEEDS = {
     "exaone4-hybrid": 2,
     "glm-partial": 1,
     "hunyuan_v1_moe-alpha": 1,
+    "llama4-chunks": 1,
+    "ernie4_5-bias": 2,
+    "ernie4_5_moe-clamped": 4,
     "internlm2-dynamic": 1,
     "arcee-relu2": 1,
     "hunyuan_v1_dense-alpha": 5,
@@ -871,7 +939,9 @@ def separate_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndar
     for layer in np.flatnonzero(config.moe.layers):
         name = f"model.layers.{layer}."
         gate_up, down = weights.pop(name + stacked.gate_up), weights.pop(name + stacked.down)
-        if not stacked.transposed:
+        if not stacked.alternating:
+            if stacked.transposed:
+                gate_up, down = gate_up.swapaxes(1, 2).copy(), down.swapaxes(1, 2).copy()
             for expert in range(config.moe.num_experts):
                 weights[name + names.gate.format(expert)] = gate_up[expert, :F]
                 weights[name + names.up.format(expert)] = gate_up[expert, F:]
@@ -929,11 +999,18 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
+        if config.norm_bias:
+            norms = ("input_layernorm", "post_attention_layernorm")
+            of_layer |= {f"{norm}.bias": (D,) for norm in norms}
         of_layer |= _experts_shapes(config, layer)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     shapes["model.norm.weight"] = (D,)
+    if config.norm_bias:
+        shapes["model.norm.bias"] = (D,)
     if not config.tied:
         shapes["lm_head.weight"] = (V, D)
+    if config.head_bias:
+        shapes["lm_head.bias"] = (V,)
     return shapes
 
 
@@ -1028,12 +1105,13 @@ def _experts_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...
         return _gated_shapes("mlp", config.ffn, D, config.mlp_bias)
     separate, E, F = moe.names.separate, moe.num_experts, moe.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]]
-    if separate is None and not moe.names.stacked.transposed:
+    if separate is None and not moe.names.stacked.alternating:
         stacked = moe.names.stacked
+        transposed = stacked.transposed
         shapes = {
             stacked.router: (E, D),
-            stacked.gate_up: (E, 2 * F, D),
-            stacked.down: (E, D, F),
+            stacked.gate_up: (E, D, 2 * F) if transposed else (E, 2 * F, D),
+            stacked.down: (E, F, D) if transposed else (E, D, F),
         }
         width = moe.shared_expert_intermediate_size
         return shapes | (_gated_shapes(moe.names.shared, width, D, False) if width else {})

@@ -41,11 +41,12 @@ SMALLEST_SUM, LARGEST_SUM = 1e-20, 1e20
 class AttentionSpec:
     """What the scores of one layer's attention depend on beside queries and keys.
 
-    ``score = softcap(scale * q . k)`` over the keys within the `window`, where ``softcap(x) =
-    softcap * tanh(x / softcap)`` (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each
-    head's softmax, without a value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it);
-    `apply_sinks` adds them once all keys are merged. `values_in_keys` says that values are the
-    first Y numbers of the keys (MLA), and need not be cached or sent beside them.
+    ``score = softcap(scale * q . k)`` over the keys within the `window`, or within the query's
+    `chunk` of so many positions (Llama 4), where ``softcap(x) = softcap * tanh(x / softcap)``
+    (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each head's softmax, without a
+    value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it); `apply_sinks` adds them once all keys
+    are merged. `values_in_keys` says that values are the first Y numbers of the keys (MLA), and
+    need not be cached or sent beside them.
 
     `alibi` adds biases that fall with the distance of a key, of this rank's query heads, and
     `group_alibi` those of all ranks that share its key/value heads and the cache (flash
@@ -58,6 +59,16 @@ class AttentionSpec:
     values_in_keys: bool = False
     alibi: LinearBiases | None = None
     group_alibi: LinearBiases | None = None
+    chunk: int | None = None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether queries see all earlier keys."""
+        return self.window is None and self.chunk is None
+
+    def first_keys(self, q_pos_S: np.ndarray) -> np.ndarray:
+        """The position of the first key that the query at each position sees, if it exists."""
+        return first_visible(q_pos_S, self.window, self.chunk)
 
     def of_heads(self, heads: slice) -> AttentionSpec:
         """The same for some of the query heads."""
@@ -79,18 +90,18 @@ def attend(
     """Attention of the queries at the positions `q_pos_S` of a sequence over the keys at `k_pos_T`,
     both strictly ascending: ``(out_ShY, lse_Sh)``.
 
-    The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or at 0 to ``p`` without a
-    window. Sinks are left out. A query that sees none gets the output 0 and the log-sum-exp -inf.
-    Blocks of keys that no query of a block sees are not read."""
+    The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or from the beginning of its
+    chunk on, or at 0 to ``p`` without both. Sinks are left out. A query that sees none gets the
+    output 0 and the log-sum-exp -inf. Blocks of keys that no query of a block sees are not read."""
     S, h, K = q_ShK.shape
     g = len(k_gTK)
     q_SgXK = q_ShK.reshape(S, g, h // g, K)
     alibi = Alibi(spec.alibi, g, q_pos_S, k_pos_T) if spec.alibi is not None else None
     if S == 1:
-        seen = _seen_by_one(q_pos_S[0], k_pos_T, spec.window)
+        seen = _seen_by_one(q_pos_S[0], k_pos_T, spec)
         out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK, v_gTY, seen, spec, alibi)
     else:
-        bounds = _seen(q_pos_S, k_pos_T, spec.window)
+        bounds = _seen(q_pos_S, k_pos_T, spec)
         out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec, alibi)
     return out_SgXY.reshape(S, h, v_gTY.shape[2]), lse_SgX.reshape(S, h)
 
@@ -125,22 +136,34 @@ def merge_weights(lse_RSh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return share_RSh, peak_Sh + _log(total_Sh)
 
 
-def _seen_by_one(q_at: int, k_pos_T: np.ndarray, window: int | None) -> slice:
+def first_visible(q_pos_S: np.ndarray, window: int | None, chunk: int | None) -> np.ndarray:
+    """The first position that the query at each position sees: of its window, or of its chunk. It
+    is below 0 where the window reaches further back than the sequence.
+
+    >>> first_visible(np.arange(7), 3, None).tolist(), first_visible(np.arange(7), None, 3).tolist()
+    ([-2, -1, 0, 1, 2, 3, 4], [0, 0, 0, 3, 3, 3, 6])
+    """
+    if chunk is not None:
+        return q_pos_S // chunk * chunk
+    return np.zeros_like(q_pos_S) if window is None else q_pos_S - window + 1
+
+
+def _seen_by_one(q_at: int, k_pos_T: np.ndarray, spec: AttentionSpec) -> slice:
     """The keys that the query at `q_at` sees."""
-    if window is None and len(k_pos_T) and k_pos_T[-1] <= q_at:
+    if spec.sees_all and len(k_pos_T) and k_pos_T[-1] <= q_at:
         return slice(None)
-    (start,), (stop,) = _seen(np.array([q_at]), k_pos_T, window)
+    (start,), (stop,) = _seen(np.array([q_at]), k_pos_T, spec)
     return slice(start, stop)
 
 
 def _seen(
-    q_pos_S: np.ndarray, k_pos_T: np.ndarray, window: int | None
+    q_pos_S: np.ndarray, k_pos_T: np.ndarray, spec: AttentionSpec
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where among the keys those begin and end that each query sees: ``(start_S, stop_S)``."""
     stop_S = np.searchsorted(k_pos_T, q_pos_S, side="right")
-    if window is None:
+    if spec.sees_all:
         return np.zeros_like(stop_S), stop_S
-    return np.searchsorted(k_pos_T, q_pos_S - window, side="right"), stop_S
+    return np.searchsorted(k_pos_T, spec.first_keys(q_pos_S)), stop_S
 
 
 def _attend_one(

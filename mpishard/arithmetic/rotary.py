@@ -37,9 +37,9 @@ def llama3_frequencies(
 ) -> np.ndarray:
     """Llama 3.1's frequencies: those that turn more than `high` times within the
     `original_max_position` length are kept, those that turn less than `low` times divided by
-    `factor`, the others blended."""
+    `factor`, the others blended. There are no others if `low` is `high`."""
     turns_J = original_max_position * inv_freq_J / (2 * math.pi)
-    kept_J = np.clip((turns_J - low) / (high - low), 0, 1)
+    kept_J = np.clip((turns_J - low) / max(high - low, 1e-9), 0, 1)
     return kept_J * inv_freq_J + (1 - kept_J) * inv_freq_J / factor
 
 
@@ -96,11 +96,12 @@ def longrope_attention_factor(factor: float, original_max_position: int) -> floa
 
 
 def position_query_scale(
-    positions_N: np.ndarray, beta: float, original_max_position: int
+    positions_N: np.ndarray, beta: float, original_max_position: int, offset: int = 0
 ) -> np.ndarray:
-    """What the query at each position is multiplied with (Ministral 3): 1 within the original
-    length, and more by the logarithm of how many such lengths lie before the position."""
-    return 1 + beta * np.log(1 + np.floor(positions_N / original_max_position))
+    """What the query at each position is multiplied with (Ministral 3; Llama 4 with an `offset` of
+    1): 1 within the original length, and more by the logarithm of how many such lengths lie before
+    the position."""
+    return 1 + beta * np.log(1 + np.floor((positions_N + offset) / original_max_position))
 
 
 def deinterleave(x_NhK: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ from mpishard.errors import UserError
 
 PLAIN_FIELDS = ("id", "prompt", "input_ids", "chat_template_kwargs", *PARAMS)
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
+OTHERS = ("echo", "add_special_tokens")
 PARAMS_OF_BODY = (*PARAMS, "max_completion_tokens", "top_logprobs", "best_of")
 
 # Fields of an OpenAI body that change nothing about the answer.
@@ -68,11 +69,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "priority": (0,),
+    "include_reasoning": (True,),
+    "return_hidden_states": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
-NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (False,)}
+NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (False,), "add_special_tokens": (False,)}
 NEUTRAL_IN_COMPLETION: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
     "tools": ([],),
     "documents": ([],),
     "chat_template_kwargs": ({},),
@@ -187,7 +191,7 @@ def _read_body(
 ) -> BatchRequest:
     is_chat = line.form == CHAT
     prompt = "messages" if is_chat else "prompt"
-    known = (prompt, *PARAMS_OF_BODY, "echo", *TEMPLATE_FIELDS, *UNRELATED, *NEUTRAL)
+    known = (prompt, *PARAMS_OF_BODY, *OTHERS, *TEMPLATE_FIELDS, *UNRELATED, *NEUTRAL)
     check_fields(body, known, f"{where}: its body")
     neutral = NEUTRAL | (NEUTRAL_IN_CHAT if is_chat else NEUTRAL_IN_COMPLETION)
     for name, values in neutral.items():

@@ -93,13 +93,15 @@ class TimedDecoder(Decoder):
 
 
 class LayerSample(Decoder):
-    """The first layer of each kind of a model: of each window, and of linear attention."""
+    """The first layer of each kind of a model: of each window or chunk, and of linear attention."""
 
     def __init__(self, model: Decoder) -> None:
         model = model.map_moe_layers(lambda _, w: replace(w, hooks=()))
         self.__dict__.update(model.__dict__)
         config = model.config
-        kinds = [(window, config.is_linear(n)) for n, window in enumerate(config.windows)]
+        kinds = [
+            (config.windows[n], config.chunks[n], config.is_linear(n)) for n in range(config.layers)
+        ]
         firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         self.layer_numbers = range(len(firsts))
         self.layers = [model.layers[first] for first in firsts]

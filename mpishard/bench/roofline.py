@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpishard.arithmetic.attention import first_visible
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import WeightSpec, specs_of_shard
@@ -136,11 +137,11 @@ def visible_keys(config: ModelConfig, queries_S: np.ndarray, keys_T: np.ndarray)
     ascending, in which the query sees the key: those of all layers together."""
     earlier_S = np.searchsorted(keys_T, queries_S, side="right")
     pairs = 0
-    for layer, window in enumerate(config.windows):
+    for layer in range(config.layers):
         if config.is_linear(layer):
             continue
-        left = 0 if window is None else np.searchsorted(keys_T, queries_S - window, side="right")
-        pairs += int((earlier_S - left).sum())
+        first_S = first_visible(queries_S, config.windows[layer], config.chunks[layer])
+        pairs += int((earlier_S - np.searchsorted(keys_T, first_S)).sum())
     return pairs
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 
 from mpi4py import MPI
-from tqdm import tqdm
 
 from mpishard import options
 from mpishard.api import open_batch, scheduler_config
@@ -134,6 +133,8 @@ def _reporter(task: BatchJob | None) -> Iterator[Callable[[Progress], None]]:
     if task is None or not reaches_terminal():
         yield write
         return
+    from tqdm import tqdm  # here, because only terminals need it
+
     with tqdm(
         total=len(task), initial=len(task.journal), desc="answering", unit="line", leave=False
     ) as bar:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from tqdm import tqdm
 
 from mpishard.api import Model, load
 from mpishard.commands.expert_load import load_report, load_table
@@ -206,12 +205,10 @@ def say(text: str) -> None:
 def progress_bar(world: MPI.Intracomm, total: int, what: str, unit: str) -> Iterator[Any]:
     """A progress bar of rank 0's work where standard error reaches a terminal; yields what
     advances it."""
-    with tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=unit == "B",
-        leave=False,
-        disable=world.rank != 0 or total == 0 or not reaches_terminal(),
-    ) as bar:
+    if world.rank != 0 or total == 0 or not reaches_terminal():
+        yield lambda _: None
+        return
+    from tqdm import tqdm  # here, because only terminals need it
+
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", leave=False) as bar:
         yield bar.update

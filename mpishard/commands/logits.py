@@ -30,6 +30,7 @@ from mpishard.runtime.agreement import raise_on_all
 from mpishard.scoring import LogitsOutput
 from mpishard.storage.input_file import BOM, LinesLook, open_input
 from mpishard.storage.output_file import check_output, whole_file
+from mpishard.storage.parsing import parse_json
 
 SUMMARY = "Score given tokens."
 
@@ -98,7 +99,7 @@ def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str
         contents = file.read().removeprefix(BOM).split(b"\n")
     for content in contents:
         if content.strip():
-            look.take(content, content.lstrip().startswith(b"{"))
+            look.take(content, bool(look.objects) or _is_object(content))
     if problem := look.problem("score"):
         raise UserError(f"--input {path} {problem}")
     for number, content in enumerate(contents, 1):
@@ -117,6 +118,13 @@ def _read_sequences(path: Path, hidden_states: bool) -> list[tuple[str, dict[str
                 f"{brief(repr(before))}"
             )
     return lines
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
 
 
 def _parse_line(text: bytes, where: str) -> dict[str, Any]:

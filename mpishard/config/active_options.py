@@ -58,6 +58,11 @@ def _attention(config: ModelConfig) -> Iterator[str]:
         yield f"queries, keys and values cut off at {config.clip_qkv:g}"
     if config.full_width_qk_norm:
         yield "norms of q and k over all heads"
+    if config.qk_l2_norm:
+        yield "norms of q and k without a weight, after rope"
+    chunked = [chunk for chunk in config.chunks if chunk is not None]
+    if chunked:
+        yield f"chunks of {chunked[0]} positions in {len(chunked)} of {config.layers} layers"
     if config.linear_attention:
         linear = config.linear_attention
         yield (
@@ -118,6 +123,8 @@ def _experts(moe: MoEConfig) -> Iterator[str]:
     normalized = ", normalized" if moe.norm_topk_prob else ""
     scaled = f", times {moe.routed_scaling_factor:g}" if moe.routed_scaling_factor != 1 else ""
     yield f"experts weighted by {moe.scoring}{normalized}{scaled}"
+    if moe.scale_inputs:
+        yield "weights multiply the inputs of experts"
     if moe.e_score_correction_bias:
         yield "experts chosen by scores and a bias"
     if moe.n_group > 1:

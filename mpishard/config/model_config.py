@@ -27,8 +27,8 @@ class Rope:
     `factor` at all lengths. "yarn" is arXiv 2309.00071, "longrope" arXiv 2402.13753. A layer whose
     kind is "none" rotates nothing (NoPE, arXiv 2305.19466).
 
-    A query at position p is multiplied by ``1 + query_scale_beta * ln(1 + floor(p /
-    original_positions))``, as Ministral 3 has it.
+    A query at position p is multiplied by ``1 + query_scale_beta * ln(1 + floor((p +
+    query_scale_offset) / original_positions))``, as Ministral 3 and Llama 4 have it.
     """
 
     # "default", "linear", "dynamic", "ntk_alpha", "llama3", "yarn", "longrope" or "none"
@@ -46,7 +46,10 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()  # by which each pair's frequency is divided
     long_factors: tuple[float, ...] = ()
+    # Instead of the attention factor, in sequences up to the original length and in longer ones.
+    mscales: tuple[float, float] | None = None
     query_scale_beta: float = 0.0
+    query_scale_offset: int = 0
 
     def frequency_length(self, length: int) -> int:
         """The number of positions that the frequencies of a sequence of `length` positions depend
@@ -106,6 +109,7 @@ class ExpertNames:
     separate: PerExpertNames | None = PerExpertNames()
     stacked: StackedNames = StackedNames()
     e_score_correction_bias: str | None = None  # (E,), float32 whatever the other weights are
+    e_score_correction_bias_is_matrix: bool = False  # it is stored as (1, E)
     shared: str | None = None  # followed by .gate_proj.weight (F, D) …, as the mlp of a dense layer
     shared_gate: str | None = None  # (1, D)
 
@@ -123,9 +127,13 @@ class MoEConfig:
     top_k: int  # A, experts per token
     moe_intermediate_size: int  # F of one expert
     layers: tuple[bool, ...]  # whether each layer has experts; other layers are dense
-    scoring: str  # "softmax" over all experts, or "sigmoid" of each
+    # "softmax" over all experts, "sigmoid" of each, or "sparsemixer": of two, each by a softmax
+    # over the experts whose scores lie less than twice `jitter` below its own, relatively.
+    scoring: str
     norm_topk_prob: bool
     names: ExpertNames
+    norm_min: float = 0.0  # the least sum that weights are divided by
+    jitter: float = 0.0
     routed_scaling_factor: float = 1.0
     e_score_correction_bias: bool = False  # added to the scores for the choice, not to the weights
     n_group: int = 1  # the experts form this number of groups of consecutive experts …
@@ -134,6 +142,7 @@ class MoEConfig:
     # F of the shared expert, to which every token goes; 0: there is none.
     shared_expert_intermediate_size: int = 0
     shared_gate: bool = False  # the shared expert's output is multiplied by sigmoid(x @ gate)
+    scale_inputs: bool = False  # the weights multiply the inputs of experts, not their outputs
     router_bias: bool = False
     expert_bias: bool = False  # on all three projections of an expert
     # The clamped activation (up + 1) gate sigmoid(alpha gate), with gate clamped to at most limit
@@ -205,6 +214,8 @@ class ModelConfig:
     ropes: tuple[Rope, ...]  # the rotary embedding of each layer
     # The sliding window of each layer: the number of keys that a query sees, its own included.
     windows: tuple[int | None, ...]
+    # The chunks of each layer: a query sees the keys of its own chunk of so many positions.
+    chunks: tuple[int | None, ...]
     max_position_embeddings: int  # positions that are usable with the scaling of the rope
     eos_ids: tuple[int, ...]
     bos_id: int | None
@@ -242,6 +253,8 @@ class ModelConfig:
     qk_norm_after_rope: bool = False
     # Rotated elements at the beginning of each query and key; None: all of them.
     partial_rotary_dim: int | None = None
+    # Each head of q and k has a root mean square of 1, after rope and in layers with rope only.
+    qk_l2_norm: bool = False
     rope_interleaved: bool = False  # rope rotates pairs of neighbours, not of the two halves
     gated_mlp: bool = True  # down(activation(gate x) * up x); otherwise down(activation(up x))
     stored_names: StoredNames = StoredNames()
@@ -288,8 +301,8 @@ class ModelConfig:
         """The rotary embedding of the first layer that rotates and sees all earlier positions, or
         else of the first that rotates."""
         rotating = [
-            (window is not None, layer)
-            for layer, window in enumerate(self.windows)
+            (window is not None or chunk is not None, layer)
+            for layer, (window, chunk) in enumerate(zip(self.windows, self.chunks, strict=True))
             if self.ropes[layer].kind != "none"
         ]
         return self.ropes[min(rotating)[1]] if rotating else NO_ROPE

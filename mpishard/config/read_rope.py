@@ -48,11 +48,29 @@ def read_ropes(
         _check(fields, rope, rotary_dim)
     stretched = _stretched(fields, full, positions)
     rotated = read_rotated(fields, family, windows)
+    unrotated = _unrotated(fields, family)
     ropes = tuple(
-        (full if window is None else sliding) if rotates else NO_ROPE
+        (full if window is None else sliding) if rotates else unrotated
         for window, rotates in zip(windows, rotated, strict=True)
     )
     return ropes, stretched, rotary_dim
+
+
+def _unrotated(fields: Fields, family: Family) -> Rope:
+    """What layers without rope have: with `Family.temperature`, queries that grow with their
+    position."""
+    if not family.temperature:
+        return NO_ROPE
+    length = fields.integer("floor_scale", 8192)
+    beta = fields.optional_number("attn_scale")
+    if not fields.flag("attn_temperature_tuning", True):
+        return NO_ROPE
+    return Rope(
+        "none",
+        original_positions=length,
+        query_scale_beta=0.1 if beta is None else beta,
+        query_scale_offset=1,
+    )
 
 
 def _rotary_dim(
@@ -174,10 +192,9 @@ class _Reader:
                 low_freq_factor=section.number("low_freq_factor"),
                 high_freq_factor=section.number("high_freq_factor"),
             )
-            if rope.high_freq_factor <= rope.low_freq_factor:
-                section.refuse(
-                    "high_freq_factor", f"must be above low_freq_factor = {rope.low_freq_factor:g}"
-                )
+            if rope.high_freq_factor < rope.low_freq_factor:
+                low = f"{rope.low_freq_factor:g}"
+                section.refuse("high_freq_factor", f"must be at least low_freq_factor = {low}")
         elif kind == "longrope":
             rope = Rope(
                 kind,
@@ -188,6 +205,9 @@ class _Reader:
                 short_factors=section.numbers("short_factor"),
                 long_factors=section.numbers("long_factor"),
             )
+            if self.family.rope_mscales:
+                mscales = section.number("short_mscale"), section.number("long_mscale")
+                rope = replace(rope, mscales=mscales, long_factors=rope.short_factors)
         else:  # yarn; a zero means no value, as in transformers
             stretched = positions / original if original != positions else None
             rope = Rope(

@@ -1,4 +1,4 @@
-"""Reads the sliding window of each layer in a ``config.json``."""
+"""Reads what differs from layer to layer in a ``config.json``: windows, chunks, rotation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_windows(fields: Fields, family: Family, layers: int) -> tuple[int | Non
     bound = family.window_layers
     if family.sliding in (*_SWITCHED, "from a layer without a switch"):
         bound = fields.non_negative_integer("max_window_layers", bound)
-    by_field = fields.get("layer_types") is not None
+    by_field = family.chunk is None and fields.get("layer_types") is not None
     windows = _by_type(fields, family, window, layers) if by_field else ()
     if by_field and family.sliding in _BY_LAYER:
         fields.asked.add(family.nth_field or "")
@@ -40,6 +40,26 @@ def read_windows(fields: Fields, family: Family, layers: int) -> tuple[int | Non
     if by_field and windows != by_rule:
         fields.refuse("layer_types", f"contradicts {family.name}, whose layers are all alike")
     return by_rule
+
+
+def read_chunks(fields: Fields, family: Family, layers: int) -> tuple[int | None, ...]:
+    """The chunk of each layer, None for attention to all earlier positions. Raises UserError as
+    `read_model_config` does."""
+    if family.chunk is None:
+        return (None,) * layers
+    chunk = fields.optional_integer("attention_chunk_size", absent=family.chunk)
+    types = fields.get("layer_types")
+    if types is None:
+        rotated = _rotated_by_field(fields, family, layers)
+        return tuple(chunk if rotates else None for rotates in rotated)
+    meaning = {"full_attention": None, "chunked_attention": chunk}
+    if not isinstance(types, list) or not all(kind in meaning for kind in map(str, types)):
+        fields.refuse("layer_types", f"must be a list of {' and '.join(meaning)}")
+    if len(types) != layers:
+        fields.refuse("layer_types", f"must have one entry for each of the {layers} layers")
+    if "chunked_attention" in types and chunk is None:
+        fields.refuse("layer_types", "has chunked_attention, but no attention_chunk_size")
+    return tuple(meaning[kind] for kind in types)
 
 
 def read_rotated(fields: Fields, family: Family, windows: tuple[int | None, ...]) -> list[bool]:

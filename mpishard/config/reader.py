@@ -22,7 +22,7 @@ from mpishard.config.quantization.read import read_quantization
 from mpishard.config.read_linear_attention import read_linear_attention
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
-from mpishard.config.read_windows import read_windows
+from mpishard.config.read_windows import read_chunks, read_windows
 from mpishard.errors import UserError
 
 # No model has so many layers. A damaged number must not fill the memory with lists of layers before
@@ -110,6 +110,7 @@ def read_model_config(
         qk_norm=_qk_norm(fields, family),
         ropes=ropes,
         windows=windows,
+        chunks=read_chunks(fields, family, layers),
         max_position_embeddings=max_position_embeddings,
         eos_ids=_eos_ids(fields, generation, family),
         bos_id=_bos_id(fields, generation, family),
@@ -142,7 +143,8 @@ def read_model_config(
         * _multiplier(fields, family, "embedding_multiplier"),
         residual_scale=_multiplier(fields, family, "residual_multiplier"),
         logits_scale=_logits_scale(fields, family),
-        qk_norm_after_rope=family.qk_norm_after_rope,
+        qk_l2_norm=family.qk_l2_norm and fields.flag("use_qk_norm", True),
+        qk_norm_after_rope=family.qk_norm_after_rope or family.qk_l2_norm,
         partial_rotary_dim=None if rotary_dim == rope_dim else rotary_dim,
         rope_interleaved=bool(family.rope_interleaved_pairs) and not mla,
         gated_mlp=family.gated_mlp,
@@ -180,6 +182,7 @@ def _rope_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
                 f"must be a multiple of num_attention_heads = {heads}, or head_dim must be given",
             )
         head_dim = hidden // heads
+    fields.only("attention_head_dim", head_dim)  # as Hunyuan's published files call it
     rotates_all = family.positions == "rope" and family.partial_rotary_factor is None
     if head_dim % 2 and rotates_all:
         fields.refuse("head_dim", f"must be even for rope to pair its halves, not {head_dim}")
@@ -263,7 +266,7 @@ def _logits_scale(fields: Fields, family: Family) -> float:
 def _ffn(fields: Fields, family: Family, hidden: int) -> int:
     """The width of the feed-forward network."""
     multiple = family.ffn_multiple
-    return fields.integer("intermediate_size", multiple and multiple * hidden)
+    return fields.integer(family.ffn_field, family.ffn or (multiple and multiple * hidden))
 
 
 def _attention_scale(fields: Fields, family: Family) -> float | None:

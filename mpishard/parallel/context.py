@@ -19,7 +19,7 @@ For one sequence, ring attention is no more than this::
         kv = arriving.wait()
 
 Here a `KVBlock` holds several sequences at once, and leaves behind what no rank further on needs:
-with a sliding window, most keys never leave their neighbourhood.
+with a sliding window or chunks, most keys never leave their neighbourhood.
 
 A sequence that is extended has its keys and values in the cache, where they stay: flash decoding.
 
@@ -61,8 +61,8 @@ def ring_attention(
         out_NhY[segment.token_slice], lse_Nh[segment.token_slice] = 0, -np.inf
     for hop in range(cp.size):
         owner = (cp.rank - hop) % cp.size  # whose keys and values are here
-        leaving = here.only(_needed_downstream(chunks, cp, owner, hop + 1, spec.window))
-        coming = _needed_downstream(chunks, cp, (owner - 1) % cp.size, hop + 1, spec.window)
+        leaving = here.only(_needed_downstream(chunks, cp, owner, hop + 1, spec))
+        coming = _needed_downstream(chunks, cp, (owner - 1) % cp.size, hop + 1, spec)
         arriving = isendrecv(
             leaving.kv_XgTK if leaving.rows else None,
             cp,
@@ -96,7 +96,7 @@ def all_gather_attention(
     """Attention within the sequences that begin in this step, all keys and values gathered."""
     cp, chunks = mesh.cp, step.first_chunks
     own = KVBlock.local(k_NgK, v_NgY, spec, chunks, cp.rank)
-    needed = [_needed_downstream(chunks, cp, rank, 1, spec.window) for rank in range(cp.size)]
+    needed = [_needed_downstream(chunks, cp, rank, 1, spec) for rank in range(cp.size)]
     sizes = [sum(map(len, positions)) for positions in needed]
     all_XgTK = all_gather(own.only(needed[cp.rank]).kv_XgTK, cp, axis=2, sizes=sizes)
     blocks = np.split(all_XgTK, np.cumsum(sizes)[:-1], axis=2)
@@ -187,25 +187,26 @@ def _per_kv_head(
 
 
 def _needed_downstream(
-    first_chunks: list[Segment], cp: Group, source: int, hop: int, window: int | None
+    first_chunks: list[Segment], cp: Group, source: int, hop: int, spec: AttentionSpec
 ) -> list[np.ndarray]:
     """The positions of rank `source`'s keys, for each sequence, that travel on to the rank `hop`
     places further along the ring: those that it, or a rank after it, attends to.
 
-    Without a window these are all. With causality some ranks could send less, but not all, and
-    those that send the most decide how long a hop takes.
+    Without a window or chunks these are all. With causality some ranks could send less, but not
+    all, and those that send the most decide how long a hop takes.
     """
     further = [(source + step) % cp.size for step in range(hop, cp.size)]
     needed = []
     for segment in first_chunks:
         k_pos_T = segment.positions_by_rank[source]
-        if window is None or not further:
+        if spec.sees_all or not further:
             needed.append(k_pos_T if further else k_pos_T[:0])
             continue
         seen_T = np.zeros(len(k_pos_T), bool)
         for rank in further:
             # The first query at or after a key is the nearest to it.
             q_pos_S = np.append(segment.positions_by_rank[rank], np.iinfo(np.int64).max)
-            seen_T |= q_pos_S[np.searchsorted(q_pos_S, k_pos_T)] - k_pos_T < window
+            nearest_T = q_pos_S[np.searchsorted(q_pos_S, k_pos_T)]
+            seen_T |= spec.first_keys(nearest_T) <= k_pos_T
         needed.append(k_pos_T[seen_T])
     return needed

@@ -65,6 +65,7 @@ class MoELayer:
     gate: Linear  # (E, D), the router's weight
     e_score_correction_bias: np.ndarray | None  # (E,)
     router: Router
+    scale_inputs: bool  # the weights multiply what goes into experts, not what comes out
     experts: dict[int, FeedForward]  # this rank's, by logical number
     shared_expert: FeedForward | None  # tensor parallel
     shared_expert_gate: Linear | None  # (1, D)
@@ -147,6 +148,8 @@ def dispatch_all_to_all(x_nD: np.ndarray, routing: Routing, w: MoELayer, mesh: M
     pair_b = np.argsort(routing.physical_ids_nA, axis=None, kind="stable")  # by physical expert
     pair_b = pair_b[: counts_Z.sum()]  # the dropped ones are last
     dispatched_bD = x_nD[pair_b // max(A, 1)]
+    if w.scale_inputs:
+        dispatched_bD *= routing.topk_weights_nA.reshape(-1)[pair_b, np.newaxis]
 
     counts_RZ = all_gather(counts_Z[np.newaxis], mesh.moe)
     by_rank = counts_RZ.reshape(mesh.ep.size, mesh.etp.size, -1)
@@ -162,7 +165,7 @@ def dispatch_all_to_all(x_nD: np.ndarray, routing: Routing, w: MoELayer, mesh: M
     some_dropped = len(pair_b) < routing.physical_ids_nA.size
     y_nAD = (np.zeros if some_dropped else np.empty)((n, A, x_nD.shape[1]), x_nD.dtype)
     y_nAD.reshape(-1, x_nD.shape[1])[pair_b] = returned_bD
-    return combine(y_nAD, routing.topk_weights_nA)
+    return combine(y_nAD, output_weights(routing.topk_weights_nA, w))
 
 
 def dispatch_all_gather(x_nD: np.ndarray, routing: Routing, w: MoELayer, mesh: Mesh) -> np.ndarray:
@@ -177,12 +180,16 @@ def dispatch_all_gather(x_nD: np.ndarray, routing: Routing, w: MoELayer, mesh: M
     own = w.physical_experts.of_rank(mesh.ep.rank)
     pair_B = np.flatnonzero((own.start <= physical_ids_NA) & (physical_ids_NA < own.stop))
     logical_B = w.physical_experts.physical_to_logical_Z[physical_ids_NA.reshape(-1)[pair_B]]
-    rows_BD = partial_experts(x_ND[pair_B // max(A, 1)], logical_B, w)
+    dispatched_BD = x_ND[pair_B // max(A, 1)]
+    if w.scale_inputs:
+        dispatched_BD *= topk_weights_NA.reshape(-1)[pair_B, np.newaxis]
+    rows_BD = partial_experts(dispatched_BD, logical_B, w)
     if mesh.etp.rank == 0:  # of the ranks that shard an expert's width, one adds its bias
         add_expert_biases(rows_BD, logical_B, w)
     partial_NAD = np.zeros((*physical_ids_NA.shape, x_nD.shape[1]), x_nD.dtype)
     partial_NAD.reshape(-1, x_nD.shape[1])[pair_B] = rows_BD
-    return reduce_scatter(combine(partial_NAD, topk_weights_NA), mesh.moe, sizes=sizes)
+    partial_ND = combine(partial_NAD, output_weights(topk_weights_NA, w))
+    return reduce_scatter(partial_ND, mesh.moe, sizes=sizes)
 
 
 DISPATCHERS: dict[str, Dispatch] = {
@@ -216,6 +223,11 @@ def combine(y_nAD: np.ndarray, topk_weights_nA: np.ndarray) -> np.ndarray:
     for choice in range(y_nAD.shape[1]):
         y_nD += y_nAD[:, choice] * topk_weights_nA[:, choice, np.newaxis]
     return y_nD
+
+
+def output_weights(topk_weights_nA: np.ndarray, w: MoELayer) -> np.ndarray:
+    """What the outputs of a token's experts are multiplied with: (n, A)."""
+    return np.ones_like(topk_weights_nA) if w.scale_inputs else topk_weights_nA
 
 
 def _rows_of(expert_B: np.ndarray, number: int) -> np.ndarray | slice:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from mpishard.errors import UserError, brief
 
@@ -38,15 +38,18 @@ LOOK = 4096  # bytes from the beginning that tell what a file is
 
 def open_input(flag: str, path: Path) -> IO[bytes]:
     """The file that `flag` names, at its beginning; it can be read in any order, also where it is
-    gzip. Raises UserError if it cannot be read or is not text."""
+    gzip or a pipe. Raises UserError if it cannot be read or is not text."""
     where = f"{flag} {path}"
     try:
         file: IO[bytes] = open(path, "rb")  # noqa: SIM115 (handed over)
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror}") from None
     try:
+        if not file.seekable():
+            file = _copied(file, file, where)
         if file.read(len(GZIP)) == GZIP:
-            file = _unpacked(file, where)
+            file.seek(0)
+            file = _copied(file, cast(IO[bytes], gzip.GzipFile(fileobj=file)), where)
         file.seek(0)
         problem = not_text(file.read(LOOK))
         file.seek(0)
@@ -72,43 +75,47 @@ def read_text(flag: str, path: Path) -> str:
     try:
         return content.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
+        if name := _wide(content):
+            raise UserError(f"{flag} {path} {_convert(name)}") from None
         raise UserError(
             f"{flag} {path} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from None
 
 
 def not_text(start: bytes) -> str:
-    """Why a file that begins so is not text, as the end of a sentence; "" if it may be."""
-    for mark, name in UNICODE.items():
-        if start.startswith(mark):
-            return _convert(name)
+    """Why a file that begins so is not text, as the end of a sentence; "" if it may be, apart from
+    some damage."""
     for mark, kind in ARCHIVES.items():
         if start.startswith(mark):
             return f"is {kind}, not text: unpack or convert it first"
-    if b"\0" in start:
-        halves = start[::2], start[1::2]
-        if any(half.count(0) > len(half) // 2 for half in halves) and not all(
-            half.count(0) > len(half) // 2 for half in halves
-        ):
-            return _convert("UTF-16")
-        return f"is not text: it has a NUL at byte {start.index(0)}"
+    if (name := _wide(start)) and start.count(0) > len(start) // 8:
+        return _convert(name)
+    half = len(start) // 2
+    if half and any(start[first::2].count(0) > half // 2 for first in (0, 1)):
+        # Letters of Latin scripts have one NUL of two bytes. More of them are no text at all.
+        return _convert("UTF-16") if start.count(0) < 1.5 * half else "is not text: it has NULs"
     return ""
 
 
+def _wide(start: bytes) -> str:
+    """The encoding of a file that begins with the mark of one that is not UTF-8, else ""."""
+    return next((name for mark, name in UNICODE.items() if start.startswith(mark)), "")
+
+
 class LinesLook:
-    """What the lines of a file look like together. Single lines may be damaged; a file that is
-    something else than lines of JSON is refused as a whole."""
+    """What the lines of a file look like together, of which some are `objects`. Single lines may be
+    damaged; a file that is something else than lines of JSON is refused as a whole."""
 
     def __init__(self) -> None:
         self._first = self._last = b""
-        self._count = self._objects = 0
+        self._count = self.objects = 0
 
     def take(self, line: bytes, is_object: bool) -> None:
         """Look at the next `line` that is not blank, which may be a JSON object."""
         self._first = self._first or line.strip()[:LOOK]
         self._last = line.strip()[-LOOK:]
         self._count += 1
-        self._objects += is_object
+        self.objects += is_object
 
     def problem(self, purpose: str) -> str:
         """Why the file is not lines of JSON, as the end of a sentence; "" if it is. `purpose` is
@@ -118,13 +125,17 @@ class LinesLook:
         is_list = self._first.startswith(b"[") and self._last.endswith(b"]")
         if is_list and (self._count == 1 or not self._first.endswith(b"]")):
             return "is one JSON array, not a JSON object a line: `jq -c '.[]'` makes lines of it"
-        if self._objects:
+        if self.objects:
             return ""
         if b"\r" in self._first and self._count == 1:
             return "has lone carriage returns for line ends: `tr '\\r' '\\n'` makes lines of it"
         if self._first == b"{":
             return "has a JSON object over several lines: `jq -c .` makes lines of it"
+        if name := _wide(self._first):
+            return _convert(name)
         start = self._first[:40].decode(errors="backslashreplace")
+        if b"\0" in self._first:
+            return f"is not text: it has NULs, and begins with {start}"
         return f"has no line that is a JSON object; the first begins with {start}"
 
 
@@ -132,21 +143,21 @@ def _convert(name: str) -> str:
     return f"is {name}: convert it to UTF-8, `iconv -f {name} -t UTF-8`"
 
 
-def _unpacked(packed: IO[bytes], where: str) -> IO[bytes]:
-    """What a gzip file holds, in a file without a name."""
-    packed.seek(0)
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (handed over)
+def _copied(source: IO[bytes], content: IO[bytes], where: str) -> IO[bytes]:
+    """The `content` of a file that is then closed, `source`, in one without a name."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (handed over)
     try:
-        with packed, gzip.GzipFile(fileobj=packed) as content:
-            shutil.copyfileobj(content, unpacked, 2**20)
+        with source, content:
+            shutil.copyfileobj(content, copy, 2**20)
+        copy.seek(0)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        unpacked.close()
+        copy.close()
         raise UserError(
             f"{where} is a gzip file that is damaged or cut short: {brief(str(error))}"
         ) from None
     except OSError as error:
-        unpacked.close()
+        copy.close()
         raise UserError(
             f"{where} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}"
         ) from None
-    return unpacked
+    return copy

@@ -18,10 +18,11 @@ synced, which `append` does from time to time, for at most 2 % of the time.
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -187,12 +188,14 @@ class Journal:
 
 
 def write_whole(target: Path, lines: Iterable[bytes]) -> None:
-    """Write the file `target`, under another name until it is complete. Raises UserError if the
-    disk fails."""
+    """Write the file `target`, under another name until it is complete; as gzip where its name ends
+    in .gz. Raises UserError if the disk fails."""
     try:
         with whole_file(target) as temporary, open(temporary, "wb") as file:
-            for line in lines:
-                file.write(line + b"\n")
+            packed = gzip.GzipFile("", "wb", fileobj=file) if target.suffix == ".gz" else None
+            with packed or nullcontext(file) as output:
+                for line in lines:
+                    output.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
         sync_directory(resolved(target).parent)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import processors
 
 from mpishard.errors import UserError, brief
 from mpishard.storage.downloads import refuse_placeholder
-from mpishard.tokenizer.chat_template import ChatTemplate
 from mpishard.tokenizer.length_bound import LengthBound
 from mpishard.tokenizer.special_tokens import SpecialTokens, read_settings
 from mpishard.tokenizer.vocabularies import find_vocabulary
+
+if TYPE_CHECKING:
+    from mpishard.tokenizer.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 
@@ -160,6 +162,9 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template."""
+        # Imported here, because only chats need it and its Jinja.
+        from mpishard.tokenizer.chat_template import ChatTemplate
+
         return ChatTemplate(self.directory, self._settings, self.names)
 
 

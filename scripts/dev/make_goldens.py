@@ -167,13 +167,16 @@ def watch_routers(model: transformers.PreTrainedModel) -> list[tuple[np.ndarray,
     handles: list[Any] = []
 
     def note(router: torch.nn.Module, arguments: Any, output: tuple[torch.Tensor, ...]) -> None:
-        _, weights, experts = output
+        if len(output) == 2:  # Llama 4's: the weights of all experts, and their logits
+            weights, experts = output[0].topk(router.top_k, dim=-1)
+        else:
+            _, weights, experts = output
         order = experts.argsort(dim=-1)
         routed.append((experts.gather(-1, order).numpy(), weights.gather(-1, order).numpy()))
         handles.pop(0).remove()
 
     for module in model.modules():
-        if type(module).__name__.lower().endswith(("topkrouter", "moev1gate")):
+        if type(module).__name__.lower().endswith(("topkrouter", "moev1gate", "llama4router")):
             handles.append(module.register_forward_hook(note))
     return routed
 

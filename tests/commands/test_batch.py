@@ -315,11 +315,11 @@ def test_a_terminal_shows_a_bar(model, job, capfd, monkeypatch):
 # Ended on the way
 
 
-COUNT = 40
 LINES = [
     {"id": f"r{place}", "prompt": prompt + " " * (place % 3), "max_tokens": 8 + 5 * (place % 7)}
-    for place, prompt in enumerate(["class Queue", "def read(self", "import", "The"] * 10)
+    for place, prompt in enumerate(["class Queue", "def read(self", "import", "The"] * 7)
 ]
+COUNT = len(LINES)
 WORDS = [SMALL, "--temperature", "0.7", "--ignore-eos", "--max-num-seqs", "3"]
 
 
@@ -371,10 +371,10 @@ def kill(running: Launch, victims: list[int]) -> None:
 
 
 def test_a_killed_job_goes_on_where_it_was(job, undisturbed):
-    """Killed five times, at several points, one rank or all of them."""
+    """Killed three times, at several points, one rank or all of them."""
     work = job(*LINES)
     before: dict[int, str] = {}
-    for victims, more in (([0], 0), ([1], 4), ([], 9), ([1], 1), ([0], 5)):
+    for victims, more in (([0], 0), ([], 6), ([1], 3)):
         with begin(work, words=[*WORDS, "--dp", "2"]) as running:
             wait_for(work, 1 + len(before) + more, running)
             kill(running, victims)

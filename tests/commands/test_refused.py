@@ -335,8 +335,8 @@ def test_weights_that_are_not_numbers(tmp_path, ranks, how):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
-        ({"rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}, "NoSuchForCausalLM"),
+        ({"rope_scaling": {"type": "no_such"}}, "no_such"),
         ({"hidden_act": "swish_squared"}, "swish_squared"),
         ({"num_attention_heads": "eight"}, "num_attention_heads"),
     ],

@@ -87,7 +87,7 @@ def requests(room: Room, corpus: Corpus, random: Random) -> str:
         if (room.path / "out.jsonl.journal").exists():
             raise Finding("the journal is still there")
         _check_answers(data, target, corpus)
-    elif _lines(data):
+    elif any(_fields(line) for _, line in _lines(data)):
         raise Finding(f"a file with lines to answer was refused: {room.refused}")
     return note
 

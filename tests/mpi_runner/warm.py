@@ -24,6 +24,9 @@ from mpi_runner.launch import CHECKOUT, LAUNCHERS_WORDS, Launch, launches, mpiru
 
 START_LIMIT = 120.0  # seconds
 PROGRAM = str(CHECKOUT / "mpishard" / "__main__.py")  # what `python -m mpishard` is called
+# How many are started together. Each takes half a second of a processor to start, and as much
+# again when a command has ended it.
+SIZES = (2, 4, 8)
 
 # By the command that starts them, empty for a process without mpirun, and their number.
 _running: dict[tuple[str, ...], WarmRanks] = {}
@@ -50,7 +53,9 @@ class WarmRanks:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            self.ranks = [self._accept(listener) for _ in range(n or 1)]
+            connections = [self._accept(listener) for _ in range(n or 1)]
+        by_rank = {int(connection.recv(99)): connection for connection in connections}
+        self.ranks = [connection for _, connection in sorted(by_rank.items())]
 
     def _accept(self, listener: socket.socket) -> socket.socket:
         """The connection of one more rank. The test fails, with what the launch said, if it ends or
@@ -63,17 +68,18 @@ class WarmRanks:
         pytest.fail(f"warm ranks do not start:\n{(self.out.parent / 'start').read_text()}", False)
 
     def run(
-        self, words: Sequence[str], cwd: str, timeout: float
+        self, n: int, words: Sequence[str], cwd: str, timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """What a command answers. The test fails if it still runs after `timeout` seconds; the
-        launch has ended then, and also where a command ended its ranks."""
+        """What a command answers on the first `n` of these ranks. The test fails if it still runs
+        after `timeout` seconds; the launch has ended then, and also where a command ended its
+        ranks."""
         self.out.write_bytes(b"")
         self.err.write_bytes(b"")
-        task = {"words": words, "cwd": cwd, "out": str(self.out), "err": str(self.err)}
-        for rank in self.ranks:
+        task = {"n": n, "words": words, "cwd": cwd, "out": str(self.out), "err": str(self.err)}
+        for rank in self.ranks[:n]:
             rank.sendall(f"{json.dumps(task)}\n".encode())
         deadline, answers = time.monotonic() + timeout, []
-        for rank in self.ranks:
+        for rank in self.ranks[:n]:
             if not select.select([rank], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 self.launch.end()
                 said = self._said(words, -1)
@@ -113,15 +119,16 @@ def run_warm(
 ) -> subprocess.CompletedProcess[str]:
     """What ``mpirun -n N python -m mpishard WORDS`` answers, from ranks that are kept warm."""
     launches["commands"] += 1
-    return ranks(n).run(words, cwd or os.getcwd(), timeout)
+    return ranks(n).run(n or 1, words, cwd or os.getcwd(), timeout)
 
 
 def ranks(n: int | None) -> WarmRanks:
-    """Those that run the next command; new ones for another launcher, such as one of other hosts,
-    than has started any before."""
-    key = () if n is None else (*mpirun(), str(n))
+    """Those that run the next command on `n` ranks: the first of 2, 4 or 8; new ones for another
+    launcher, such as one of other hosts, than has started any before."""
+    size = n and next((size for size in SIZES if size >= n), n)
+    key = () if size is None else (*mpirun(), str(size))
     if key not in _running or _running[key].has_ended:
-        _running[key] = WarmRanks(n)
+        _running[key] = WarmRanks(size)
     return _running[key]
 
 

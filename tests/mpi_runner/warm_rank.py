@@ -47,10 +47,11 @@ class Lent(MPI.Intracomm):
 
 
 @contextmanager
-def lent_world() -> Iterator[Lent]:
-    """The world, and the end of all communicators made of it."""
-    world = Lent(WORLD)
-    world.made = []
+def lent_world(n: int) -> Iterator[Lent]:
+    """A world of the first `n` ranks, and the end of all communicators made of it."""
+    whole = n == WORLD.size
+    world = Lent(WORLD if whole else WORLD.Create_group(WORLD.group.Incl(range(n))))
+    world.made = [] if whole else [world]
     yield world
     for comm in world.made:
         if comm != MPI.COMM_NULL:
@@ -74,12 +75,12 @@ def output_in(out: str, err: str) -> Iterator[None]:
         os.close(saved)
 
 
-def run(words: list[str], cwd: str, out: str, err: str) -> int:
-    """The exit status of the job that is this command."""
+def run(n: int, words: list[str], cwd: str, out: str, err: str) -> int:
+    """The exit status of the job that is this command, on the first `n` ranks."""
     handlers = {number: signal.getsignal(number) for number in HEARD}
     os.chdir(cwd)
     sys.argv = [PROGRAM, *words]
-    with output_in(out, err), lent_world() as world:
+    with output_in(out, err), lent_world(n) as world:
 
         def here(main: Callable[[MPI.Intracomm], None]) -> int:
             return launch.run_on(world, main)
@@ -94,6 +95,7 @@ def run(words: list[str], cwd: str, out: str, err: str) -> int:
 def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
+        connection.sendall(f"{WORLD.rank}".encode())
         for task in connection.makefile("r", encoding="utf-8"):
             connection.sendall(f"{run(**json.loads(task))}\n".encode())
 

@@ -257,7 +257,10 @@ def test_what_is_a_prompt(path):
     assert model.generate(iter(["the in"]), params) == text
     assert model.generate((one for one in ["the in", [3, 4]]), params) == text + ids
     assert model.generate(np.array([[3, 4], [3, 4]]), params) == ids + ids
+    assert model.generate(np.array([[3], [3]]), params) == model.generate([[3], [3]], params)
     assert model.generate([], params) == []
+    with pytest.raises(TypeError, match="params are of type dict: give mpishard.SamplingParams"):
+        model.generate("a", {"max_tokens": 2})  # type: ignore[arg-type]
     (scores,) = model.logits("the in")
     (same,) = model.logits([model.encode("the in")])
     assert scores is not None and same is not None

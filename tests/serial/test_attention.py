@@ -43,13 +43,23 @@ POSITIONS = {
 }
 
 
+REACHES: list[dict[str, int]] = [
+    *({"window": window} for window in (1, 2, 5, 100)),
+    *({"chunk": chunk} for chunk in (1, 4, 7)),
+]
+
+
 def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec):
     """One query, one head, one key at a time."""
     S, h, _ = q_ShK.shape
     out_ShK, lse_Sh = np.zeros_like(q_ShK), np.full((S, h), -np.inf)
     for s, p in enumerate(q_pos_S):
         seen = [
-            i for i, t in enumerate(k_pos_T) if t <= p and (not spec.window or t > p - spec.window)
+            i
+            for i, t in enumerate(k_pos_T)
+            if t <= p
+            and (not spec.window or t > p - spec.window)
+            and (not spec.chunk or t // spec.chunk == p // spec.chunk)
         ]
         if not seen:
             continue
@@ -67,13 +77,13 @@ def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec):
     return out_ShK, lse_Sh
 
 
-def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None, softcap=None) -> Any:
+def arrays(q_at, k_at, h=6, g=2, K=5, size=1.0, window=None, softcap=None, chunk=None) -> Any:
     """Random queries with the positions of queries and keys, and keys and values that are part of
     larger arrays, as `attend` takes them; `size` scales queries and keys."""
     random = np.random.RandomState(0)
     q_ShK = size * random.standard_normal((len(q_at), h, K))
     k_gTK, v_gTK = random.standard_normal((2, g + 1, len(k_at) + 3, K))[:, 1:, : len(k_at)]
-    spec = AttentionSpec(0.4, window, softcap)
+    spec = AttentionSpec(0.4, window, softcap, chunk=chunk)
     return q_ShK, np.array(q_at, int), size * k_gTK, v_gTK, np.array(k_at, int), spec
 
 
@@ -89,16 +99,16 @@ def assert_close(found, expected, rtol=0.0, atol=1e-12):
 
 
 @pytest.mark.parametrize("block", [1, 3, None])
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
+@pytest.mark.parametrize("reach", [{}, *REACHES])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_attend(monkeypatch, block, window, positions):
+def test_attend(monkeypatch, block, reach, positions):
     for name in BLOCKS if block else ():
         monkeypatch.setattr(attention, name, block)
     # With the larger scores some blocks of queries need a shift.
     for h, g, size in [(4, 4, 1.0), (6, 2, 1.0), (3, 1, 1.0), (6, 2, 6.0)]:
-        case = arrays(*POSITIONS[positions], h, g, size=size, window=window)
+        case = arrays(*POSITIONS[positions], h, g, size=size, **reach)
         assert_close(attend(*case), plain(*case), atol=1e-12 * size**2)
-        capped = arrays(*POSITIONS[positions], h, g, size=size, window=window, softcap=1.5 * size)
+        capped = arrays(*POSITIONS[positions], h, g, size=size, softcap=1.5 * size, **reach)
         assert_close(attend(*capped), plain(*capped), atol=1e-12 * size**2)
         *rest, spec = case
         biased = *rest, replace(spec, alibi=LinearBiases(0.9 ** np.arange(h), scale=0.3))
@@ -106,11 +116,11 @@ def test_attend(monkeypatch, block, window, positions):
 
 
 @pytest.mark.parametrize("blocks", [(4, 4, 4), (64, 16, 16), (64, 16, 8), (1024, 256, 128)])
-@pytest.mark.parametrize("window", [None, 3, 70])
-def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, window):
+@pytest.mark.parametrize("reach", [{}, {"window": 3}, {"window": 70}, {"chunk": 40}])
+def test_many_queries_and_keys_in_blocks_of_all_kinds(monkeypatch, blocks, reach):
     for name, block in zip(BLOCKS, blocks, strict=False):
         monkeypatch.setattr(attention, name, block)
-    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1, window=window)
+    case = arrays(range(0, 160, 2), range(5, 150), h=2, g=1, **reach)
     assert_close(attend(*case), plain(*case))
 
 

@@ -102,6 +102,7 @@ def test_defaults_of_llama():
         qk_norm=False,
         ropes=(Rope(kind="default", theta=10000.0, original_positions=2048),) * 3,
         windows=(None, None, None),
+        chunks=(None, None, None),
         max_position_embeddings=2048,
         eos_ids=(2,),
         bos_id=1,
@@ -970,6 +971,7 @@ def test_tiny_models_are_read(variant):
         ("never_heard_of", []),
         ("never_heard_of", {}),
         ("internal_version", "1.0"),
+        ("attention_head_dim", 2),
         ("document_attention", True),
         ("partial_rotary_factor", 1.0),
         ("residual_multiplier", 1.0),
@@ -1088,6 +1090,34 @@ def test_fields_beside_the_text_half():
     assert (config.eos_ids, config.bos_id) == ((1, 6), 4)
     text = document("mistral", eos_token_id=9)
     assert unwrapped(text, eos_token_id=[1, 6]).eos_ids == (9,)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_modules_of_a_quantized_text_half_in_all_spellings(within):
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            }
+        },
+        "ignore": [
+            *("language_model.lm_head", "re:vision_tower.*"),
+            *("language_model.model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+            "re:model.language_model.layers.2.*",
+        ],
+    }
+    text = document("mistral")
+    outer: dict[str, Any] = {}
+    (text if within else outer)["quantization_config"] = quantization
+    config = unwrapped(text, **outer)
+    assert config.quantization is not None
+    for module in ("lm_head", *(f"model.layers.{layer}.mlp.up_proj" for layer in range(3))):
+        assert config.quantization.scheme(module) is None
+    for layer in range(2):
+        assert config.quantization.scheme(f"model.layers.{layer}.mlp.down_proj")
 
 
 def test_sizes_that_a_text_config_omits_are_those_of_its_class():
@@ -1347,8 +1377,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, not 0.5"),
     (
         "llama",
-        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}},
-        "rope_scaling.high_freq_factor = 4.0 must be above low_freq_factor = 4",
+        {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.5}},
+        "rope_scaling.high_freq_factor = 4.0 must be at least low_freq_factor = 4.5",
+    ),
+    (
+        "llama",
+        {"attention_head_dim": 4},
+        "attention_head_dim = 4 is not implemented: 2 is",
     ),
     (
         "llama",

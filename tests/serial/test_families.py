@@ -79,9 +79,38 @@ def test_partial_rotation_has_three_spellings():
     assert read("minimax_m2-partial", rotary_dim=ABSENT).rotary_dim == 10
 
 
+def test_llama4_has_chunks_where_it_has_rope():
+    config = read("llama4-chunks")
+    assert config.chunks == (6, None, 6, 6)
+    warm = Rope("none", original_positions=4, query_scale_beta=0.4, query_scale_offset=1)
+    assert config.ropes[1] == warm and config.ropes[0].kind == "llama3"
+    assert config.moe is not None and config.moe.layers == (False, True, False, True)
+    plain = read("llama4-chunks", attn_temperature_tuning=False, moe_layers=[0])
+    assert plain.ropes[1] == NO_ROPE
+    assert plain.moe is not None and plain.moe.layers == (True, False, False, False)
+    assert read("llama4-chunks", attention_chunk_size=None).chunks == (None,) * 4
+    types = ["chunked_attention", *["full_attention"] * 3]
+    assert read("llama4-chunks", layer_types=types).chunks == (6, None, None, None)
+
+
 def test_a_fixed_alpha_of_hunyuan():
     rope = read("hunyuan_v1_dense-alpha").rope
     assert (rope.kind, rope.factor, rope.frequency_length(60)) == ("ntk_alpha", 9.0, 0)
+
+
+def test_ernie_decides_about_all_biases_at_once():
+    config = read("ernie4_5_moe-clamped")
+    assert config.moe is not None and config.moe.layers == (False, True, True, False)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.head_bias) == (True,) * 4
+    config = read("ernie4_5_moe-clamped", use_bias=False, moe_layer_end_index=-1)
+    assert config.moe is not None and config.moe.layers == (False, True, True, True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.head_bias) == (False,) * 4
+
+
+def test_phimoe_has_its_short_factors_at_all_lengths():
+    rope = read("phimoe-mixer").rope
+    assert rope.short_factors == rope.long_factors == (1.0, 1.2, 1.5, 2.0)
+    assert rope.mscales == (1.1, 1.3)
 
 
 REFUSALS = (
@@ -118,6 +147,14 @@ REFUSALS = (
     ("hunyuan_v1_moe-alpha", {"num_shared_expert": [2, 2]}, "num_shared_expert = 2 is not"),
     ("minimax_m2-partial", {"attn_type_list": [1, 0]}, "attn_type_list = [1, 0] is not impl"),
     ("mimo-plain", {"attention_bias": False}, "attention_bias = false contradicts"),
+    (
+        "llama4-chunks",
+        {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 4},
+        "has chunked_attention, but no attention_chunk_size",
+    ),
+    ("llama4-chunks", {"moe_layers": 1}, "moe_layers = 1 must be a list"),
+    ("phimoe-mixer", {"num_experts_per_tok": 3}, "must be 2 for a sparsemixer, not 3"),
+    ("ernie4_5_moe-clamped", {"moe_layer_end_index": -2}, "must be the number of a layer, or -1"),
     ("granite-plain", {"residual_multiplier": 0}, "residual_multiplier = 0 must be a positive"),
 )
 

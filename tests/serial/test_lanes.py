@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mpi_runner import launch
 from mpi_runner.lane import WAITING, Lane, divide, fits
 
 
@@ -82,3 +84,23 @@ NP2, NP8 = Lane("np2", 2), Lane("np8", 8)
 )
 def test_what_the_machine_carries(lane, beside, busy, cores, right):
     assert fits(lane, beside, busy, cores) == right
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_the_ranks_of_tests_wait_as_those_of_the_product_do(monkeypatch, is_busy):
+    """By what is idle at their start, and as the user wishes."""
+    name = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
+    monkeypatch.delenv(name, raising=False)
+    asked = []
+
+    def waiting_should_sleep(*about: object) -> bool:
+        asked.append(about)
+        return is_busy
+
+    monkeypatch.setattr(launch, "waiting_should_sleep", waiting_should_sleep)
+    monkeypatch.setattr(launch, "allowed_cores", lambda: 4)
+    assert launch.environment(5, {}).get(name) == ("1" if is_busy else None)
+    assert asked == [(5, 4, [os.getpid()])]
+    assert launch.environment(4, {}).get(name) is None, "a core for each"
+    monkeypatch.setenv(name, "0")
+    assert launch.environment(5, {})[name] == "0"

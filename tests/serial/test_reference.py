@@ -240,9 +240,15 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
 
 
 def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
-    yield "one expert more", replace(moe, top_k=moe.top_k + 1)
-    yield "one expert less", replace(moe, top_k=moe.top_k - 1)
-    yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.scoring == "sparsemixer":
+        yield "jitter a quarter too large", replace(moe, jitter=1.25 * moe.jitter)
+        yield "the softmax of all", replace(moe, scoring="softmax")
+    else:
+        yield "one expert more", replace(moe, top_k=moe.top_k + 1)
+        yield "one expert less", replace(moe, top_k=moe.top_k - 1)
+        yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.norm_min > 1e-3:
+        yield "no least sum", replace(moe, norm_min=0.0)
     if moe.shared_expert_intermediate_size:
         yield "no shared expert", replace(moe, shared_expert_intermediate_size=0)
     if moe.shared_gate:
@@ -254,6 +260,8 @@ def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
         yield "no groups", replace(moe, n_group=1, topk_group=1)
         yield "one group more", replace(moe, topk_group=moe.topk_group + 1)
         yield "another score of groups", replace(moe, group_score=other)
+    if moe.scale_inputs:
+        yield "weights of outputs", replace(moe, scale_inputs=False)
     if moe.router_bias:
         yield "no bias of the router", replace(moe, router_bias=False)
     if moe.alpha and moe.limit:
@@ -305,6 +313,15 @@ def scale_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "no norms of q and k", {"qk_norm": False}
     if config.rope_interleaved:
         yield "pairs of halves", {"rope_interleaved": False}
+    if config.qk_l2_norm:
+        yield "no norms of q and k", {"qk_l2_norm": False}
+    chunks = config.chunks
+    if any(chunks):
+        longest, none = max(c for c in chunks if c), (None,) * config.layers
+        yield "chunks one too long", {"chunks": tuple(c and c + 1 for c in chunks)}
+        yield "no chunks", {"chunks": none}
+        yield "windows for chunks", {"chunks": none, "windows": chunks}
+        yield "chunks everywhere", {"chunks": (longest,) * config.layers}
     if config.partial_rotary_dim and config.rope.kind != "longrope":
         yield "one pair more", {"partial_rotary_dim": config.partial_rotary_dim + 2}
         yield "one pair less", {"partial_rotary_dim": config.partial_rotary_dim - 2}
@@ -322,8 +339,8 @@ def layer_norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, An
     if config.alibi:
         yield "no biases of scores", {"alibi": None}
 
-    if config.alibi == "in bfloat16" and config.heads & (config.heads - 1):
-        yield "exact biases of scores", {"alibi": "exact"}
+    if config.alibi == "in bfloat16":
+        yield "biases that are not scaled as scores are", {"alibi": "exact"}
     if config.clip_qkv:
         yield "nothing clipped", {"clip_qkv": None}
         yield "clipped a tenth too late", {"clip_qkv": 1.1 * config.clip_qkv}
@@ -351,16 +368,18 @@ def norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, LayerNormNames]]:
 
 
 def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
+    if rope.query_scale_beta:
+        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
+        later = 1 - rope.query_scale_offset
+        yield "queries scaled one position later", replace(rope, query_scale_offset=later)
     if rope.kind == "none":
         return
     yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
     if rope.kind != "default":
         yield "no rope scaling", replace(rope, kind="default")
-    if rope.kind != "default" and rope.attention_factor is None:
+    if rope.kind != "default" and rope.attention_factor is None and not rope.mscales:
         yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
-    if rope.query_scale_beta:
-        yield "queries not scaled by position", replace(rope, query_scale_beta=0.0)
-    if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
+    if rope.kind in ("dynamic", "llama3", "yarn", "longrope") and not rope.mscales:
         longer = replace(rope, original_positions=rope.original_positions + 1)
         yield "original length one too long", longer
     used = {
@@ -376,7 +395,10 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
     if rope.kind == "yarn":
         yield "truncate the other way", replace(rope, truncate=not rope.truncate)
         yield "no attention factor", replace(rope, attention_factor=1.0)
-    if rope.kind == "longrope":
+    if rope.mscales:
+        first, second = rope.mscales
+        yield "the short mscale alone", replace(rope, mscales=(first, first))
+    if rope.kind == "longrope" and not rope.mscales:
         yield "short factors alone", replace(rope, long_factors=rope.short_factors)
         yield "no attention factor", replace(rope, attention_factor=1.0)
 
@@ -394,10 +416,14 @@ def window_mistakes(config):
 
 def weight_mistakes(config, weights):
     layer = f"model.layers.{config.layers - 1}."
+    # Without rope a bias of k adds the same to all scores of a query.
+    unrotated = {
+        f"model.layers.{number}.self_attn.k_proj.bias"
+        for number, rope in enumerate(config.ropes)
+        if rope.kind == "none"
+    }
     for name in weights:
-        # Without a rotation a bias of keys adds the same to all scores of a query.
-        is_unseen = name.endswith("k_proj.bias") and config.rope == NO_ROPE
-        if name.endswith("bias") and weights[name].any() and not is_unseen:
+        if name.endswith("bias") and weights[name].any() and name not in unrotated:
             yield f"no {name}", {name: np.zeros_like(weights[name])}
         if "norm" in name and not name.endswith("bias"):
             yield f"no {name}", {name: np.ones_like(weights[name])}
@@ -522,6 +548,14 @@ def test_the_other_form_of_gelu_shows(variant):
         config = replace(config, activation=others[config.activation])
         logits_SV, _ = Reference(config, tiny_weights(variant)).forward(expected["ids_1"].tolist())
         assert deviation(logits_SV, expected["logits_1"]) > 1.5 * BOUND
+
+
+def test_biases_that_are_not_rounded_show(monkeypatch):
+    expected = golden("falcon-alibi")
+    model = Reference(tiny_config("falcon-alibi"), tiny_weights("falcon-alibi"))
+    monkeypatch.setattr(reference, "bfloat16", lambda x: x)
+    logits_SV, _ = model.forward(expected["ids_1"].tolist())
+    assert deviation(logits_SV, expected["logits_1"]) > 1.5 * BOUND
 
 
 def test_an_older_token_does_not_see_a_newer_one():

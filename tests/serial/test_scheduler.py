@@ -25,7 +25,7 @@ def fake_model() -> Any:
         return BYTES * capacity + 1000 * (first_chunk is not None)
 
     return SimpleNamespace(
-        config=SimpleNamespace(max_position_embeddings=1000),
+        config=SimpleNamespace(max_position_embeddings=1000, linear_attention=None),
         sequence_sharding=SequenceSharding(),
         uses_dynamic_rope=lambda length: False,
         rope_lengths=lambda length: (0,),

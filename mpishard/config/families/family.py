@@ -23,13 +23,17 @@ class MoEFamily:
 
     ffn: str = "moe_intermediate_size"  # the field that holds the width of an expert
     names: ExpertNames = ExpertNames()
-    # Which layers are dense: "never", "by step" (decoder_sparse_step, mlp_only_layers) or
-    # "the first" (first_k_dense_replace).
+    # Which layers are dense: "never", "by step" (decoder_sparse_step, mlp_only_layers), "the first"
+    # (first_k_dense_replace) or those that are not "interleaved" (interleave_moe_layer_step or
+    # moe_layers) or "outside of a range" (moe_layer_start_index, _end_index and _interval).
     dense: str = "never"
     first_dense: int = 0  # the default of first_k_dense_replace
     scoring: str = "softmax"
+    scale_inputs: bool = False  # the weights multiply the inputs of experts
     normalized: bool | None = None  # None: the field norm_topk_prob decides
     normalized_default: bool = False
+    # The default of moe_norm_min, the least sum that weights are divided by; None: no such field.
+    normalized_by_at_least: float | None = None
     # The field of the shared expert's width or, if shared_count is not 0, of the number of shared
     # experts: together they are one expert of so many times the width of a routed one.
     shared: str | None = None
@@ -76,6 +80,7 @@ class Family:
     qk_norm_after_rope: bool = False
     per_head_norm: bool = False  # of each head, with a weight for each head
     full_width_qk_norm: bool = False  # of all heads together
+    qk_l2_norm: bool = False  # of each head, without a weight, after rope (the field use_qk_norm)
     heads_fill_hidden: bool = False  # head_dim must be hidden / heads
     sinks: bool = False
     clip_qkv: float | None = None
@@ -95,6 +100,8 @@ class Family:
     window_layers: int = 28  # the default of max_window_layers
     nth: int = 0  # the n of "every nth", or the default of the field nth_field
     nth_field: str | None = None
+    # Layers with rope attend within chunks: the default of attention_chunk_size.
+    chunk: int | None = None
     needs_window: bool = False  # a null is refused, as transformers refuses it
 
     # Positions are known by "rope", by a "learned" embedding, by "alibi", or by the same with
@@ -121,6 +128,10 @@ class Family:
     sliding_theta: float | None = None
     sliding_theta_field: str | None = None
     query_scale: bool = False  # rope_parameters has a llama_4_scaling_beta
+    temperature: bool = False  # layers without rope have growing queries (attn_temperature_tuning)
+    # Longrope has a short_mscale and a long_mscale, and its short factors at all lengths: so
+    # transformers 5.24 computes it for this family.
+    rope_mscales: bool = False
     rope_alpha: bool = False  # the dynamic rope may have a fixed alpha, by which theta grows
 
     # Feed-forward
@@ -128,6 +139,8 @@ class Family:
     mlp_bias_field: str = "mlp_bias"
     mlp_bias_default: bool = False
     gated_mlp: bool = True
+    ffn_field: str = "intermediate_size"  # the width of a dense layer, and its default
+    ffn: int | None = None
     ffn_multiple: int | None = None  # of hidden_size, where intermediate_size is null or absent
     activation_field: str = "hidden_act"
     activation: str = "silu"
