@@ -322,6 +322,13 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
     return found
 
 
+def a_few_layouts(ranks: int, variant: str) -> list[Layout]:
+    """Two of the `layouts`, for a test of several models, which go round with the model."""
+    found = layouts(ranks, variant)
+    first = number_of(variant) // 7 % len(found)
+    return [found[first], *[found[first - 1]] * (len(found) > 1)]
+
+
 @cache
 def every_layout(ranks: int, variant: str) -> list[Layout]:
     """All degrees of `ranks` ranks that fit `variant`, with every `ep`, each in one of the 96

@@ -451,6 +451,12 @@ TAKE = "take the model's unquantized checkpoint, or dequantize this one and save
 LINEAR = {"targets": ["Linear"]}
 
 
+WITH_ITS_FORMAT = {
+    "weights": {"type": "float", "num_bits": 4, "group_size": 32},
+    "format": "mxfp4-pack-quantized",
+}
+
+
 def group(form: str = "int-quantized", **weights: Any) -> dict[str, Any]:
     """A configuration of compressed-tensors with one group."""
     groups = {"group_0": LINEAR | {"weights": weights}}
@@ -484,6 +490,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"quant_method": "fp8", "weight_block_size": [128]},
         ".weight_block_size = [128] must be the rows and columns of a block, such as [128, 128]",
+    ),
+    ({"quant_method": "fp8", "weight_block_size": [0, 128]}, ".weight_block_size = [0, 128] must "),
+    (
+        group("nvfp4-pack-quantized", type="float", num_bits=4, strategy="channel"),
+        '.config_groups.group_0.weights.strategy = "channel" is not implemented: "group" and ',
     ),
     ({"quant_method": "fp8", "fmt": "e5m2"}, '.fmt = "e5m2" is not implemented: "e4m3" and'),
     (
@@ -573,6 +584,51 @@ def test_the_configuration_in_its_own_file_is_named():
     assert str(caught.value).startswith(
         'hf_quant_config.json beside model/config.json: quantization.quant_algo = "W4A8_AWQ" is not'
     )
+
+
+# A configuration, and the scheme of its modules.
+READ: list[tuple[dict[str, Any], Scheme]] = [
+    (group("naive-quantized", type="float", strategy="channel"), Scheme("fp8", (1, None), bits=8)),
+    (group("naive-quantized", strategy="tensor"), Scheme("int8", bits=8)),
+    (group("int-quantized", strategy="group", group_size=32), Scheme("int8", (1, 32), bits=8)),
+    (group("float-quantized", type="float"), Scheme("fp8", bits=8)),
+    (
+        group("float-quantized", type="float", strategy="block", block_structure=[1, 128]),
+        Scheme("fp8", (1, 128), bits=8),
+    ),
+    (
+        group("pack-quantized", num_bits=4, group_size=64, symmetric=False, actorder="weight"),
+        Scheme("packed", (1, 64), symmetric=False),
+    ),
+    (group("nvfp4-pack-quantized", type="float", num_bits=4), Scheme("nvfp4", (1, 16))),
+    (
+        {"quant_method": "compressed-tensors", "config_groups": {"a": LINEAR | WITH_ITS_FORMAT}},
+        Scheme("mxfp4-packed", (1, 32)),
+    ),
+    ({"quant_algo": "fp8_pb_wo"}, Scheme("fp8", (128, 128))),
+    ({"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, Scheme("fp8", (1, None))),
+    ({"quant_algo": "W4A16_NVFP4", "group_size": 16}, Scheme("nvfp4-modelopt", (1, 16))),
+    (
+        {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"},
+        Scheme("awq", (1, 64), symmetric=False),
+    ),
+    (
+        {"quant_method": "gptq", "bits": 4},
+        Scheme("gptq", (1, 128), symmetric=False, zeros_less_one=True),
+    ),
+    (
+        {"quant_method": "gptq", "bits": 4, "format": "gptq_v2", "group_size": -1},
+        Scheme("gptq", (1, None), symmetric=False),
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("quantization, scheme", READ)
+def test_configurations_that_are_read(quantization, scheme, name):
+    config = read_model_config(quantized_models.LLAMA | {name: quantization}, None, "config.json")
+    assert config.quantization is not None
+    assert config.quantization.scheme("model.layers.0.mlp.up_proj") == scheme
 
 
 # A configuration, a module, and the form that it has; None: it is not quantized.
