@@ -234,7 +234,7 @@ def test_a_character_that_the_prompt_began_is_of_the_answer(kind):
 def test_a_stop_string_that_a_broken_run_of_bytes_completes():
     """The run was a character before; what stood before that had to wait."""
     text = tokenizer_of("byte fallback")
-    ids = [text.tokenizer.token_to_id(one) for one in ("▁", "é", "▁")]
+    ids: list[int] = [text.tokenizer.token_to_id(one) for one in ("▁", "é", "▁")]  # type: ignore[misc]
     ids += [text.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "漢".encode() + b"\x80"]
     for stop, expected in (
         ("é \ufffd", ""),
