@@ -15,7 +15,6 @@ of a character, or be what the model wrote.
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -144,9 +143,13 @@ def _types(decoder: dict[str, Any]) -> list[str]:
 
 def _ends_within(data: bytes) -> int:
     """How many bytes at the end of `data` begin a character of UTF-8 that they do not end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(data)
-    return len(decoder.getstate()[0])
+    for length in range(1, min(len(data), LONGEST_CHARACTER - 1) + 1):
+        try:
+            data[-length:].decode()
+        except UnicodeDecodeError as error:
+            if error.start == 0 and error.reason == "unexpected end of data":
+                return length
+    return 0
 
 
 def _is_utf8(data: bytes) -> bool:

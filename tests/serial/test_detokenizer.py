@@ -243,3 +243,10 @@ def test_a_stop_string_that_a_broken_run_of_bytes_completes():
         ("x", "é " + 4 * "\ufffd"),
     ):
         assert "".join(grow(text, [], ids, SamplingParams(stop=(stop,)))) == expected
+
+
+def test_bytes_of_half_a_surrogate_begin_no_character():
+    """Python's own decoder waits for the third; it could not make a character of them."""
+    text = tokenizer_of("single bytes")
+    ids = [text.tokenizer.get_vocab()[to_word(bytes([byte]))] for byte in (0x61, 0xED, 0xA2)]
+    assert "".join(grow(text, [], ids, SamplingParams())) == text.decode(ids) == "a\ufffd\ufffd"
