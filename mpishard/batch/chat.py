@@ -48,6 +48,12 @@ def _message(given: Any, where: str) -> Message:
     content = message.get("content")
     if isinstance(content, list) and all(map(_is_text, content)):
         content = message["content"] = "\n".join(part["text"] for part in content)
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise UserError(
+                f"{where}: a message has a part of the type {short(part.get('type'))}, but only "
+                '"text" is built'
+            )
     says_something = isinstance(content, str) or (content is None and "tool_calls" in message)
     if not says_something or not isinstance(message.get("role"), str):
         raise UserError(
