@@ -319,6 +319,8 @@ def _moe_layer(
             moe.n_group,
             moe.topk_group,
             moe.group_score,
+            moe.norm_min,
+            moe.jitter,
         ),
         scale_inputs=moe.scale_inputs,
         experts={expert: _gated(own, of_experts) for expert, own in experts.items()},

@@ -288,6 +288,8 @@ class Reference:
         logits_SE = x_SD @ self.weights[router].T
         if moe.router_bias:
             logits_SE = logits_SE + self.weights[f"{name}.{stacked.router_bias}"]
+        if moe.scoring == "sparsemixer":
+            return sparse_mixer(logits_SE, moe.jitter)
         scores_SE = {"softmax": softmax, "sigmoid": sigmoid}[moe.scoring](logits_SE)
         chosen_by_SE = scores_SE
         if moe.e_score_correction_bias:
@@ -298,7 +300,8 @@ class Reference:
         experts_SA, margin_S = choose(chosen_by_SE, moe)
         weights_SA = np.take_along_axis(scores_SE, experts_SA, axis=1)
         if moe.norm_topk_prob:
-            weights_SA = weights_SA / weights_SA.sum(axis=1, keepdims=True)
+            sum_S1 = weights_SA.sum(axis=1, keepdims=True)
+            weights_SA = weights_SA / np.maximum(sum_S1, moe.norm_min)
         return Routing(experts_SA, weights_SA * moe.routed_scaling_factor, margin_S)
 
     def expert(self, x_D: np.ndarray, name: str, number: int) -> np.ndarray:
@@ -384,6 +387,29 @@ def choose(scores_SE: np.ndarray, moe: MoEConfig) -> tuple[np.ndarray, np.ndarra
         scores_SE = np.where(excluded[:, :, None], -np.inf, members).reshape(S, -1)
     experts_SA, margin_of_experts_S = top(scores_SE, moe.top_k)
     return experts_SA, np.minimum(margin_S, margin_of_experts_S)
+
+
+def sparse_mixer(logits_SE: np.ndarray, jitter: float) -> Routing:
+    """Two experts for each token, as SparseMixer chooses them outside of training (arXiv
+    2409.12136): the best, and the best of the others. The weight of each is its softmax among those
+    that come near to it: the best expert takes no part in the second weight."""
+    experts, weights, margins = [], [], []
+    for logits_E in logits_SE:
+        left_E, chosen, margin = logits_E.copy(), {}, np.inf
+        for _ in range(2):
+            best = int(np.argmax(left_E))
+            distance_E = left_E[best] - logits_E
+            relative_E = distance_E / np.maximum(np.abs(logits_E), left_E[best])
+            near_E = np.where(relative_E > 2 * jitter, -np.inf, left_E)
+            chosen[best] = softmax(near_E)[best]
+            others_E = np.delete(left_E, best)
+            apart_E = np.abs(relative_E - 2 * jitter)
+            margin = min(margin, left_E[best] - others_E.max(), apart_E.min())
+            left_E[best] = -np.inf
+        experts.append(sorted(chosen))
+        weights.append([chosen[expert] for expert in sorted(chosen)])
+        margins.append(margin)
+    return Routing(np.array(experts), np.array(weights, logits_SE.dtype), np.array(margins))
 
 
 def top(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -514,6 +540,8 @@ def rotation(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.nda
     angle_SJ = np.arange(length)[:, None] * frequency_J
     factor = {"yarn": yarn_attention_factor, "longrope": longrope_attention_factor}
     scale = factor[rope.kind](rope) if rope.kind in factor else 1.0
+    if rope.mscales is not None:
+        scale = rope.mscales[1 if length > rope.original_positions else 0]
     return scale * np.cos(angle_SJ), scale * np.sin(angle_SJ)
 
 

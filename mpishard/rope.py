@@ -36,16 +36,18 @@ class RotaryEmbedding:
     def _rotation(self, rope: RopeConfig, step: Step) -> Rope:
         inv_freq_J, scaling = self._of_length(rope, 0)
         angles_NJ = step.positions_N[:, np.newaxis] * inv_freq_J
+        scaling_N = np.full(len(step.positions_N), scaling)
         for segment in step.segments:
             length = rope.frequency_length(segment.num_known)
             if length:
                 new = segment.token_slice
-                inv_freq_J, _ = self._of_length(rope, length)
+                inv_freq_J, scaling_N[new] = self._of_length(rope, length)
                 angles_NJ[new] = step.positions_N[new, np.newaxis] * inv_freq_J
         angles_N11J = angles_NJ[:, np.newaxis, np.newaxis]
-        sin_N11J = np.sin(angles_N11J) * scaling
+        scaling_N111 = scaling_N[:, np.newaxis, np.newaxis, np.newaxis]
+        sin_N11J = np.sin(angles_N11J) * scaling_N111
         return Rope(
-            (np.cos(angles_N11J) * scaling).astype(self.dtype),
+            (np.cos(angles_N11J) * scaling_N111).astype(self.dtype),
             np.concatenate([-sin_N11J, sin_N11J], axis=2, dtype=self.dtype, casting="same_kind"),
             self._query_scale(rope, step.positions_N),
         )
@@ -97,5 +99,7 @@ def inverse_frequencies(rope: RopeConfig, width: int, length: int = 0) -> tuple[
         scaling = rope.attention_factor
         if scaling is None:
             scaling = rotary.longrope_attention_factor(rope.factor, rope.original_positions)
+        if rope.mscales is not None:
+            scaling = rope.mscales[length > 0]
         return inv_freq_J / np.array(rope.long_factors if length else rope.short_factors), scaling
     return inv_freq_J, 1.0

@@ -85,6 +85,7 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         }.get(str(value)),
         "sliding_theta": f"layers with a window have a rope of their own, of theta {value}",
         "query_scale": "queries that grow with their position",
+        "rope_mscales": "longrope with scales of its own, and its short factors at all lengths",
         "rope_alpha": "a dynamic rope of fixed stretch",
         "forms": f"by fields: {value}",
         "positions": {"learned": "learned positions", "alibi": "ALiBi in place of positions"}.get(

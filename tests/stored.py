@@ -20,6 +20,8 @@ def stored(config: ModelConfig, weights: Weights, prefix: str | None = None) -> 
     tensors: Weights = {}
     for name, array in _fused(config, weights).items():
         module, _, kind = name.rpartition(".")
+        if config.moe and config.moe.names.e_score_correction_bias_is_matrix:
+            array = array[np.newaxis] if kind == "e_score_correction_bias" else array
         if module == "lm_head":
             tensors[f"{names.head}.{kind}"] = array
         elif module.startswith("model.layers.") and module.split(".", 3)[3] in names.each_head:

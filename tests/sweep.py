@@ -56,6 +56,7 @@ REPRESENTATIVES = (
     *("llama-mha", "llama-gqa", "llama-mqa", "llama-uneven", "llama-dynamic-old"),
     *("mistral-window", "mistral-full", "qwen2-tied", "qwen3-mixed", "qwen3-bias"),
     *("gemma2-capped", "gemma2-plain"),
+    *("gpt2-layers", "gpt_neox-parallel", "falcon-grouped-alibi"),
     *("mixtral-full", "qwen2_moe-mixed", "qwen3_moe-plain", "olmoe-normed"),
     *("gpt_oss-yarn", "deepseek_v2-full", "deepseek_v3-groups"),
 )
@@ -319,6 +320,13 @@ def layouts(ranks: int, variant: str) -> list[Layout]:
         else:
             found.append(layout if (number + place) % 3 == 0 else changed)
     return found
+
+
+def a_few_layouts(ranks: int, variant: str) -> list[Layout]:
+    """Two of the `layouts`, for a test of several models, which go round with the model."""
+    found = layouts(ranks, variant)
+    first = number_of(variant) // 7 % len(found)
+    return [found[first], *[found[first - 1]] * (len(found) > 1)]
 
 
 @cache

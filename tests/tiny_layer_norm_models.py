@@ -152,7 +152,12 @@ LAYER_NORM_VARIANTS: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
     ),
     "falcon-alibi": _falcon(
-        6, 48, 79, alibi=True, multi_query=False, parallel_attn=False, bias=True, ffn_hidden_size=37
+        *(12, 48, 79),  # slopes that are no powers of two
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+        ffn_hidden_size=37,
     ),
     "falcon-grouped-alibi": _falcon(
         6,
@@ -285,7 +290,7 @@ LAYER_NORM_SEEDS: dict[str, int] = {
     "mpt-clipped": 1,
     "falcon-mqa": 3,
     "falcon-new": 1,
-    "falcon-alibi": 46,
+    "falcon-alibi": 30,
     "falcon-grouped-alibi": 22,
     "starcoder2-window": 8,
     "gpt_neox-parallel": 3,

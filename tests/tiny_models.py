@@ -114,6 +114,9 @@ _FAMILIES = {
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoeshared": "GraniteMoeSharedForCausalLM",
     "llama4_text": "Llama4ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
     "mimo": "MiMoForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
 }
@@ -435,6 +438,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
         },
+    ),
+    "ernie4_5-bias": _family(
+        *("ernie4_5", 6, 3, 44, 55, 77),
+        head_dim=8,
+        use_bias=True,
+        tie_word_embeddings=_ABSENT,  # then they are tied
+        rope_theta=50.0,
     ),
     "mimo-plain": _family(
         *("mimo", 6, 3, 40, 51, 73),
@@ -774,6 +784,38 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
         rope_theta=20.0,
         rope_scaling={"type": "dynamic", "alpha": 9.0, "factor": 1.0},
     ),
+    "ernie4_5_moe-clamped": _family(
+        *("ernie4_5_moe", 4, 2, 40, 25, 79),
+        num_hidden_layers=4,
+        use_bias=True,
+        tie_word_embeddings=False,
+        moe_num_experts=7,
+        moe_k=2,
+        moe_num_shared_experts=2,
+        moe_intermediate_size=11,
+        moe_layer_start_index=1,
+        moe_layer_end_index=2,
+        moe_norm_min=0.5,
+        rope_theta=50.0,
+    ),
+    "phimoe-mixer": _family(
+        *("phimoe", 6, 2, 48, 13, 81),
+        attention_bias=True,
+        lm_head_bias=True,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        router_jitter_noise=0.2,
+        sliding_window=9,
+        rope_theta=7.0,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0, 1.2, 1.5, 2.0],
+            "long_factor": [1.5, 2.5, 4.0, 8.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 12,
+        },
+    ),
     "llama4-chunks": _family(
         *("llama4_text", 6, 3, 37, 18, 77),
         num_hidden_layers=4,
@@ -837,6 +879,8 @@ _SEEDS = {
     "glm-partial": 1,
     "hunyuan_v1_moe-alpha": 1,
     "llama4-chunks": 1,
+    "ernie4_5-bias": 2,
+    "ernie4_5_moe-clamped": 4,
     "internlm2-dynamic": 1,
     "arcee-relu2": 1,
     "hunyuan_v1_dense-alpha": 5,
@@ -955,11 +999,18 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "input_layernorm.weight": (D,),
             "post_attention_layernorm.weight": (D,),
         }
+        if config.norm_bias:
+            norms = ("input_layernorm", "post_attention_layernorm")
+            of_layer |= {f"{norm}.bias": (D,) for norm in norms}
         of_layer |= _experts_shapes(config, layer)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     shapes["model.norm.weight"] = (D,)
+    if config.norm_bias:
+        shapes["model.norm.bias"] = (D,)
     if not config.tied:
         shapes["lm_head.weight"] = (V, D)
+    if config.head_bias:
+        shapes["lm_head.bias"] = (V,)
     return shapes
 
 

@@ -26,12 +26,14 @@ class Router:
     chosen."""
 
     top_k: int
-    scoring: str = "softmax"  # or "sigmoid"
+    scoring: str = "softmax"  # or "sigmoid", or "sparsemixer" with its `jitter`
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
     group_score: str = "max"
+    norm_min: float = 0.0  # the least sum that weights are divided by
+    jitter: float = 0.0
 
     def route(
         self, logits_nE: np.ndarray, bias_E: np.ndarray | None = None
@@ -39,6 +41,8 @@ class Router:
         """The experts of each token, ascending, and the weights of their outputs: ``(ids_nA,
         weights_nA)``. `bias_E` is added to the scores for choosing alone. Of equal scores the
         lowest expert's comes first."""
+        if self.scoring == "sparsemixer":
+            return sparse_mixer(logits_nE, self.jitter)
         scores_nE = SCORINGS[self.scoring](logits_nE)
         scores_for_choice_nE = scores_nE if bias_E is None else scores_nE + bias_E
         if self.n_group > 1:
@@ -47,7 +51,8 @@ class Router:
         topk_ids_nA = np.sort(topk_ids_nA, axis=1)
         topk_weights_nA = np.take_along_axis(scores_nE, topk_ids_nA, axis=1)
         if self.norm_topk_prob:
-            topk_weights_nA = topk_weights_nA / topk_weights_nA.sum(axis=1, keepdims=True)
+            sum_n1 = topk_weights_nA.sum(axis=1, keepdims=True)
+            topk_weights_nA = topk_weights_nA / np.maximum(sum_n1, sum_n1.dtype.type(self.norm_min))
         return topk_ids_nA, topk_weights_nA * topk_weights_nA.dtype.type(self.routed_scaling_factor)
 
     def _in_topk_groups(self, scores_for_choice_nE: np.ndarray) -> np.ndarray:
@@ -62,6 +67,29 @@ class Router:
         is_kept_nX = np.zeros((n, self.n_group), bool)
         np.put_along_axis(is_kept_nX, kept_nX, True, axis=1)
         return np.where(is_kept_nX[:, :, np.newaxis], scores_nXE, -np.inf).reshape(n, E)
+
+
+def sparse_mixer(logits_nE: np.ndarray, jitter: float) -> tuple[np.ndarray, np.ndarray]:
+    """The two best experts of each token, ascending, and their weights: ``(ids_n2, weights_n2)``
+    (Liu et al. 2024, arXiv 2409.12136). A weight is the softmax over the experts whose scores lie
+    less than ``2 * jitter`` below the chosen one's, relatively; the first expert takes no part in
+    the second's."""
+    left_nE = logits_nE.copy()
+    ids_n2 = np.empty((len(logits_nE), 2), np.int64)
+    weights_n2 = np.empty((len(logits_nE), 2), logits_nE.dtype)
+    for choice in range(2):
+        best_n1 = left_nE.argmax(axis=1, keepdims=True)
+        top_n1 = np.take_along_axis(left_nE, best_n1, axis=1)
+        is_far_nE = (top_n1 - logits_nE) / np.maximum(np.abs(logits_nE), top_n1) > 2 * jitter
+        near_nE = softmax(np.where(is_far_nE, -np.inf, left_nE).astype(logits_nE.dtype))
+        ids_n2[:, choice] = best_n1[:, 0]
+        weights_n2[:, choice] = np.take_along_axis(near_nE, best_n1, axis=1)[:, 0]
+        np.put_along_axis(left_nE, best_n1, -np.inf, axis=1)
+    order_n2 = ids_n2.argsort(axis=1)
+    return (
+        np.take_along_axis(ids_n2, order_n2, axis=1),
+        np.take_along_axis(weights_n2, order_n2, axis=1),
+    )
 
 
 @dataclass(frozen=True)

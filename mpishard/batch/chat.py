@@ -21,11 +21,22 @@ TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")
 
 
 def read_messages(messages: Any, where: str) -> list[Message]:
-    """A conversation, for a chat template: without nulls, contents as strings, and arguments of
-    tool calls as objects, as the templates of transformers expect them (UserError)."""
+    """A conversation, for a chat template: without nulls, contents as texts or lists of parts that
+    are, and arguments of tool calls as objects, as the templates of transformers expect them
+    (UserError)."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{where}: "messages" must be a list of messages, not {short(messages)}')
     return [_message(message, where) for message in messages]
+
+
+def with_text_contents(messages: list[Message]) -> list[Message]:
+    """The same conversation, for a template that takes no parts: the texts of parts in lines."""
+    return [
+        {**message, "content": "\n".join(part["text"] for part in message["content"])}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
 
 
 def template_kwargs(fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -46,15 +57,15 @@ def _message(given: Any, where: str) -> Message:
         if message.get(name) == []:
             del message[name]
     content = message.get("content")
-    if isinstance(content, list) and all(map(_is_text, content)):
-        content = message["content"] = "\n".join(part["text"] for part in content)
     for part in content if isinstance(content, list) else []:
         if isinstance(part, dict) and part.get("type") != "text":
             raise UserError(
                 f"{where}: a message has a part of the type {short(part.get('type'))}, but only "
                 '"text" is built'
             )
-    says_something = isinstance(content, str) or (content is None and "tool_calls" in message)
+    are_parts = isinstance(content, list) and all(map(_is_text, content))
+    says_something = isinstance(content, str) or are_parts
+    says_something |= content is None and "tool_calls" in message
     if not says_something or not isinstance(message.get("role"), str):
         raise UserError(
             f'{where}: a message must have a "role" and a "content" of text, or "tool_calls", not '

@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
+from mpishard.batch.chat import with_text_contents
 from mpishard.batch.dispatch import Coordinator, Progress, ReplicaClient
 from mpishard.batch.job import BatchJob
 from mpishard.batch.requests import BatchRequest, is_error
@@ -168,6 +169,8 @@ def _ids(line: BatchRequest, task: BatchJob, directory: Path, text: Tokenizer | 
         return prompt  # type: ignore[return-value]
     if isinstance(prompt, str) and not chat:
         return text.encode(prompt)
+    if isinstance(prompt, list) and not text.chat_template.takes_parts(variables.get("tools")):
+        prompt = with_text_contents(prompt)  # type: ignore[arg-type]
     return text.chat(prompt, variables)  # type: ignore[arg-type]
 
 

@@ -147,9 +147,6 @@ KNOWN_FIELDS = _by_class(
 # Of the classes that have a text_config.
 WRAPPER_FIELDS = _by_class(
     """
-    aya_vision: adapter_layer_norm_eps downsample_factor image_token_index text_config vision_config
-        vision_feature_layer vision_feature_select_strategy
-    cohere2_vision: alignment_intermediate_size downsample_factor text_config vision_config
     gemma3: boi_token_index eoi_token_index image_token_index mm_tokens_per_image text_config
         vision_config
     internvl: downsample_ratio image_seq_length projector_hidden_act text_config vision_config
@@ -179,5 +176,4 @@ DEFAULT_SIZES: dict[str, tuple[int, ...]] = {
     "llama4_text": (5120, 8192, 48, 40, 202048),
     "qwen2": (4096, 22016, 32, 32, 151936),
     "qwen3": (4096, 22016, 32, 32, 151936),
-    "cohere2": (8192, 22528, 40, 64, 256000),
 }

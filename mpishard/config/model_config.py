@@ -46,6 +46,8 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()  # by which each pair's frequency is divided
     long_factors: tuple[float, ...] = ()
+    # Instead of the attention factor, in sequences up to the original length and in longer ones.
+    mscales: tuple[float, float] | None = None
     query_scale_beta: float = 0.0
     query_scale_offset: int = 0
 
@@ -107,6 +109,7 @@ class ExpertNames:
     separate: PerExpertNames | None = PerExpertNames()
     stacked: StackedNames = StackedNames()
     e_score_correction_bias: str | None = None  # (E,), float32 whatever the other weights are
+    e_score_correction_bias_is_matrix: bool = False  # it is stored as (1, E)
     shared: str | None = None  # followed by .gate_proj.weight (F, D) …, as the mlp of a dense layer
     shared_gate: str | None = None  # (1, D)
 
@@ -124,9 +127,13 @@ class MoEConfig:
     top_k: int  # A, experts per token
     moe_intermediate_size: int  # F of one expert
     layers: tuple[bool, ...]  # whether each layer has experts; other layers are dense
-    scoring: str  # "softmax" over all experts, or "sigmoid" of each
+    # "softmax" over all experts, "sigmoid" of each, or "sparsemixer": of two, each by a softmax
+    # over the experts whose scores lie less than twice `jitter` below its own, relatively.
+    scoring: str
     norm_topk_prob: bool
     names: ExpertNames
+    norm_min: float = 0.0  # the least sum that weights are divided by
+    jitter: float = 0.0
     routed_scaling_factor: float = 1.0
     e_score_correction_bias: bool = False  # added to the scores for the choice, not to the weights
     n_group: int = 1  # the experts form this number of groups of consecutive experts …

@@ -37,6 +37,13 @@ def read_moe(fields: Fields, family: MoEFamily, layers: int) -> MoEConfig:
             _TOP_K[0], f"must be at most the {experts // groups * topk_group} experts{within}"
         )
     fields.only("scoring_func", family.scoring)
+    norm_min = jitter = 0.0
+    if family.normalized_by_at_least is not None:
+        norm_min = fields.number("moe_norm_min", family.normalized_by_at_least)
+    if family.scoring == "sparsemixer":
+        jitter = fields.number("router_jitter_noise", 0.01)
+        if top_k != 2:
+            fields.refuse(_TOP_K[0], f"must be 2 for a sparsemixer, not {top_k}")
     return MoEConfig(
         num_experts=experts,
         top_k=top_k,
@@ -45,6 +52,8 @@ def read_moe(fields: Fields, family: MoEFamily, layers: int) -> MoEConfig:
         scoring=family.scoring,
         norm_topk_prob=normalized,
         names=family.names,
+        norm_min=norm_min,
+        jitter=jitter,
         routed_scaling_factor=fields.number("routed_scaling_factor", family.scaling)
         if family.scaling
         else 1.0,
@@ -68,6 +77,14 @@ def _moe_layers(fields: Fields, family: MoEFamily, layers: int) -> tuple[bool, .
         fields.only("moe_layer_freq", 1)
         first = fields.non_negative_integer("first_k_dense_replace", family.first_dense)
         return tuple(layer >= first for layer in range(layers))
+    if family.dense == "outside of a range":
+        first = fields.non_negative_integer("moe_layer_start_index", family.first_dense)
+        last = fields.get("moe_layer_end_index")
+        step = fields.integer("moe_layer_interval", 1)
+        if last is not None and (type(last) is not int or last < -1):
+            fields.refuse("moe_layer_end_index", "must be the number of a layer, or -1")
+        end = layers - 1 if last in (None, -1) else last
+        return tuple(first <= n <= end and (n + 1) % step == 0 for n in range(layers))
     if family.dense == "interleaved":
         step = fields.integer("interleave_moe_layer_step", 1)
         chosen = fields.get("moe_layers")

@@ -205,6 +205,9 @@ class _Reader:
                 short_factors=section.numbers("short_factor"),
                 long_factors=section.numbers("long_factor"),
             )
+            if self.family.rope_mscales:
+                mscales = section.number("short_mscale"), section.number("long_mscale")
+                rope = replace(rope, mscales=mscales, long_factors=rope.short_factors)
         else:  # yarn; a zero means no value, as in transformers
             stretched = positions / original if original != positions else None
             rope = Rope(

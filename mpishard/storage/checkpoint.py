@@ -249,12 +249,11 @@ def _refuse_unknown(
 
 
 def _of_quantized(name: str, modules: set[str], headers: dict[str, Header]) -> bool:
-    """Whether a tensor is left unread because it belongs to quantized modules: to one of them, or
-    to a cache in FP8."""
+    """Whether a tensor is left unread because it belongs to a quantized module."""
     module, _, end = name.rpartition(".")
     if module in modules and end == "bias":  # GPTQ's tools write one that is zero
         return not _stored(name, *headers[name]).map().any()
-    return bool(modules) and (end in CACHE_SCALES or (module in modules and end in UNREAD))
+    return module in modules and end in UNREAD
 
 
 def _harmless(config: ModelConfig, name: str) -> bool:
@@ -267,6 +266,8 @@ def _harmless(config: ModelConfig, name: str) -> bool:
         or (config.tied and name == f"{names.head}.weight")
     ):
         return True
+    if config.quantization is not None and name.rpartition(".")[2] in CACHE_SCALES:
+        return True  # of a cache in FP8
     # The layers that predict several tokens are stored after the last decoder layer, and not used.
     more = config.text_fields.get("num_nextn_predict_layers")
     layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)

@@ -12,12 +12,17 @@ DEEPEST = 64
 
 def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text. Raises ValueError (also UnicodeDecodeError or json.JSONDecodeError)
-    if it is not JSON, or nested more than `DEEPEST` levels deep."""
+    if it is not JSON, nested more than `DEEPEST` levels deep, or has a whole number of more digits
+    than Python reads."""
     try:
         value = json.loads(content)
         too_deep = _is_deeper(value, DEEPEST)
     except RecursionError:
         too_deep = True
+    except ValueError as error:
+        if type(error) is ValueError:  # of int(), whose words differ from one Python to the next
+            raise ValueError("it has a whole number of too many digits") from None
+        raise
     if too_deep:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep")
     return value

@@ -25,6 +25,8 @@ def open_source(path: str | Path, ignore_config: Iterable[str] = ()) -> Source:
     Raises UserError if there is neither, and as `Checkpoint.open` and `ShardDirectory.open` do.
     """
     path = Path(path)
+    if isinstance(ignore_config, str):  # which is iterable, too
+        ignore_config = [ignore_config]
     _check_directory(path)
     if (path / MANIFEST).exists():
         return ShardDirectory.open(path, ignore_config)
@@ -33,6 +35,9 @@ def open_source(path: str | Path, ignore_config: Iterable[str] = ()) -> Source:
     if any(path.glob("rank-*.h5")):
         raise UserError(f"{path} has rank files but no {MANIFEST}: the copy is incomplete")
     if not (path / CONFIG).exists():
+        snapshots = sorted(path.glob(f"snapshots/*/{CONFIG}"))
+        if snapshots:
+            raise UserError(f"{path} is a folder of the hub's cache: give {snapshots[0].parent}")
         other = foreign_format(path)
         raise UserError(
             f"{path} has neither {CONFIG} (a Hugging Face directory) nor {MANIFEST} (shards)"

@@ -150,13 +150,20 @@ def _possible_locations(
     stacked = config.moe.names.stacked
     if weight.field == "router":
         locations.append(TensorLocation(of_layer + stacked.router, weight.shape))
-    if weight.field == "e_score_correction_bias" and stacked.e_score_correction_bias:
-        stored = of_layer + stacked.e_score_correction_bias
-        locations.append(TensorLocation(stored, weight.shape))
+    if weight.field == "e_score_correction_bias":
+        both = (name, stacked.e_score_correction_bias)
+        locations = [_choice_bias(config.moe, weight, f"{of_layer}{one}") for one in both if one]
     if weight.expert is not None:
         together = _stacked_locations(config.moe, weight, weight.expert, of_layer)
         locations = locations + together if config.moe.names.separate else together
     return locations
+
+
+def _choice_bias(moe: MoEConfig, weight: WeightSpec, name: str) -> TensorLocation:
+    """The bias by which experts are chosen, in the tensor `name`."""
+    if moe.names.e_score_correction_bias_is_matrix:
+        return TensorLocation(name, (1, *weight.shape), (0,))
+    return TensorLocation(name, weight.shape)
 
 
 def _model_tensor(config: ModelConfig, name: str, prefix: str) -> str:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from mpishard.errors import UserError, brief
+
 T = TypeVar("T")
 
 _PREFIX = re.compile(r"(?:model\.)?language_model\.")
@@ -20,13 +22,18 @@ _WITHOUT_PREFIX = ("lm_head.", "model.embed_tokens.", "model.layers.", "model.no
 
 def text_half(tensors: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
     """The tensors of the language model by the names that they have without a wrapper, and the
-    stored names of the others.
+    stored names of the others. Raises UserError if two tensors have the same name then.
 
     >>> text_half({"model.language_model.norm.weight": 1, "vision_tower.norm.weight": 2})
     ({'model.norm.weight': 1}, ['vision_tower.norm.weight'])
     """
     names = {stored: _name(stored) for stored in tensors}
-    text = {name: tensors[stored] for stored, name in names.items() if name is not None}
+    text: dict[str, T] = {}
+    for stored, name in names.items():
+        if name in text:
+            raise UserError(f"the checkpoint has {brief(stored)} and another {brief(name)}")
+        if name is not None:
+            text[name] = tensors[stored]
     return text, [stored for stored, name in names.items() if name is None]
 
 

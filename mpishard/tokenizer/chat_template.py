@@ -1,22 +1,18 @@
-"""Chat templates, rendered as transformers renders them: the files in which they stand, what they
-are given, and the surroundings that they expect."""
+"""Chat templates, rendered as transformers renders them: the files in which they stand, and what
+they are given."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2 import TemplateError, nodes
 
 from mpishard.errors import UserError, brief
 from mpishard.storage.downloads import refuse_placeholder
 from mpishard.storage.model_dir import named_templates, read_json
+from mpishard.tokenizer.template_environment import template_environment
 
 TEMPLATE_FILE = "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models, in older checkpoints
@@ -69,22 +65,30 @@ class ChatTemplate:
                 _check_objects(name, values)
         source = self._select(tools)
         given = {"add_generation_prompt": True, **self._names, **variables}
+        environment = template_environment()
         try:
-            return (
-                _environment()
-                .from_string(source)
-                .render(
-                    messages=[_normalized(one) for one in messages],
-                    tools=tools,
-                    documents=documents,
-                    **given,
-                )
+            return environment.from_string(source).render(
+                messages=[_normalized(one) for one in messages],
+                tools=tools,
+                documents=documents,
+                **given,
             )
         except Exception as error:  # a template is a program, and may fail in any way
-            raise UserError(
-                f"the chat template of {self._directory} failed: {_line(error)}; "
-                "omit --chat to complete plain text"
-            ) from None
+            raise self._failure(error) from None
+
+    def takes_parts(self, tools: object = None) -> bool:
+        """Whether the template for a conversation with these `tools` takes the content of a message
+        apart itself, where that is a list of parts. UserError as `render`."""
+        try:
+            return _loops_over_content(template_environment().parse(self._select(tools)))
+        except TemplateError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> UserError:
+        return UserError(
+            f"the chat template of {self._directory} failed: {_line(error)}; "
+            "omit --chat to complete plain text"
+        )
 
     def _select(self, tools: object) -> str:
         """The source of the template for a conversation with these `tools`, which may be None."""
@@ -148,6 +152,15 @@ def _check_objects(name: str, values: object) -> None:
         raise UserError(f'"{name}" must be a list of objects, not {brief(repr(values))}')
 
 
+def _loops_over_content(template: nodes.Template) -> bool:
+    return any(
+        "content" in (getattr(node, "name", ""), getattr(node, "attr", ""))
+        or (isinstance(node, nodes.Const) and node.value == "content")
+        for loop in template.find_all(nodes.For)
+        for node in (loop.iter, *loop.iter.find_all((nodes.Name, nodes.Getattr, nodes.Const)))
+    )
+
+
 def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates expect it: without fields that are null, and with its reasoning under
     the name that they read."""
@@ -156,88 +169,6 @@ def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-class _Generation(Extension):
-    """The tag ``{% generation %}``, which marks for a trainer what an assistant says. It is a
-    block of its own: variables that are set in it are not seen outside."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
-
-    def _as_it_is(self, caller: Any) -> str:
-        return str(caller())
-
-
-class TemplateNamespace(Namespace):
-    """Jinja's namespace, without names that begin with an underscore."""
-
-    def __init__(*args: Any, **values: Any) -> None:  # noqa: N805 (a value may be called self)
-        for name in dict(*args[1:], **values):
-            _check_name(name)
-        Namespace.__init__(*args, **values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not have the name {name!r}")
-
-
-class TemplateDict:
-    """The function dict, and nothing else of the type."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """``dict.fromkeys``."""
-        return dict.fromkeys(*args)
-
-
-def _environment() -> jinja2.Environment:
-    """What chat templates expect of their surroundings, which transformers has made a standard."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", _Generation],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": TemplateDict(),
-        "namespace": TemplateNamespace,
-    }
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """The filter ``tojson``, which escapes no HTML, unlike Jinja's."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _line(error: Exception) -> str:

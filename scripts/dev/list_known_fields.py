@@ -29,13 +29,13 @@ FAMILIES = """
     qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text
 """.split()
 WRAPPERS = """
-    aya_vision cohere2_vision gemma3 internvl kimi_k25 llama4 llava llava_next mistral3 qwen2_vl
-    qwen2_5_vl qwen3_vl qwen3_vl_moe
+    gemma3 internvl kimi_k25 llama4 llava llava_next mistral3 qwen2_vl qwen2_5_vl qwen3_vl
+    qwen3_vl_moe
 """.split()
 SIZES = """
     hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size
 """.split()
-SPARSE = "llama mistral gemma3_text llama4_text qwen2 qwen3 cohere2".split()
+SPARSE = "llama mistral gemma3_text llama4_text qwen2 qwen3".split()
 
 HEAD = """\"\"\"The fields that transformers knows, by the model_type of the configuration class.
 

@@ -67,6 +67,7 @@ def test_shards_remember_through_another_conversion(odd_shards, tmp_path):
 
 
 def test_in_python(odd):
+    assert package.load(odd, ignore_config="frobnicate").notices == (NOTICE,)
     model = package.load(odd, ignore_config=["frobnicate"])
     assert model.notices == (NOTICE,) and model.config.ignored_fields == ("frobnicate",)
     with pytest.raises(package.UserError, match="give --ignore-config frobnicate"):

@@ -127,6 +127,29 @@ def test_lines_give_variables_tools_and_documents(chatty, tmp_path):
     assert "chat_template_kwargs have no effect without --chat" in refused["error"]
 
 
+def test_parts_of_a_content_go_to_templates_that_take_them(chatty, tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+    line = {"custom_id": "a", "url": "/v1/chat/completions", "body": body}
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(line) + "\n")
+    found: list[int] = []
+    for template in (
+        "{{ messages[0].content }}",
+        "{% for p in messages[0]['content'] %}{{ p.text }}{% endfor %}",
+        "{% macro say(content) %}{% for p in content %}{{ p.text }}{% endfor %}{% endmacro %}"
+        "{{ say(messages[0].content) }}",
+    ):
+        model = tmp_path / f"model{len(found)}"
+        shutil.copytree(chatty, model)
+        (model / "chat_template.jinja").write_text(template)
+        package.load(model).batch(source, tmp_path / f"out{len(found)}")
+        (answer,) = (tmp_path / f"out{len(found)}").read_text().splitlines()
+        found.append(json.loads(answer)["response"]["body"]["usage"]["prompt_tokens"])
+    text = Tokenizer(chatty)
+    assert found == [len(text.encode(said, special=False)) for said in ("a\nb", "ab", "ab")]
+
+
 def test_the_same_in_python(chatty):
     model = package.load(chatty, add_bos=True)
     params = package.SamplingParams(max_tokens=2, stop_token_ids=[5], skip_special_tokens=False)

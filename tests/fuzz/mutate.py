@@ -36,17 +36,17 @@ SERIAL = {
     "parallel": ("combine", "routing_file", "expert_placement"),
     "arithmetic": (
         *("routing", "combine", "balancing", "choice", "packed", "reference", "attention"),
-        "products",
+        *("products", "erf", "delta_rule"),
     ),
     "engine": ("scheduler", "prefix_cache", "choice"),
 }
 RANKS = {
     "parallel": (
-        *("sublayers", "model", "schedule", "experts", "sampling", "limits"),
-        *("capacity", "expert_load", "routing_replay", "replicas"),
+        *("sublayers", "experts", "capacity", "expert_load", "routing_replay", "linear_attention"),
+        *("model", "schedule", "sampling", "limits", "replicas"),
     ),
-    "arithmetic": ("sublayers", "model", "schedule", "experts", "sampling", "limits"),
-    "engine": ("model", "sampling", "limits", "schedule", "api"),
+    "arithmetic": ("sublayers", "experts", "sampling", "model", "schedule", "limits"),
+    "engine": ("sampling", "logits_processing", "limits", "schedule", "api", "model"),
 }
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from covering import Row, covering
 from mpi4py import MPI
-from sweep import AXES, has_effect, layout_of
+from sweep import AXES, a_few_layouts, has_effect, layout_of
 from tiny_models import tiny_config
 from toys import Recorder, mesh_of, meshes, oracle, toy
 
@@ -70,7 +70,7 @@ def begun(model: Recorder) -> list[bool]:
 
 
 def recorded(comm: MPI.Intracomm, variant: str) -> Iterator[tuple[Mesh, Recorder]]:
-    for mesh in meshes(comm, variant):
+    for mesh in meshes(comm, variant, a_few_layouts(comm.size, variant)):
         yield mesh, Recorder(toy(variant, mesh))
 
 
@@ -78,7 +78,7 @@ def recorded(comm: MPI.Intracomm, variant: str) -> Iterator[tuple[Mesh, Recorder
 @every_kind
 def test_steps_keep_to_their_bounds(comm: MPI.Intracomm, variant: str):
     """Prompts longer than a step are prefilled in chunks beside running sequences."""
-    requests = some_requests(variant)
+    requests = some_requests(variant, 7)
     right = greedy(variant, requests)
     limits = SchedulerConfig(max_num_batched_tokens=6, max_num_seqs=4, chunked_prefill_size=5)
     for mesh, model in recorded(comm, variant):
@@ -183,7 +183,7 @@ def test_what_prompts_begin_with_is_computed_once(
     shared = random.randint(0, config.vocab, length).tolist()
     endings = [[], [1, 2], [3], [1, 2, 5, 6], random.randint(0, config.vocab, 7).tolist()]
     requests = [
-        Request(index, shared + end, SamplingParams(max_tokens=4))
+        Request(index, shared + end, SamplingParams(max_tokens=3))
         for index, end in enumerate(endings)
     ]
     requests.insert(
@@ -229,15 +229,16 @@ def over_context(
     comm: MPI.Intracomm, variant: str, limits: tuple[SchedulerConfig, ...]
 ) -> Iterator[tuple[Mesh, Recorder, SchedulerConfig]]:
     """`variant` over every number of context-parallel ranks, in forms of which every two meet, and
-    meet each of the `limits`."""
-    config = tiny_config(variant)
+    meet each of the `limits` and of the variants, among all variants."""
     for cp in (cp for cp in range(2, comm.size + 1) if comm.size % cp == 0):
         plain = Layout(tp=comm.size // cp, cp=cp)
 
         def allowed(row: Row, plain: Layout = plain) -> bool:
+            config = tiny_config(row["variant"])
             return has_effect(layout_of({"degrees": plain} | row), config.heads > config.kv_heads)
 
-        for row in covering(AXES | {"limits": limits}, allowed=allowed):
+        rows = covering(AXES | {"limits": limits, "variant": CONTEXT}, allowed=allowed)
+        for row in (row for row in rows if row["variant"] == variant):
             with mesh_of(comm, variant, layout_of({"degrees": plain} | row)) as mesh:
                 yield mesh, Recorder(toy(variant, mesh)), row["limits"]
 
@@ -253,8 +254,8 @@ def test_a_document_is_computed_once_for_all_questions(
     random = np.random.RandomState(5)
     document = random.randint(0, oracle(variant).config.vocab, 41).tolist()
     requests = [
-        Request(n, document + [n] * (1 + 3 * n % 7), SamplingParams(max_tokens=3 + n % 3))
-        for n in range(5)
+        Request(n, document + [n] * (1 + 3 * n % 7), SamplingParams(max_tokens=2 + n % 2))
+        for n in range(4)
     ]
     right = greedy(variant, requests)
     pieces = (
@@ -265,7 +266,7 @@ def test_a_document_is_computed_once_for_all_questions(
         answers = generate(model, requests, limits=limits)
         assert [answer.ids for answer in answers] == right, mesh.layout
         assert sum(begun(model)) == 1
-        assert sum(fed(model)) == alone(requests) - 4 * len(document)
+        assert sum(fed(model)) == alone(requests) - 3 * len(document)
         for cache in {id(s.cache): s.cache for step in model.steps for s in step.segments}.values():
             assert cache.num_local == len(cache.positions), mesh.layout
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
-from sweep import degrees
-from tiny_models import tiny_config
+from sweep import divisors
 from tiny_text import write_speaker
 
 import mpishard
@@ -48,10 +47,12 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def loaded(path: Path, comm: MPI.Intracomm) -> Iterator[mpishard.Model]:
-    """The model in every number of replicas that the ranks can be."""
-    for layout in degrees(comm.size):
-        if layout.tp <= tiny_config(VARIANT).heads:
-            yield mpishard.load(path, comm, layout.tp, layout.dp, cp=layout.cp)
+    """The model in every number of replicas that the ranks can be, of tensor-parallel ranks and of
+    context-parallel ones in turn."""
+    for place, dp in enumerate(divisors(comm.size)):
+        size = comm.size // dp
+        tp, cp = (size, 1) if place % 2 else (1, size)
+        yield mpishard.load(path, comm, tp, dp, cp=cp)
 
 
 def result(target: Path, comm: MPI.Intracomm) -> list[dict[str, Any]]:
@@ -85,12 +86,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, comm: MPI.Intracomm, slow: int) -> 
 
 def test_only_rank_0_needs_to_see_the_files(path, files, comm):
     """And every layout gives the same answers, in the order of the input."""
-    right = [
-        mpishard.load(path)
-        .generate([[1 + place, 2]], SamplingParams(max_tokens=5, ignore_eos=True))[0]
-        .output_ids
-        for place in range(24)
-    ]
+    prompts = [[1 + place, 2] for place in range(24)]
+    alone = mpishard.load(path).generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
+    right = [answer.output_ids for answer in alone]
     for model in loaded(path, comm):
         report = model.batch(*files, SamplingParams(max_tokens=5, ignore_eos=True))
         assert report.complete and comm.allgather(report) == [report] * comm.size

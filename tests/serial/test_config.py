@@ -1092,6 +1092,34 @@ def test_fields_beside_the_text_half():
     assert unwrapped(text, eos_token_id=[1, 6]).eos_ids == (9,)
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_modules_of_a_quantized_text_half_in_all_spellings(within):
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            }
+        },
+        "ignore": [
+            *("language_model.lm_head", "re:vision_tower.*"),
+            *("language_model.model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+            "re:model.language_model.layers.2.*",
+        ],
+    }
+    text = document("mistral")
+    outer: dict[str, Any] = {}
+    (text if within else outer)["quantization_config"] = quantization
+    config = unwrapped(text, **outer)
+    assert config.quantization is not None
+    for module in ("lm_head", *(f"model.layers.{layer}.mlp.up_proj" for layer in range(3))):
+        assert config.quantization.scheme(module) is None
+    for layer in range(2):
+        assert config.quantization.scheme(f"model.layers.{layer}.mlp.down_proj")
+
+
 def test_sizes_that_a_text_config_omits_are_those_of_its_class():
     config = unwrapped({"model_type": "mistral", "hidden_size": 1024})
     sizes = (config.hidden, config.ffn, config.layers, config.heads, config.vocab)

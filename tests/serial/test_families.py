@@ -98,6 +98,21 @@ def test_a_fixed_alpha_of_hunyuan():
     assert (rope.kind, rope.factor, rope.frequency_length(60)) == ("ntk_alpha", 9.0, 0)
 
 
+def test_ernie_decides_about_all_biases_at_once():
+    config = read("ernie4_5_moe-clamped")
+    assert config.moe is not None and config.moe.layers == (False, True, True, False)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.head_bias) == (True,) * 4
+    config = read("ernie4_5_moe-clamped", use_bias=False, moe_layer_end_index=-1)
+    assert config.moe is not None and config.moe.layers == (False, True, True, True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.head_bias) == (False,) * 4
+
+
+def test_phimoe_has_its_short_factors_at_all_lengths():
+    rope = read("phimoe-mixer").rope
+    assert rope.short_factors == rope.long_factors == (1.0, 1.2, 1.5, 2.0)
+    assert rope.mscales == (1.1, 1.3)
+
+
 REFUSALS = (
     ("smollm3-nope", {"no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers = [1, 2, 1, 0] must be a"),
     ("smollm3-nope", {"no_rope_layers": [1, 0]}, "must have an entry for each of the 4 layers"),
@@ -138,6 +153,8 @@ REFUSALS = (
         "has chunked_attention, but no attention_chunk_size",
     ),
     ("llama4-chunks", {"moe_layers": 1}, "moe_layers = 1 must be a list"),
+    ("phimoe-mixer", {"num_experts_per_tok": 3}, "must be 2 for a sparsemixer, not 3"),
+    ("ernie4_5_moe-clamped", {"moe_layer_end_index": -2}, "must be the number of a layer, or -1"),
     ("granite-plain", {"residual_multiplier": 0}, "residual_multiplier = 0 must be a positive"),
 )
 

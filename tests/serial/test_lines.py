@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mpishard.batch.answers import CHAT, COMPLETION, PLAIN
+from mpishard.batch.chat import with_text_contents
 from mpishard.batch.requests import NEUTRAL, UNRELATED, BatchRequest, is_error, read_request
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
@@ -110,7 +111,7 @@ def test_conversations_with_tools_reach_the_template():
                 "role": "assistant",
                 "tool_calls": [{"id": "c", "type": "function", "function": function}],
             },
-            {"role": "tool", "tool_call_id": "c", "content": "4"},
+            tool,
             {"role": "assistant", "content": "so"},
         ]
     empty = openai(messages=[called("")]).prompt[0]
@@ -129,7 +130,9 @@ def test_openais_form():
             assert openai(url, **dict(zip(NEUTRAL, values, strict=True))).error == ""
         assert openai(url, **unrelated, echo=False, best_of=1).error == ""
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert openai(messages=[{"role": "user", "content": parts}]).prompt == [
+    conversation = openai(messages=[{"role": "user", "content": parts}]).prompt
+    assert conversation == [{"role": "user", "content": parts}], "some templates take parts"
+    assert with_text_contents(conversation) == [  # type: ignore[arg-type]
         {"role": "user", "content": "one\ntwo"}
     ]
 

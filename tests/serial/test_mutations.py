@@ -32,6 +32,13 @@ VARIANT_OF = {
     "a factor of sub-layers that is forgotten": "granite-plain",
     "layers without rope that are rotated": "smollm3-nope",
     "queries that do not grow with their position": "ministral3-scaled",
+    "pairs of halves where neighbours are rotated": "glm-partial",
+    "short factors in long sequences": "phi3-longrope",
+    "norms before the rotation": "hunyuan_v1_dense-alpha",
+    "norms over the heads of one rank": "olmo2-plain",
+    "windows in place of chunks": "llama4-chunks",
+    "weights of the outputs of experts": "llama4-chunks",
+    "sums without a lower bound": "ernie4_5_moe-clamped",
     "a parallel residual without its feed-forward network": "gpt_neox-parallel",
     "biases of a parallel residual that are added twice": "gpt_neox-parallel",
     "positions off by one": "gpt2-layers",
@@ -212,12 +219,12 @@ MISTAKES = {
         "    return replace(layer, ffn=replace(layer.ffn, down=down))\n"
         "layers._parallel_layer = wrong",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "biases of a parallel residual that are added twice": (
         "from mpishard.arithmetic.linear import Linear\nLinear.partial = lambda self, x: self(x)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "positions off by one": (
         "from dataclasses import replace\n"
@@ -228,14 +235,14 @@ MISTAKES = {
         "    return replace(embedding, position_offset=embedding.position_offset + 1)\n"
         "model.make_embedding = wrong",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "slopes of the heads of another rank": (
         "from mpishard import layers\n"
         "right = layers.query_heads_of\n"
         "layers.query_heads_of = lambda config, tp, rank: right(config, tp, tp - 1 - rank)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
     ),
     "norms that keep the mean": (
         "import numpy as np\n"
@@ -243,7 +250,57 @@ MISTAKES = {
         "from mpishard.arithmetic.ops import rms_norm\n"
         "layer_norm.standardize = lambda x, eps: rms_norm(x, np.ones(1), eps)",
         "model",
-        "test_float64_agrees_with_the_reference",
+        "test_every_phase_is_the_references",
+    ),
+    "pairs of halves where neighbours are rotated": (
+        "from mpishard.parallel import qkv\n"
+        "right = qkv.apply_rotary\n"
+        "qkv.apply_rotary = lambda x, cos, sin, interleaved=False: right(x, cos, sin)",
+        "model",
+        "test_every_phase_is_the_references",
+    ),
+    "short factors in long sequences": (
+        "from mpishard.rope import RotaryEmbedding\n"
+        "right = RotaryEmbedding._of_length\n"
+        "RotaryEmbedding._of_length = lambda self, rope, length: right(self, rope, 0)",
+        "model",
+        "test_every_phase_is_the_references",
+    ),
+    "norms before the rotation": (
+        "from mpishard import layers\n"
+        "right = layers.Attention\n"
+        "layers.Attention = lambda **of: right(**of | {'norm_after_rope': False})",
+        "model",
+        "test_every_phase_is_the_references",
+    ),
+    "norms over the heads of one rank": (
+        "from mpishard.parallel.qkv import FullWidthNorm\n"
+        "right = FullWidthNorm.__call__\n"
+        "FullWidthNorm.__call__ = lambda w, q, k, _: right(w, q, k, w.partial_squares(q, k))",
+        "model",
+        "test_every_phase_is_the_references",
+    ),
+    "windows in place of chunks": (
+        "from mpishard.arithmetic import attention\n"
+        "right = attention.first_visible\n"
+        "attention.first_visible = lambda at_S, window, chunk: right(at_S, window or chunk, None)",
+        "model",
+        "test_every_phase_is_the_references",
+    ),
+    "weights of the outputs of experts": (
+        "from mpishard import layers\n"
+        "right = layers.MoELayer\n"
+        "layers.MoELayer = lambda **of: right(**of | {'scale_inputs': False})",
+        "model",
+        "test_every_phase_is_the_references",
+    ),
+    "sums without a lower bound": (
+        "from dataclasses import replace\n"
+        "from mpishard import layers\n"
+        "right = layers.Router\n"
+        "layers.Router = lambda *of: replace(right(*of), norm_min=0.0)",
+        "model",
+        "test_every_phase_is_the_references",
     ),
     "queries that do not grow with their position": (
         "from mpishard.rope import RotaryEmbedding\n"
@@ -278,10 +335,11 @@ def pytest_collection_modifyitems(items):
 def mistake(request):
     from mpishard.arithmetic.linear import Linear
     from mpishard.model import Decoder
+    from mpishard.parallel.qkv import FullWidthNorm
     from mpishard.rope import RotaryEmbedding
     from mpishard.sequences.kv_cache import KVCache
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] in ("mpishard", "toys")]
-    owners = [*modules, Decoder, KVCache, Linear, RotaryEmbedding]
+    owners = [*modules, Decoder, FullWidthNorm, KVCache, Linear, RotaryEmbedding]
     before = [dict(vars(owner)) for owner in owners]
     exec(MISTAKES[request.param][0], {})
     forget(before)

@@ -240,9 +240,15 @@ def mistakes(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Model
 
 
 def moe_mistakes(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
-    yield "one expert more", replace(moe, top_k=moe.top_k + 1)
-    yield "one expert less", replace(moe, top_k=moe.top_k - 1)
-    yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.scoring == "sparsemixer":
+        yield "jitter a quarter too large", replace(moe, jitter=1.25 * moe.jitter)
+        yield "the softmax of all", replace(moe, scoring="softmax")
+    else:
+        yield "one expert more", replace(moe, top_k=moe.top_k + 1)
+        yield "one expert less", replace(moe, top_k=moe.top_k - 1)
+        yield "normalized the other way", replace(moe, norm_topk_prob=not moe.norm_topk_prob)
+    if moe.norm_min > 1e-3:
+        yield "no least sum", replace(moe, norm_min=0.0)
     if moe.shared_expert_intermediate_size:
         yield "no shared expert", replace(moe, shared_expert_intermediate_size=0)
     if moe.shared_gate:
@@ -333,8 +339,8 @@ def layer_norm_mistakes(config: ModelConfig) -> Iterator[tuple[str, dict[str, An
     if config.alibi:
         yield "no biases of scores", {"alibi": None}
 
-    if config.alibi == "in bfloat16" and config.heads & (config.heads - 1):
-        yield "exact biases of scores", {"alibi": "exact"}
+    if config.alibi == "in bfloat16":
+        yield "biases that are not scaled as scores are", {"alibi": "exact"}
     if config.clip_qkv:
         yield "nothing clipped", {"clip_qkv": None}
         yield "clipped a tenth too late", {"clip_qkv": 1.1 * config.clip_qkv}
@@ -371,9 +377,9 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
     yield "theta a tenth too large", replace(rope, theta=1.1 * rope.theta)
     if rope.kind != "default":
         yield "no rope scaling", replace(rope, kind="default")
-    if rope.kind != "default" and rope.attention_factor is None:
+    if rope.kind != "default" and rope.attention_factor is None and not rope.mscales:
         yield "factor a tenth too large", replace(rope, factor=1.1 * rope.factor)
-    if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
+    if rope.kind in ("dynamic", "llama3", "yarn", "longrope") and not rope.mscales:
         longer = replace(rope, original_positions=rope.original_positions + 1)
         yield "original length one too long", longer
     used = {
@@ -389,7 +395,10 @@ def rope_mistakes(rope: Rope) -> Iterator[tuple[str, Rope]]:
     if rope.kind == "yarn":
         yield "truncate the other way", replace(rope, truncate=not rope.truncate)
         yield "no attention factor", replace(rope, attention_factor=1.0)
-    if rope.kind == "longrope":
+    if rope.mscales:
+        first, second = rope.mscales
+        yield "the short mscale alone", replace(rope, mscales=(first, first))
+    if rope.kind == "longrope" and not rope.mscales:
         yield "short factors alone", replace(rope, long_factors=rope.short_factors)
         yield "no attention factor", replace(rope, attention_factor=1.0)
 
@@ -539,6 +548,14 @@ def test_the_other_form_of_gelu_shows(variant):
         config = replace(config, activation=others[config.activation])
         logits_SV, _ = Reference(config, tiny_weights(variant)).forward(expected["ids_1"].tolist())
         assert deviation(logits_SV, expected["logits_1"]) > 1.5 * BOUND
+
+
+def test_biases_that_are_not_rounded_show(monkeypatch):
+    expected = golden("falcon-alibi")
+    model = Reference(tiny_config("falcon-alibi"), tiny_weights("falcon-alibi"))
+    monkeypatch.setattr(reference, "bfloat16", lambda x: x)
+    logits_SV, _ = model.forward(expected["ids_1"].tolist())
+    assert deviation(logits_SV, expected["logits_1"]) > 1.5 * BOUND
 
 
 def test_an_older_token_does_not_see_a_newer_one():

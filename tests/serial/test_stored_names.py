@@ -104,6 +104,14 @@ def test_checkpoints_of_the_families_are_read_under_each_of_their_names(tmp_path
             for weight in weight_specs(config):
                 part = whole[weight.name][weight.slices(config, sharding, rank)]
                 np.testing.assert_array_equal(loaded[weight.name], part)
+    convert(source, tmp_path / "shards", sharding.tp)
+    shards = open_source(tmp_path / "shards")
+    assert shards.config == config
+    verify(shards)
+    for rank in range(sharding.ranks):
+        loaded = load_weights(source, sharding, rank)
+        for name, part in load_weights(shards, sharding, rank).items():
+            np.testing.assert_array_equal(part, loaded[name])
 
 
 def test_a_missing_tensor_has_the_name_of_the_checkpoint(tmp_path):

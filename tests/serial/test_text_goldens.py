@@ -13,7 +13,7 @@ import text_cases
 import tiny_tokenizers
 
 from mpishard.errors import UserError
-from mpishard.tokenizer import Tokenizer, chat_template
+from mpishard.tokenizer import Tokenizer, template_environment
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "text.json").read_text("utf-8"))
 
@@ -42,7 +42,7 @@ def test_tokens_of_text(tmp_path, name):
 
 @pytest.mark.parametrize("name", text_cases.TEMPLATES)
 def test_conversations(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(chat_template, "datetime", Today)
+    monkeypatch.setattr(template_environment, "datetime", Today)
     tokenizer = tiny_tokenizers.byte_level()
     directory = text_cases.write(tmp_path / "model", tokenizer, text_cases.TEMPLATES[name])
     text = Tokenizer(directory)

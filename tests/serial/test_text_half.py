@@ -99,8 +99,12 @@ def test_shards_of_a_text_half(tmp_path):
             lambda t: t.update({"model.language_model.odd.weight": np.ones(1, np.float32)}),
             "holds the tensor model.odd.weight, which a mistral model with this config.json does",
         ),
+        (
+            lambda t: t.update({"language_model.model.norm.weight": np.ones(1, np.float32)}),
+            "and another model.norm.weight",
+        ),
     ],
-    ids=["missing", "unknown"],
+    ids=["missing", "unknown", "twice"],
 )
 def test_the_text_half_must_be_whole_and_no_more(tmp_path, change, problem):
     directory = write_wrapped(tmp_path / "wrapped")

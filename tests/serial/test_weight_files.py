@@ -229,6 +229,14 @@ def test_formats_that_are_not_read(directory, names, words):
         assert words in refusal(directory)
 
 
+def test_the_cache_of_the_hub(directory):
+    cache = directory.with_name("models--some--model")
+    (cache / "snapshots").mkdir(parents=True)
+    directory.rename(cache / "snapshots" / "0123abc")
+    sentence = f"{cache} is a folder of the hub's cache: give {cache}/snapshots/0123abc"
+    assert refusal(cache) == sentence
+
+
 def test_a_file_in_place_of_the_directory(directory):
     (directory / "model.gguf").write_bytes(b"GGUF")
     assert "model.gguf is weights of llama.cpp; download" in refusal(directory / "model.gguf")

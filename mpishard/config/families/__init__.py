@@ -9,6 +9,8 @@ from mpishard.config.families.cohere2 import COHERE2
 from mpishard.config.families.deepseek_v2 import DEEPSEEK_V2
 from mpishard.config.families.deepseek_v3 import DEEPSEEK_V3
 from mpishard.config.families.dots1 import DOTS1
+from mpishard.config.families.ernie4_5 import ERNIE4_5
+from mpishard.config.families.ernie4_5_moe import ERNIE4_5_MOE
 from mpishard.config.families.exaone4 import EXAONE4
 from mpishard.config.families.falcon import FALCON
 from mpishard.config.families.family import Family
@@ -45,6 +47,7 @@ from mpishard.config.families.olmoe import OLMOE
 from mpishard.config.families.opt import OPT
 from mpishard.config.families.phi import PHI
 from mpishard.config.families.phi3 import PHI3
+from mpishard.config.families.phimoe import PHIMOE
 from mpishard.config.families.qwen2 import QWEN2
 from mpishard.config.families.qwen2_moe import QWEN2_MOE
 from mpishard.config.families.qwen3 import QWEN3
@@ -60,11 +63,11 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3),
         *(GRANITE, SMOLLM3, SEED_OSS, MINISTRAL3, EXAONE4, PHI3, GLM, GLM4, ARCEE),
-        *(HUNYUAN_V1_DENSE, MIMO, INTERNLM2),
+        *(HUNYUAN_V1_DENSE, ERNIE4_5, MIMO, INTERNLM2),
         *(GPT2, GPT_BIGCODE, OPT, BLOOM, MPT, FALCON, STARCODER2, OLMO),
         *(GPT_NEOX, GPTJ, PHI, STABLELM, COHERE, COHERE2, NEMOTRON),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3),
         *(DOTS1, GLM4_MOE, MINIMAX_M2, GRANITEMOE, GRANITEMOESHARED, HUNYUAN_V1_MOE),
-        *(LLAMA4, QWEN3_NEXT),
+        *(ERNIE4_5_MOE, PHIMOE, LLAMA4, QWEN3_NEXT),
     )
 }

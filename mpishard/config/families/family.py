@@ -25,13 +25,15 @@ class MoEFamily:
     names: ExpertNames = ExpertNames()
     # Which layers are dense: "never", "by step" (decoder_sparse_step, mlp_only_layers), "the first"
     # (first_k_dense_replace) or those that are not "interleaved" (interleave_moe_layer_step or
-    # moe_layers).
+    # moe_layers) or "outside of a range" (moe_layer_start_index, _end_index and _interval).
     dense: str = "never"
     first_dense: int = 0  # the default of first_k_dense_replace
     scoring: str = "softmax"
     scale_inputs: bool = False  # the weights multiply the inputs of experts
     normalized: bool | None = None  # None: the field norm_topk_prob decides
     normalized_default: bool = False
+    # The default of moe_norm_min, the least sum that weights are divided by; None: no such field.
+    normalized_by_at_least: float | None = None
     # The field of the shared expert's width or, if shared_count is not 0, of the number of shared
     # experts: together they are one expert of so many times the width of a routed one.
     shared: str | None = None
@@ -127,6 +129,9 @@ class Family:
     sliding_theta_field: str | None = None
     query_scale: bool = False  # rope_parameters has a llama_4_scaling_beta
     temperature: bool = False  # layers without rope have growing queries (attn_temperature_tuning)
+    # Longrope has a short_mscale and a long_mscale, and its short factors at all lengths: so
+    # transformers 5.24 computes it for this family.
+    rope_mscales: bool = False
     rope_alpha: bool = False  # the dynamic rope may have a fixed alpha, by which theta grows
 
     # Feed-forward

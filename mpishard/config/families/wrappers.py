@@ -80,6 +80,4 @@ WRAPPERS = (
     ),
     Wrapper("gemma3", ("Gemma3ForConditionalGeneration",), {"gemma3_text": "gemma3_text"}),
     Wrapper("llama4", ("Llama4ForConditionalGeneration",), {"llama4_text": "llama4_text"}),
-    Wrapper("aya_vision", ("AyaVisionForConditionalGeneration",), {"cohere2": "cohere2"}),
-    Wrapper("cohere2_vision", ("Cohere2VisionForConditionalGeneration",), {"cohere2": "cohere2"}),
 )

@@ -4,8 +4,8 @@ the weights of each group are stored."""
 from __future__ import annotations
 
 from mpishard.config.fields import Fields
-from mpishard.config.quantization.patterns import target_patterns
-from mpishard.config.quantization.scheme import Patterns, Quantization, Scheme
+from mpishard.config.quantization.modules import Modules, of_compressed_tensors
+from mpishard.config.quantization.scheme import Quantization, Scheme
 
 # The form of each format of a group, by the type and the bits of its weights.
 _FORMS = {
@@ -37,17 +37,17 @@ def read_compressed_tensors(fields: Fields) -> Quantization:
         if fields.section(name):
             fields.refuse(name, "is not implemented")
     groups = fields.section("config_groups")
-    if groups is None:
+    if groups is None and fields.get("config_groups") is None:
         fields.refuse("config_groups", "is missing: it must say how weights are stored")
     top = fields.text("format", "")
-    found = [_group(groups, name, top) for name in groups.values]
-    ignored = target_patterns(fields, "ignore")
+    found = [_group(groups, name, top) for name in groups.values] if groups else []
+    ignored = of_compressed_tensors(fields, "ignore")
     fields.reject_unknown("compressed-tensors", _WITHOUT_EFFECT)
     schemes = tuple(one for one in found if one is not None)
     return Quantization("compressed-tensors", schemes, ignored)
 
 
-def _group(groups: Fields, name: str, top: str) -> tuple[Patterns, Scheme] | None:
+def _group(groups: Fields, name: str, top: str) -> tuple[Modules, Scheme] | None:
     """The modules and the scheme of a group; None if it leaves the weights as they are."""
     group = groups.section(name)
     weights = group.section("weights") if group else None
@@ -67,7 +67,7 @@ def _group(groups: Fields, name: str, top: str) -> tuple[Patterns, Scheme] | Non
     )
     weights.only("actorder", "group", "weight", "static", "dynamic", False, True)
     weights.reject_unknown("compressed-tensors", _WITHOUT_EFFECT)
-    modules = target_patterns(group, "targets")
+    modules = of_compressed_tensors(group, "targets")
     group.reject_unknown("compressed-tensors", _WITHOUT_EFFECT)
     return modules, scheme
 

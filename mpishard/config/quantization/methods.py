@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from mpishard.config.fields import Fields
 from mpishard.config.quantization.compressed_tensors import block_size
-from mpishard.config.quantization.patterns import compile_pattern, module_patterns
-from mpishard.config.quantization.scheme import EVERY, Patterns, Quantization, Scheme
+from mpishard.config.quantization.modules import (
+    EVERY,
+    Modules,
+    compile_expression,
+    of_transformers,
+)
+from mpishard.config.quantization.scheme import Quantization, Scheme
 
 _COMMON = frozenset(
     "quant_method activation_scheme kv_cache_scheme dequantize backend meta".split()
@@ -28,15 +33,16 @@ def read_fp8(fields: Fields) -> Quantization:
     fields.only("scale_fmt", "float", "ue8m0")
     whole = fields.get("weight_block_size") is None
     block = (None, None) if whole else block_size(fields, "weight_block_size")
-    ignored = module_patterns(fields, "modules_to_not_convert")
-    ignored += module_patterns(fields, "ignored_layers")
+    ignored = of_transformers(fields, "modules_to_not_convert")
+    ignored |= of_transformers(fields, "ignored_layers")
     fields.reject_unknown("fp8", _COMMON)
-    return _everywhere(fields, Scheme("fp8", block, scale="weight_scale_inv"), ignored)
+    scheme = Scheme("fp8", block, scale="weight_scale_inv", other_scale="weight_scale")
+    return _everywhere(fields, scheme, ignored)
 
 
 def read_fbgemm(fields: Fields) -> Quantization:
     """FP8 with a scale for each row."""
-    ignored = module_patterns(fields, "modules_to_not_convert")
+    ignored = of_transformers(fields, "modules_to_not_convert")
     fields.reject_unknown("fbgemm_fp8", _COMMON | {"activation_scale_ub"})
     return _everywhere(fields, Scheme("fp8", (1, None)), ignored)
 
@@ -50,7 +56,7 @@ def read_awq(fields: Fields) -> Quantization:
     if version.lower() != "gemm":
         fields.refuse("version", "is not read: gemm is")
     group = _group_size(fields, "q_group_size" if "q_group_size" in fields.values else "group_size")
-    ignored = module_patterns(fields, "modules_to_not_convert")
+    ignored = of_transformers(fields, "modules_to_not_convert")
     fields.reject_unknown("awq", _COMMON | _OF_AWQ)
     return _everywhere(fields, Scheme("awq", (1, group), symmetric=False), ignored)
 
@@ -73,25 +79,25 @@ def read_gptq(fields: Fields) -> Quantization:
         ordered=fields.flag("desc_act", False),
         zeros_less_one=version == "gptq",
     )
-    ignored = _dynamic(fields) + module_patterns(fields, "modules_to_not_convert")
+    ignored = _dynamic(fields) | of_transformers(fields, "modules_to_not_convert")
     fields.reject_unknown("gptq", _COMMON | _OF_GPTQ)
     return _everywhere(fields, scheme, ignored)
 
 
-def _dynamic(fields: Fields) -> Patterns:
+def _dynamic(fields: Fields) -> Modules:
     """The modules that GPTQModel's `dynamic` leaves out: its keys that begin with ``-:``."""
     section = fields.section("dynamic")
     patterns = []
     for key in section.values if section else ():
         if not key.startswith("-:"):
             fields.refuse("dynamic", "has modules with parameters of their own, not implemented")
-        patterns.append(compile_pattern(fields, "dynamic", key.removeprefix("-:")))
-    return tuple(patterns)
+        patterns.append(compile_expression(fields, "dynamic", key.removeprefix("-:")))
+    return Modules(expressions=tuple(patterns))
 
 
 def read_mxfp4(fields: Fields) -> Quantization:
     """MXFP4 as gpt-oss has it: only its experts."""
-    ignored = module_patterns(fields, "modules_to_not_convert")
+    ignored = of_transformers(fields, "modules_to_not_convert")
     fields.reject_unknown("mxfp4", _COMMON)
     return _everywhere(fields, Scheme("mxfp4", (1, 32)), ignored)
 
@@ -103,5 +109,5 @@ def _group_size(fields: Fields, name: str) -> int | None:
     return fields.integer(name, 128)
 
 
-def _everywhere(fields: Fields, scheme: Scheme, ignored: Patterns) -> Quantization:
+def _everywhere(fields: Fields, scheme: Scheme, ignored: Modules) -> Quantization:
     return Quantization(fields.text("quant_method", ""), ((EVERY, scheme),), ignored)

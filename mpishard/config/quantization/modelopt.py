@@ -4,8 +4,8 @@ only into ``hf_quant_config.json`` beside it."""
 from __future__ import annotations
 
 from mpishard.config.fields import Fields
-from mpishard.config.quantization.patterns import strings, wildcard_patterns
-from mpishard.config.quantization.scheme import EVERY, Patterns, Quantization, Scheme
+from mpishard.config.quantization.modules import EVERY, Modules, of_modelopt, strings
+from mpishard.config.quantization.scheme import Quantization, Scheme
 
 _SCHEMES = {
     "FP8": Scheme("fp8"),
@@ -33,18 +33,20 @@ def read_modelopt(fields: Fields) -> Quantization:
         if layers is None:
             fields.refuse("quantized_layers", "is missing: it must say how each layer is stored")
         schemes = tuple(_layer(layers, name) for name in layers.values)
+    elif "quant_algo" in fields.values and fields.get("quant_algo") is None:
+        schemes = ()  # only the cache is quantized
     else:
         schemes = ((EVERY, _scheme(fields)),)
-    ignored = wildcard_patterns(strings(fields, "ignore") + strings(fields, "exclude_modules"))
+    ignored = of_modelopt(strings(fields, "ignore") + strings(fields, "exclude_modules"))
     fields.reject_unknown("modelopt", _WITHOUT_EFFECT)
     return Quantization("modelopt", schemes, ignored)
 
 
-def _layer(layers: Fields, name: str) -> tuple[Patterns, Scheme]:
+def _layer(layers: Fields, name: str) -> tuple[Modules, Scheme]:
     layer = layers.section(name)
     if layer is None:
         layers.refuse(name, "must be an object with its quant_algo")
-    return wildcard_patterns([name]), _scheme(layer)
+    return of_modelopt([name]), _scheme(layer)
 
 
 def _scheme(fields: Fields) -> Scheme:

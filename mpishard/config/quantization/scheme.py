@@ -6,9 +6,9 @@ says which modules have which scheme.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from mpishard.config.quantization.modules import Modules
 
 
 @dataclass(frozen=True)
@@ -18,43 +18,34 @@ class Scheme:
 
     form: str  # a name in `mpishard.storage.quantized.forms.FORMS`
     block: tuple[int | None, int | None] = (None, None)  # rows, columns of one scale; None: all
-    scale: str = "weight_scale"  # the last part of the name of the scales
+    scale: str = "weight_scale"  # the last part of the name of the scales …
+    other_scale: str | None = None  # … or this, whichever a file has
     bits: int = 4  # of an element that is packed into words
     symmetric: bool = True  # no zero points
     ordered: bool = False  # the columns' groups are stored (desc_act)
     zeros_less_one: bool = False  # a zero point z is stored as z - 1
 
 
-Patterns = tuple[re.Pattern[str], ...]  # which match a name from its first character on
-
-
 @dataclass(frozen=True)
 class Quantization:
-    """The schemes of a checkpoint. The first one with a matching pattern holds for a module, unless
-    a pattern of `ignored` matches, too."""
+    """The schemes of a checkpoint. Of several schemes for a module the first holds, and none if the
+    module is one of the `ignored`."""
 
     method: str  # as quant_method spells it
-    schemes: tuple[tuple[Patterns, Scheme], ...]
-    ignored: Patterns = ()
-    within: bool = False  # in a multimodal checkpoint, where modules have other names
+    schemes: tuple[tuple[Modules, Scheme], ...]
+    ignored: Modules = Modules()
+    within: bool = False  # in a multimodal checkpoint, whose files may have longer names
 
     def scheme(self, module: str) -> Scheme | None:
-        """The scheme of the weight of `module`, None if it is not quantized. Linear modules that no
-        pattern leaves out may be stored unquantized nevertheless: routers and heads often are. A
-        pattern may also have the name that the module has in a multimodal checkpoint."""
-        inner = module.removeprefix("model.")
-        names = (module, f"language_model.{module}", f"model.language_model.{inner}")
-        if any(matches(self.ignored, name) for name in names):
+        """The scheme of the weight of `module`, None if it is not quantized. A module that has one
+        may be stored unquantized nevertheless: routers and heads often are."""
+        names = [module]
+        if self.within:
+            inner = module.removeprefix("model.")
+            names += [f"language_model.{module}", f"model.language_model.{inner}"]
+        if any(name in self.ignored for name in names):
             return None
-        for patterns, scheme in self.schemes:
-            if any(matches(patterns, name) for name in names):
+        for modules, scheme in self.schemes:
+            if any(name in modules for name in names):
                 return scheme
         return None
-
-
-EVERY = (re.compile(""),)  # matches every name
-
-
-def matches(patterns: Iterable[re.Pattern[str]], module: str) -> bool:
-    """Whether one of the `patterns` matches the name of a module."""
-    return any(pattern.match(module) for pattern in patterns)

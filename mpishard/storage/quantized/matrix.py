@@ -16,6 +16,7 @@ from mpishard.storage.quantized.forms import FORMS
 # float32 here, and the zero points that symmetric weights have in some files.
 UNREAD = (
     "input_scale",
+    "input_scale_ub",
     "input_zero_point",
     "input_global_scale",
     "activation_scale",
@@ -115,6 +116,9 @@ def find_matrix(
         return None
     if (FORMS[scheme.form].joint == ".") != name.endswith(".weight"):
         return None
+    if scheme.other_scale and f"{module}.{scheme.scale}" not in stored:
+        if f"{module}.{scheme.other_scale}" in stored:
+            scheme = replace(scheme, scale=scheme.other_scale)
     present = {tensor.name for tensor in FORMS[scheme.form].tensors(scheme, shape)}
     matrix = QuantizedMatrix(module, shape, scheme, frozenset(present))
     there = {
