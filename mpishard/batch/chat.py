@@ -51,9 +51,7 @@ def template_kwargs(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _message(given: Any, where: str) -> Message:
     message = without_nulls(given) if isinstance(given, dict) else {}
-    if message.get("annotations") == []:  # in every answer of OpenAI's, which come back as a turn
-        del message["annotations"]
-    for name in ("tool_calls",):
+    for name in ("annotations", "tool_calls"):  # empty in answers that come back as turns
         if message.get(name) == []:
             del message[name]
     content = message.get("content")
