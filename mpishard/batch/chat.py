@@ -57,6 +57,12 @@ def _message(given: Any, where: str) -> Message:
         if message.get(name) == []:
             del message[name]
     content = message.get("content")
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise UserError(
+                f"{where}: a message has a part of the type {short(part.get('type'))}, but only "
+                '"text" is built'
+            )
     are_parts = isinstance(content, list) and all(map(_is_text, content))
     says_something = isinstance(content, str) or are_parts
     says_something |= content is None and "tool_calls" in message
