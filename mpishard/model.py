@@ -133,16 +133,17 @@ class Decoder:
         stream, mesh, ropes = self.stream, self.mesh, self.rope(step)
         x_nD = self.entry(self, step)
         for index, layer in enumerate(self.layers):
-            rope = ropes[index]
             if hidden_state_hook:
                 hidden_state_hook(self.layer_numbers[index], x_nD)
             if isinstance(layer, ParallelLayer):
-                own = index, step, rope, self.attend, mesh
+                own = index, step, ropes[index], self.attend, mesh
                 x_nD = x_nD + stream.parallel_layer(layer.norm(x_nD), layer, *own)
                 continue
             h_nD = layer.attention_norm(x_nD)
-            # No name holds what attention returns: the network's peak would have it as well.
-            x_nD = x_nD + layer.attention_post_norm(self._attention(h_nD, index, step, rope))
+            # No name keeps what a sub-layer made alive in the next.
+            x_nD = x_nD + layer.attention_post_norm(
+                self._attention(h_nD, index, step, ropes[index])
+            )
             h_nD = layer.ffn_norm(x_nD)
             feed_forward = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
             x_nD = x_nD + layer.ffn_post_norm(feed_forward(h_nD, layer.ffn, step, mesh))
