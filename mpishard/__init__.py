@@ -42,7 +42,7 @@ __all__ = [
 
 # Imported when asked for: the command line sets the number of threads before NumPy is loaded.
 _HOMES = {
-    "Completion": "mpishard.api",
+    "Completion": "mpishard.completions",
     "Model": "mpishard.api",
     "LogitsOutput": "mpishard.scoring",
     "SamplingParams": "mpishard.engine.sampling_params",

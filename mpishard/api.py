@@ -37,14 +37,11 @@ Where something hangs, or might, a watch says on which rank and in which line:
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +50,20 @@ from mpi4py import MPI
 
 from mpishard.batch.dispatch import Progress
 from mpishard.batch.job import BatchJob
+from mpishard.batch.open import open_batch, scheduler_config
 from mpishard.batch.run import BatchReport, run
 from mpishard.communication.collectives import all_reduce
 from mpishard.communication.group import CallTracker
 from mpishard.communication.mesh import Mesh
+from mpishard.completions import Completion, complete
 from mpishard.config.layout_checks import check_experts
 from mpishard.config.model_config import MAX_POSITIONS, ModelConfig
-from mpishard.engine.generate import Timing, check_request, check_token_ids, generate
+from mpishard.engine.generate import Timing, check_request, check_token_ids
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.scheduler import SchedulerConfig
-from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError, WrongRanks
 from mpishard.layout_resolution import check_arguments, read_placement, resolve_layout
 from mpishard.model import Decoder
-from mpishard.parallel.data import assign_requests, gather_results
 from mpishard.parallel.expert_load import ExpertLoad
 from mpishard.parallel.router_replay import RoutingRecorder, replay_layer
 from mpishard.prompts import Prompt, as_prompts
@@ -76,41 +73,17 @@ from mpishard.runtime.malloc import keep_freed_memory
 from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
-from mpishard.storage.fingerprint import fingerprint
 from mpishard.storage.generation_config import read_sampling_defaults
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
-from mpishard.storage.source import notices, open_source
+from mpishard.storage.source import notices
 from mpishard.storage.weights import load_weights
 from mpishard.tokenizer import (
-    IncrementalDetokenizer,
     Tokenizer,
-    finish_output,
     has_tokenizer,
 )
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a prompt was continued with.
-
-    `text` ends before a stop string and is None if the model has no tokenizer; `output_ids`
-    include the token that ended the answer. `finish_reason` is "stop" (an end-of-sequence token or
-    a stop string) or "length" (of `max_tokens`, or of the model's positions). `index` is the number
-    of this answer among the `n` of its prompt. `logprobs`, if asked for, has for each of the
-    `output_ids` the log-probabilities of the likeliest tokens and of the one chosen, by their ids.
-    """
-
-    prompt: str | list[int]
-    text: str | None
-    output_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    index: int = 0
-    logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass
@@ -273,49 +246,14 @@ class Model:
             for place, prompt in enumerate(given, 1)
         ]
         self._check_routing(encoded, params.max_tokens - 1, n)
-        mine = assign_requests(len(encoded), self.mesh)
         # Asked of every rank, so that all raise if there is none.
         needs_text = params.stop or on_text or not params.skip_special_tokens
         text = self.text if self.has_tokenizer or needs_text else None
-        texts = {
-            (place, choice): IncrementalDetokenizer(
-                text, encoded[place], params, _writer(on_text, n * place + choice)
-            )
-            for place, choice in product(mine, range(n))
-            if text
-        }
-        requests = [
-            Request(
-                index=place,
-                ids=encoded[place],
-                params=params,
-                eos_ids=params.end_ids(self.config.eos_ids),
-                stop_fn=texts[place, choice].update if params.stop or on_text else None,
-                choice=choice,
-            )
-            for place, choice in product(mine, range(n))
-        ]
-
-        outcomes = {}
-
-        def finish(request: Request, answer: RequestOutput) -> None:
-            place, choice = request.index, request.choice
-            result = finish_output(answer.ids, answer.finish_reason, texts.get((place, choice)))
-            outcomes[place, choice] = {**result, "logprobs": answer.logprobs}
-            if on_finish:
-                on_finish(n * place + choice)
-
         limits = SchedulerConfig(chunked_prefill_size=chunked_prefill_size)
-        generate(self.decoder, requests, None, finish, timing, limits)
-        results = [
-            json.dumps([outcomes[place, choice] for choice in range(n)]).encode() for place in mine
-        ]
-        merged = map(json.loads, gather_results(results, len(encoded), self.mesh))
-        return [
-            _completion(prompt, ids, index, result, params)
-            for prompt, ids, answers in zip(given, encoded, merged, strict=True)
-            for index, result in enumerate(answers)
-        ]
+        prompts_and_ids = list(zip(given, encoded, strict=True))
+        return complete(
+            self.decoder, text, prompts_and_ids, params, on_text, on_finish, timing, limits
+        )
 
     def default_sampling_params(self, **given: Any) -> SamplingParams:
         """The parameters that are `given`, and for the others the defaults of the model's
@@ -468,95 +406,9 @@ def load(
     return Model(Path(path), config, mesh, decoder, add_bos=add_bos, notices=told)
 
 
-@contextmanager
-def open_batch(
-    comm: MPI.Comm,
-    path: Path,
-    input: str | Path,
-    output: str | Path,
-    params: SamplingParams,
-    compute_dtype: str,
-    max_model_len: int | None,
-    calls: CallTracker | None = None,
-    chat: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    add_bos: bool | None = None,
-    ignore_config: Sequence[str] = (),
-) -> Iterator[BatchJob | None]:
-    """The batch job of the files `input` and `output`, on rank 0 of `comm`, for the model of
-    directory `path`, run as `load` is told to; None on the other ranks. Raises UserError, on all
-    ranks if on one, as `BatchJob` and `open_source` do."""
-    task = None
-    with raise_on_all(comm, calls):
-        if comm.rank == 0:
-            source = open_source(path, ignore_config)
-            metadata = {
-                "model": fingerprint(source),
-                "compute_dtype": compute_dtype,
-                "max_model_len": max_model_len or source.config.max_position_embeddings,
-                "add_bos": add_bos,
-            }
-            files = Path(input), Path(output)
-            task = BatchJob(*files, params, metadata, chat, chat_template_kwargs)
-    with task or nullcontext():
-        yield task
-
-
-def scheduler_config(
-    max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
-    max_num_seqs: int | None = None,
-    chunked_prefill_size: int | None = None,
-    kv_cache_memory_bytes: int | None = None,
-) -> SchedulerConfig:
-    """What a replica takes on at once in a batch: a step of at most `max_num_batched_tokens`
-    tokens, of at most `max_num_seqs` sequences (32, or as many as a step has tokens), prompts by
-    pieces of at most `chunked_prefill_size` tokens (or of what a step has left), and
-    `kv_cache_memory_bytes` bytes of KV cache on a rank (half of what is free, over the ranks of its
-    host). Raises UserError for what would have no effect."""
-    sequences = max_num_seqs or min(SchedulerConfig.max_num_seqs, max_num_batched_tokens)
-    if sequences > max_num_batched_tokens:
-        raise UserError(
-            f"--max-num-seqs {sequences} is more than --max-num-batched-tokens "
-            f"{max_num_batched_tokens}: "
-            "each running sequence feeds a token in a step; make one of them fit the other"
-        )
-    if chunked_prefill_size is not None and chunked_prefill_size > max_num_batched_tokens:
-        raise UserError(
-            f"--chunked-prefill-size {chunked_prefill_size} has no effect with "
-            f"--max-num-batched-tokens {max_num_batched_tokens}, which is less: leave it out"
-        )
-    return SchedulerConfig(
-        max_num_batched_tokens,
-        sequences,
-        chunked_prefill_size or max_num_batched_tokens,
-        kv_cache_memory_bytes,
-    )
-
-
 def _check_chunk(chunked_prefill_size: int | None) -> None:
     if chunked_prefill_size is not None and chunked_prefill_size < 1:
         raise UserError(f"chunked_prefill_size {chunked_prefill_size} must be at least 1")
-
-
-def _completion(
-    prompt: str | list[int],
-    ids: list[int],
-    index: int,
-    result: dict[str, Any],
-    params: SamplingParams,
-) -> Completion:
-    """The completion of a prompt from what has come through JSON, whose keys are strings."""
-    logprobs = [
-        {int(token): value for token, value in by_id.items()} for by_id in result.pop("logprobs")
-    ]
-    return Completion(
-        prompt=prompt,
-        prompt_tokens=len(ids),
-        completion_tokens=len(result["output_ids"]),
-        index=index,
-        logprobs=None if params.logprobs is None else logprobs,
-        **result,
-    )
 
 
 def _check_params(params: object) -> None:
@@ -564,10 +416,6 @@ def _check_params(params: object) -> None:
         raise TypeError(
             f"params are of type {type(params).__name__}: give mpishard.SamplingParams(…)"
         )
-
-
-def _writer(on_text: Callable[[int, str], None] | None, place: int) -> Callable[[str], None]:
-    return lambda piece: on_text(place, piece) if on_text else None
 
 
 def _peak_memory() -> int:

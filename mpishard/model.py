@@ -140,8 +140,10 @@ class Decoder:
                 x_nD = x_nD + stream.parallel_layer(layer.norm(x_nD), layer, *own)
                 continue
             h_nD = layer.attention_norm(x_nD)
-            y_nD = self._attention(h_nD, index, step, ropes[index])
-            x_nD = x_nD + layer.attention_post_norm(y_nD)
+            # No name keeps what a sub-layer made alive in the next.
+            x_nD = x_nD + layer.attention_post_norm(
+                self._attention(h_nD, index, step, ropes[index])
+            )
             h_nD = layer.ffn_norm(x_nD)
             feed_forward = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
             x_nD = x_nD + layer.ffn_post_norm(feed_forward(h_nD, layer.ffn, step, mesh))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 import numpy as np
 
@@ -22,6 +23,12 @@ class RotaryEmbedding:
         self.width, self.dtype = config.rotary_dim, dtype
         # By kind of RoPE and the length that its frequencies depend on.
         self._frequencies: dict[tuple[RopeConfig, int], tuple[np.ndarray, float]] = {}
+
+    def of(self, places: list[int]) -> RotaryEmbedding:
+        """The same for some of the layers."""
+        some = copy(self)
+        some.ropes = [self.ropes[place] for place in places]
+        return some
 
     def frequency_lengths(self, length: int) -> tuple[int, ...]:
         """What the frequencies of a sequence of `length` positions depend on: where it differs from

@@ -1,8 +1,9 @@
 """How the tests run, and what they have at hand.
 
-- ``pytest`` runs everything: serial tests in its own process and, beside it, in one for commands;
-  and for each number of ranks one ``mpirun -n N`` with all tests of that size. ``pytest -k np4``
-  runs those on four ranks. With ``-s`` or ``--pdb`` all serial tests run in pytest's process.
+- ``pytest`` runs everything: serial tests in its own process and, beside it, in one for each of
+  ``commands`` and ``cluster``; and for each number of ranks one ``mpirun -n N`` with all tests of
+  that size. ``pytest -k np4`` runs those on four ranks. With ``-s`` or ``--pdb`` all serial tests
+  run in pytest's process.
 - ``pytestmark = pytest.mark.waits(60)`` says that the tests of a module mostly wait, for about a
   minute in all: they run in a process of their own, beside tests that compute.
 - ``mpirun -n 4 python -m pytest --with-mpi`` runs the tests on four ranks, without the controller.

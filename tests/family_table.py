@@ -55,6 +55,8 @@ def _differences(family: Family) -> Iterator[str]:
         default = one.default
         if one.default_factory is not MISSING:
             default = one.default_factory()
+        if one.name == "o_bias" and family.qkv_bias is False:
+            continue  # it has none either
         if value != default and one.name not in _NO_MATHEMATICS:
             yield _phrase(family, one.name, value)
 
@@ -63,7 +65,7 @@ def _phrase(family: Family, name: str, value: Any) -> str:
     nth = f"{family.nth}th"
     phrases: dict[str, Any] = {
         "qkv_bias": "biases on q, k and v" if value else "no biases in attention",
-        "o_bias": "no bias on o",
+        "o_bias": "a bias on o by a field of its own" if family.o_bias_field else "no bias on o",
         "qk_norm": f"norms of each head of q and k{'' if value else ' (a field)'}",
         "qk_norm_after_rope": "these after rope",
         "full_width_qk_norm": "norms over all heads of q and of k",
@@ -120,6 +122,8 @@ def _stored(family: Family) -> Iterator[str]:
         yield f"q, k and v in one tensor{' by key/value head' if names.qkv_by_kv_head else ''}"
     if names.gate_up or names.shared_gate_up:
         yield "gate and up in one tensor"
+    if names.each_head:
+        yield "norms of q and k with a tensor for each head"
     if names.transposed:
         yield "transposed matrices"
     if names.modules or names.layers != "layers":

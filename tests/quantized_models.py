@@ -18,11 +18,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from stored import stored
 from tiny_models import raw_config
 
 from mpishard.config.model_config import ModelConfig
 from mpishard.config.reader import read_model_config
-from mpishard.config.weight_specs import weight_specs
+from mpishard.config.weight_specs import WeightSpec, weight_specs
 
 Arrays = dict[str, np.ndarray]
 Drawn = tuple[Arrays, np.ndarray]  # the tensors by the ends of their names, the numbers they mean
@@ -36,6 +37,7 @@ LLAMA = raw_config("llama-mha") | {
     "hidden_size": 96,
     "intermediate_size": 64,
 }
+PHI3 = raw_config("phi3-longrope")
 DEEPSEEK = raw_config("deepseek_v3-groups")
 MIXTURE = raw_config("qwen3_moe-normed") | {
     "hidden_size": 64,
@@ -327,6 +329,11 @@ MODELS: dict[str, Model] = {
         beside=True,
         plain=("layers.0.self_attn",),
     ),
+    "fp8-fused": Model(  # q, k and v in one tensor, gate and up in another
+        PHI3,
+        {"quant_method": "fp8", "weight_block_size": [28, 20]},
+        fp8((28, 20), "weight_scale_inv"),
+    ),
     "int8": Model(LLAMA, _compressed("int-quantized", "int", 8, "channel"), int8(True)),
     "int8-zeros": Model(
         LLAMA, _compressed("int-quantized", "int", 8, "channel", symmetric=False), int8(False)
@@ -431,14 +438,37 @@ def drawn(form: str) -> tuple[Arrays, Arrays]:
             numbers[name] = plain.astype(np.float32)
             tensors[name] = numbers[name]
             continue
+        if name in numbers:
+            continue  # drawn with the first weight of its tensor
         draw = next((draw for part, draw in model.others.items() if part in name), model.draw)
-        found, numbers[name] = draw(random, *weight.shape)
-        module = name.removesuffix("weight")
+        module, rows = _tensor_of(config, weight)
+        found, whole = draw(random, sum(rows.values()), weight.shape[1])
+        for part, count in rows.items():
+            numbers[part], whole = whole[:count], whole[count:]
         tensors |= {module + end: array for end, array in found.items()}
         tensors |= {
             module + end: np.ones(1, np.float32) for end in model.unread if end not in found
         }
     return (together(config, tensors) if form == "mxfp4" else tensors), numbers
+
+
+def _tensor_of(config: ModelConfig, weight: WeightSpec) -> tuple[str, dict[str, int]]:
+    """What the names of a weight's stored tensors begin with, and the weights that they hold, one
+    above the other, with their numbers of rows."""
+    names = config.stored_names
+    before, _, last = weight.name.rpartition("self_attn.q_proj.weight")
+    if names.qkv and before and not last:
+        q, kv = (heads * config.head_dim for heads in (config.heads, config.kv_heads))
+        parts = {
+            f"{before}self_attn.{part}_proj.weight": rows
+            for part, rows in zip("qkv", (q, kv, kv), strict=True)
+        }
+        return f"{before}{names.qkv}.", parts
+    before, _, last = weight.name.rpartition("mlp.gate_proj.weight")
+    if names.gate_up and before and not last:
+        parts = {f"{before}mlp.{part}_proj.weight": config.ffn for part in ("gate", "up")}
+        return f"{before}{names.gate_up}.", parts
+    return weight.name.removesuffix("weight"), {weight.name: weight.shape[0]}
 
 
 def _is_plain(model: Model, name: str, shape: tuple[int, ...]) -> bool:
@@ -483,12 +513,12 @@ def write_plain(form: str, directory: Path) -> Path:
     """Writes the model with the numbers that its codes mean, in float32."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(MODELS[form].raw))
-    _save(plain(form), directory)
+    _save(stored(config_of(form), plain(form)), directory)
     return directory
 
 
 def plain(form: str) -> Arrays:
-    """The numbers that the codes mean, in the tensors that the family has."""
+    """The numbers that the codes mean, as the reference takes them."""
     _, numbers = drawn(form)
     return together(config_of(form), numbers) if form == "mxfp4" else numbers
 

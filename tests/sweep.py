@@ -59,6 +59,7 @@ REPRESENTATIVES = (
     *("gpt2-layers", "gpt_neox-parallel", "falcon-grouped-alibi"),
     *("mixtral-full", "qwen2_moe-mixed", "qwen3_moe-plain", "olmoe-normed"),
     *("gpt_oss-yarn", "deepseek_v2-full", "deepseek_v3-groups"),
+    *("phi3-longrope", "llama4-chunks"),
 )
 
 # What a layout of so many ranks costs: processor time, roughly.

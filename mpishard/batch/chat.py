@@ -51,12 +51,16 @@ def template_kwargs(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _message(given: Any, where: str) -> Message:
     message = without_nulls(given) if isinstance(given, dict) else {}
-    if message.get("annotations") == []:  # in every answer of OpenAI's, which come back as a turn
-        del message["annotations"]
-    for name in ("tool_calls",):
+    for name in ("annotations", "tool_calls"):  # empty in answers that come back as turns
         if message.get(name) == []:
             del message[name]
     content = message.get("content")
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and part.get("type") != "text":
+            raise UserError(
+                f"{where}: a message has a part of the type {short(part.get('type'))}, but only "
+                '"text" is built'
+            )
     are_parts = isinstance(content, list) and all(map(_is_text, content))
     says_something = isinstance(content, str) or are_parts
     says_something |= content is None and "tool_calls" in message

@@ -142,7 +142,8 @@ class Coordinator:
         made.append((place, line.error_response(why)))
 
     def _hand_out(self, made: list[tuple[int, bytes]]) -> None:
-        """Give requests to those who ask, one by one in turn."""
+        """Give requests to those who ask, one by one in turn. One with several answers counts as
+        many requests, which may be more than were asked for; then fewer are next time."""
         parcels: dict[int, list[dict[str, Any]]] = {}
         while asking := [leader for leader in self.leaders if self._asked[leader] > 0]:
             for leader in asking:
@@ -150,7 +151,7 @@ class Coordinator:
                 if request is None:
                     self._asked.clear()
                     break
-                self._asked[leader] -= 1
+                self._asked[leader] -= request["params"]["n"]
                 parcels.setdefault(leader, []).append(request)
         for leader, requests in parcels.items():
             self.post.send(json.dumps({"requests": requests}).encode(), leader, TO_REPLICA)
@@ -264,7 +265,7 @@ class ReplicaClient:
             requests += message.get("requests", [])
             self._stops |= message.get("stop", False)
             self._ends |= message.get("end", False)
-        self._asked -= len(requests)
+        self._asked -= sum(fields["params"]["n"] for fields in requests)
         return requests
 
     def _agree(self, come: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -94,6 +94,8 @@ def openai_params(
 def _number(name: str, value: Any, kind: type, where: str) -> Any:
     if type(value) is kind:
         return value
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)  # as data frames write whole numbers beside missing ones
     if kind is float and type(value) is int:
         return float(max(-(2**64), min(value, 2**64)))  # one that large remains out of range
     what = "a whole number" if kind is int else "a number"

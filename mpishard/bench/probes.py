@@ -93,19 +93,22 @@ class TimedDecoder(Decoder):
 
 
 class LayerSample(Decoder):
-    """The first layer of each kind of a model: of each window or chunk, and of linear attention."""
+    """The first layer of each kind of a model: of each window, chunk and rotary embedding, and of
+    linear attention."""
 
     def __init__(self, model: Decoder) -> None:
         model = model.map_moe_layers(lambda _, w: replace(w, hooks=()))
         self.__dict__.update(model.__dict__)
         config = model.config
         kinds = [
-            (config.windows[n], config.chunks[n], config.is_linear(n)) for n in range(config.layers)
+            (config.windows[n], config.chunks[n], config.ropes[n], config.is_linear(n))
+            for n in range(config.layers)
         ]
         firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         self.layer_numbers = range(len(firsts))
         self.layers = [model.layers[first] for first in firsts]
         self.cache_places = [model.cache_places[first] for first in firsts]
+        self.rope = model.rope.of(firsts)
 
 
 def arithmetic_clock(ledger: Ledger) -> float:

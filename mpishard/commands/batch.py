@@ -11,9 +11,9 @@ from time import perf_counter
 from mpi4py import MPI
 
 from mpishard import options
-from mpishard.api import open_batch, scheduler_config
 from mpishard.batch.dispatch import Progress
 from mpishard.batch.job import BatchJob
+from mpishard.batch.open import open_batch, scheduler_config
 from mpishard.batch.run import BatchReport
 from mpishard.commands.common import (
     check_outputs,

@@ -71,7 +71,7 @@ def load_model(args: argparse.Namespace, world: MPI.Intracomm) -> Model:
 
 def say_notices(model: Model, world: MPI.Intracomm) -> None:
     """Say once what the user may want to know of the model's tokenizer."""
-    for notice in model.text.notices if world.rank == 0 else ():
+    for notice in model.text.notices if world.rank == 0 and model.has_tokenizer else ():
         say(notice)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from mpi4py import MPI
 
 from mpishard import options
-from mpishard.api import Completion, Model
+from mpishard.api import Model
 from mpishard.commands.common import (
     check_outputs,
     load_model,
@@ -27,6 +27,7 @@ from mpishard.commands.common import (
     tracked_expert_load,
 )
 from mpishard.communication.group import CallTracker
+from mpishard.completions import Completion
 from mpishard.engine.generate import Timing
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     check_outputs(args, world)
     model = load_model(args, world)
     with tracked_expert_load(args, model, world):
-        if any(line.get("prompt") is not None for _, line in lines):
+        if any(isinstance(line["prompt"], str) for _, line in lines):
             say_notices(model, world)
         sequences = [_encode_line(model, line, where) for where, line in lines]
         names = [line["id"] for _, line in lines]

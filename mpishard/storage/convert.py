@@ -24,8 +24,9 @@ from mpishard.config.weight_specs import (
 from mpishard.errors import UserError
 from mpishard.storage import rank_file
 from mpishard.storage.arrays import Progress, StoredArray, as_bytes, checksum, row_blocks
+from mpishard.storage.manifest import Manifest
 from mpishard.storage.model_dir import copy_companions
-from mpishard.storage.rank_file import Manifest, dtype_of, rank_file_name
+from mpishard.storage.rank_file import dtype_of, rank_file_name
 from mpishard.storage.shards import MANIFEST, UNFINISHED_MANIFEST, ShardDirectory
 from mpishard.storage.source import Source
 

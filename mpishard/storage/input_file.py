@@ -108,7 +108,7 @@ class LinesLook:
 
     def __init__(self) -> None:
         self._first = self._last = b""
-        self._count = self.objects = 0
+        self._count = self._damaged = self.objects = 0
 
     def take(self, line: bytes, is_object: bool) -> None:
         """Look at the next `line` that is not blank, which may be a JSON object."""
@@ -116,6 +116,7 @@ class LinesLook:
         self._last = line.strip()[-LOOK:]
         self._count += 1
         self.objects += is_object
+        self._damaged += line.lstrip().startswith(b"{") and line.strip() != b"{"
 
     def problem(self, purpose: str) -> str:
         """Why the file is not lines of JSON, as the end of a sentence; "" if it is. `purpose` is
@@ -131,6 +132,8 @@ class LinesLook:
             return "has lone carriage returns for line ends: `tr '\\r' '\\n'` makes lines of it"
         if self._first == b"{":
             return "has a JSON object over several lines: `jq -c .` makes lines of it"
+        if self._damaged:  # they begin like objects
+            return ""
         if name := _wide(self._first):
             return _convert(name)
         start = self._first[:40].decode(errors="backslashreplace")

@@ -21,9 +21,9 @@ from mpishard.config.weight_specs import (
     weight_specs,
 )
 from mpishard.errors import UserError, brief
+from mpishard.storage.manifest import Manifest
 from mpishard.storage.model_dir import read_config
 from mpishard.storage.rank_file import (
-    Manifest,
     Part,
     check_header,
     dtype_of,

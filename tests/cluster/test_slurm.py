@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from commands.shell import answered, completions
 from mpi_runner.launch import CHECKOUT, environment, mpirun, sweep_shared_memory
+from tiny_text import write_spacious
 
 LAB = CHECKOUT / "tests" / "lab" / "slurm.py"
 SCRIPTS = CHECKOUT / "scripts" / "slurm"
@@ -431,18 +432,32 @@ def test_expert_parallel_over_nodes(cluster):
 
 
 def test_a_long_prompt_over_nodes(cluster, tmp_path):
-    text = MODEL.joinpath("README.md").read_text()[:700]
+    """Of 300 KB, from a file and through srun's standard input."""
+    model, text = write_spacious(tmp_path / "model"), f"w5{300_000 * ' '}w9\nw7 w11 w13"
     given = tmp_path / "long.txt"
     given.write_text(text)
-    expected = completions(None, MODEL, "--prompt", text, "--max-tokens", 6)
+    (right,) = completions(None, model, "--prompt", "w5 w9 w7 w11 w13", "--max-tokens", 6)
+    expected = [right | {"prompt": text}]
     options = "--nodes=4 --ntasks-per-node=1 --cpus-per-task=1"
     job = cluster.submit(
         "long-context", options, "--max-tokens", 6, "--json",
-        MODEL=MODEL, INPUT=given, CHUNKED_PREFILL_SIZE=64,
+        MODEL=model, INPUT=given, CHUNKED_PREFILL_SIZE=2,
     )  # fmt: skip
     out, err = cluster.completed(job)
     assert answers(out) == expected
     assert "--cp 4" in err
+    words = ["-m", "mpishard", "generate", model, "--tp", 2, "--max-tokens", 6, "--json"]
+    command = ["srun", "--mpi=pmi2", "-n", 2, sys.executable, *words, "--prompt", "-"]
+    with given.open() as standard_input:
+        run = subprocess.run(
+            [str(word) for word in command],
+            env={**cluster.settings, "MPIR_CVAR_CH4_NETMOD": "ofi"},
+            cwd=CHECKOUT,
+            stdin=standard_input,
+            capture_output=True,
+            text=True,
+        )
+    assert answers(run.stdout) == expected, run.stderr
 
 
 def test_a_layout_that_does_not_fit_ends_the_job_with_one_sentence(cluster):

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from tiny_models import rewrite
-from tiny_text import write_speaker
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_text import write_spacious, write_speaker
 
 import mpishard
 from commands.shell import answered, completions, refusal, refusal_here
@@ -272,13 +271,7 @@ SPACES = 300_000
 
 @pytest.fixture(scope="module")
 def spacious(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows words alone, so that a prompt of 300 KB fits into its 64 positions."""
-    path = write_speaker("llama-gqa", tmp_path_factory.mktemp("spacious") / "model")
-    words = {f"w{place}": place for place in range(67)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
+    return write_spacious(tmp_path_factory.mktemp("spacious") / "model")
 
 
 def test_a_prompt_of_300_kb_through_every_way(spacious, tmp_path):

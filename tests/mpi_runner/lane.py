@@ -1,7 +1,8 @@
 """Lanes: tests that one launch runs in their order, and how many launches the machine carries.
 
 Several lanes run beside each other where there are cores for them. There is one for each number of
-ranks, one for tests of commands, which start ranks, and one for each file of tests that wait.
+ranks, one for each folder of serial tests that keep ranks warm, and one for each file of tests that
+wait.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpi_runner.launch import Launch
 
 PLAN = "MPI_RUNNER_PLAN"  # a file, named in the environment of the ranks that a controller starts
 
-COMMANDS = ("cluster", "commands")  # folders of serial tests whose ranks are kept warm
+WARM = ("commands", "cluster")  # folders of serial tests that keep ranks warm
 
 # How many lanes of tests that wait may run at once: together they take about a core.
 WAITING = 3
@@ -106,8 +107,8 @@ def divide(items: Iterable[pytest.Item], is_watched: bool) -> tuple[list[pytest.
             order = 0, 0, "serial"
         elif waits:
             order = 2, -waits.args[0], f"waiting: {item.path.stem}"
-        elif item.path.parent.name in COMMANDS:
-            order = 1, 0, "commands"
+        elif (folder := item.path.parent.name) in WARM:
+            order = 1, WARM.index(folder), folder
         else:
             order = 0, 0, "serial"
         lane = lanes.setdefault(order, Lane(order[-1], size, bool(waits)))

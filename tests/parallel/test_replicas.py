@@ -16,8 +16,8 @@ from sweep import divisors
 from tiny_text import write_speaker
 
 import mpishard
-from mpishard.api import scheduler_config
 from mpishard.batch.dispatch import Progress, ReplicaClient
+from mpishard.batch.open import scheduler_config
 from mpishard.communication.mailbox import Mailbox
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.model import Decoder

@@ -41,8 +41,9 @@ pytestmark = pytest.mark.ranks
 
 COSTS = Path(__file__).parents[2] / "docs" / "costs.md"
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5])
-# Query and key/value heads 8:4, 8:1, 12:3 with a window in each layer, 6:3 with one in some.
-FAMILIES = ("llama-gqa", "llama-mqa", "mistral-window", "qwen3-mixed")
+# Query and key/value heads 8:4, 8:1, 12:3 with a window in each layer, 6:3 with one in some, and
+# 6:3 with norms over all heads.
+FAMILIES = ("llama-gqa", "llama-mqa", "mistral-window", "qwen3-mixed", "olmo2-plain")
 
 
 class CollectiveCall(NamedTuple):
@@ -153,6 +154,9 @@ def attention_calls(
 ) -> list[CollectiveCall]:
     """The calls between a layer's queries, keys and values and its output."""
     calls: list[CollectiveCall] = []
+    if config.full_width_qk_norm:  # of each token the sums of squares of q and of k
+        tokens = len(step.global_index[layout.coordinates(rank)[1]])
+        calls.append(all_reduce("tp", layout.tp, tokens * 2 * e))
     if not layout.shards_kv_positions:
         return calls
     if step.first_chunks:
@@ -527,6 +531,25 @@ def test_only_what_a_window_reaches_is_sent(comm: MPI.Intracomm, prefill: str, o
             assert sent(mesh, "cp") == layers * mine * position
         if order == "contiguous" and prefill == "ring":
             assert mesh.ledger["isendrecv", "cp"].calls == (layers if cp > 1 else 0)
+
+
+@pytest.mark.parametrize("prefill", CP_PREFILLS)
+def test_only_what_a_chunk_reaches_is_sent(comm: MPI.Intracomm, prefill: str):
+    """Blocks of 8 positions, and chunks of 6 in three of four layers: a block's last positions are
+    in a chunk with the first of the next rank's block, or in none. The fourth layer sends all."""
+    cp = comm.size
+    layout = Layout(cp=cp, cp_prefill=prefill, cp_order="contiguous")
+    with mesh_of(comm, "llama4-chunks", layout) as mesh:
+        model = toy("llama4-chunks", mesh, np.float32)
+        step = fed(model, 8 * cp)
+        mesh.ledger.clear()
+        model.forward(step)
+        starts = [8 * rank for rank in range(1, cp)]  # of the blocks that follow another
+        shared = sum(start % 6 for start in starts)  # positions of the chunk before the start
+        hops = 1 if prefill == "ring" else cp - 1
+        rows = 3 * shared * hops + 8 * cp * (cp - 1)
+        position = 2 * model.kv_heads * model.config.head_dim * 4
+        assert comm.allreduce(sent(mesh, "cp")) == rows * position
 
 
 # The choice of tokens, and replicas

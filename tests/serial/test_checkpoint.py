@@ -23,6 +23,7 @@ from tiny_models import (
     write_checkpoint,
 )
 
+from mpishard.config.model_config import MoEConfig
 from mpishard.config.reader import read_model_config
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.config.weight_specs import specs_of_shard, weight_specs
@@ -306,14 +307,16 @@ def test_loading_keeps_no_file_open(tmp_path):
 MIXTURE = "mixtral-window"  # 5 experts of width 21, hidden 34
 UP_OF_3 = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
-STACKABLE = [name for name in MOE_VARIANTS if not name.startswith(("gpt_oss", "granite"))]
+STACKABLE = [name for name in MOE_VARIANTS if not name.startswith(("gpt_oss", "granite", "llama4"))]
 
 
 def one_by_one(variant: str) -> dict[str, np.ndarray]:
-    """The weights of a gpt_oss or granitemoe under the names of the partition table, taken apart by
-    loops."""
+    """The weights of a gpt_oss, granitemoe or llama4 under the names of the partition table, taken
+    apart by loops."""
     config, weights = tiny_config(variant), tiny_weights(variant)
     assert config.moe is not None
+    if variant.startswith("llama4"):
+        return _of_llama4(config.moe, weights)
     if variant.startswith("granite"):
         for layer in range(config.layers):
             moe, mlp = f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"
@@ -338,6 +341,20 @@ def one_by_one(variant: str) -> dict[str, np.ndarray]:
                 weights[f"{name}.{part}_proj.bias"] = np.array(bias)
             weights[f"{name}.down_proj.weight"] = stored[f"{prefix}.down_proj"][expert].T
             weights[f"{name}.down_proj.bias"] = stored[f"{prefix}.down_proj_bias"][expert]
+    return weights
+
+
+def _of_llama4(moe: MoEConfig, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Transposed matrices, in one tensor columns of gate and then those of up."""
+    width = moe.moe_intermediate_size
+    for layer in (layer for layer, has_experts in enumerate(moe.layers) if has_experts):
+        stored = f"model.layers.{layer}.feed_forward.experts"
+        both, down = weights.pop(f"{stored}.gate_up_proj"), weights.pop(f"{stored}.down_proj")
+        for expert in range(moe.num_experts):
+            name = f"model.layers.{layer}.mlp.experts.{expert}"
+            weights[f"{name}.gate_proj.weight"] = both[expert][:, :width].T
+            weights[f"{name}.up_proj.weight"] = both[expert][:, width:].T
+            weights[f"{name}.down_proj.weight"] = down[expert].T
     return weights
 
 

@@ -25,10 +25,12 @@ def item(path: str, ranks: int | None = None, waits: int | None = None) -> Any:
     )
 
 
-SERIAL, COMMAND = item("serial/test_a.py"), item("commands/test_b.py")
+SERIAL, COMMAND, HOST = (
+    item(f"{folder}/test_a.py") for folder in ("serial", "commands", "cluster")
+)
 SHORT, LONG = item("serial/test_short.py", waits=5), item("commands/test_long.py", waits=50)
 ONE, EIGHT = item("parallel/test_c.py", ranks=1), item("parallel/test_c.py", ranks=8)
-ALL = [EIGHT, SHORT, COMMAND, ONE, LONG, SERIAL]
+ALL = [EIGHT, SHORT, HOST, COMMAND, ONE, LONG, SERIAL]
 
 
 def test_each_kind_of_test_has_a_lane_and_the_longest_waits_start_first():
@@ -36,6 +38,7 @@ def test_each_kind_of_test_has_a_lane_and_the_longest_waits_start_first():
     assert own == [SERIAL]
     assert [(lane.name, lane.size, lane.waits, lane.items) for lane in lanes] == [
         ("commands", None, False, [COMMAND]),
+        ("cluster", None, False, [HOST]),
         ("waiting: test_long", None, True, [LONG]),
         ("waiting: test_short", None, True, [SHORT]),
         ("np1", 1, False, [ONE]),
@@ -51,7 +54,7 @@ def test_serial_tests_of_one_kind_stay_in_the_process():
 
 def test_somebody_who_looks_on_sees_all_serial_tests_in_the_process():
     own, lanes = divide(ALL, is_watched=True)
-    assert own == [SHORT, COMMAND, LONG, SERIAL]
+    assert own == [SHORT, HOST, COMMAND, LONG, SERIAL]
     assert [lane.name for lane in lanes] == ["np1", "np8"]
 
 

@@ -70,6 +70,8 @@ REFUSALS = (
     ("gpt2-layers", {"activation_function": "mish"}, 'activation_function = "mish" is not impl'),
     ("gpt2-layers", {"add_cross_attention": True}, "asks for cross-attention, not implemented"),
     ("olmo-clipped", {"rms_norm_eps": 1.0}, "rms_norm_eps = 1.0 is not a field that is known for"),
+    ("opt-plain", {"do_layer_norm_before": False}, "do_layer_norm_before = false is not impl"),
+    ("opt-plain", {"word_embed_proj_dim": 20}, "word_embed_proj_dim = 20 is not implemented: 42"),
     ("opt-plain", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = true is not"),
     (
         "bloom-six",

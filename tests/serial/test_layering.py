@@ -26,7 +26,7 @@ FLOORS = (
 )
 SURFACE = (
     *("api", "batch", "bench", "cli", "commands", "layout_resolution", "options", "runtime"),
-    *("prompts", "scoring", "tokenizer"),
+    *("completions", "prompts", "scoring", "tokenizer"),
     "__main__",
 )
 

@@ -79,6 +79,7 @@ def test_what_says_nothing_in_other_words(form):
     assert form(top_p=0, temperature=2).params.greedy
     assert form(seed=-1) == form(), "the job's"
     assert form(logprobs=False) == form()
+    assert form(max_tokens=9.0, seed=3.0) == form(max_tokens=9), "as data frames write them"
     assert form(logit_bias={}) == form() and form(n=1) == form()
     assert form(logit_bias={"9": 1, "7": -100}).params.logit_bias == ((7, -100.0), (9, 1.0))
 
@@ -225,10 +226,11 @@ def test_a_damaged_line_says_what_is_wrong(content, sentence):
         ("logit_bias", {"7": 101}, "a logit_bias of 101.0 is out of range: it must be -100 to 100"),
         ("logit_bias", {"7": float("nan")}, "a logit_bias of nan is out of range"),
         ("n", 0, "n 0 is out of range: it must be 1 to 128"),
-        ("n", 1.0, '"n" must be a whole number, not 1.0'),
+        ("n", "1", '"n" must be a whole number, not "1"'),
         ("seed", "7", '"seed" must be a whole number, not "7"'),
         ("max_tokens", 0, "max_tokens 0 is out of range"),
-        ("max_tokens", 3.0, '"max_tokens" must be a whole number, not 3.0'),
+        ("max_tokens", 3.5, '"max_tokens" must be a whole number, not 3.5'),
+        ("max_tokens", float("inf"), '"max_tokens" must be a whole number, not Infinity'),
         ("stop", [""], "stop ('',) must be a list of texts, none of them empty"),
         ("stop", "", "stop ('',) must be a list of texts, none of them empty"),
         ("stop", 5, '"stop" must be a string or a list of strings, not 5'),
@@ -275,7 +277,7 @@ def test_a_wish_that_cannot_be_is_refused(form, name, value, sentence):
         (lambda: openai(messages=[{"content": "a"}]), 'must have a "role" and a "content"'),
         (
             lambda: openai(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
-            'must have a "role" and a "content" of text',
+            'a message has a part of the type "image_url", but only "text" is built',
         ),
         (
             lambda: openai(messages=[{"role": "user", "content": "a", "function_call": {}}]),

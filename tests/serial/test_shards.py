@@ -331,6 +331,26 @@ def test_malformed_json(directory):
     assert "mpishard.json is not valid JSON" in refusal(lambda: open_source(directory))
 
 
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"ignore_config": "odd"}, "ignore_config is odd, not a list of names"),
+        ({"ignore_config": [1]}, "ignore_config is [1], not a list of names"),
+        ({"head_differs": 1}, "head_differs is 1, not true or false"),
+    ],
+)
+def test_a_manifest_with_more_of_another_type(directory, changes, problem):
+    edit_manifest(directory, **changes)
+    message = refusal(lambda: open_source(directory))
+    assert message == f"{directory / 'mpishard.json'}: {problem}"
+
+
+def test_a_manifest_that_ignores_what_is_not_there(directory):
+    edit_manifest(directory, ignore_config=["odd"])
+    message = refusal(lambda: open_source(directory))
+    assert "config.json: --ignore-config odd has no effect" in message
+
+
 def test_rank_files_without_a_manifest(directory):
     (directory / "mpishard.json").unlink()
     assert "no mpishard.json" in refusal(lambda: open_source(directory))

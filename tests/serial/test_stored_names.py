@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from stored import stored
 from tiny_layer_norm_models import LAYER_NORM_VARIANTS
-from tiny_models import rewrite, tiny_config, tiny_weights, write_checkpoint
+from tiny_models import VARIANTS, rewrite, tiny_config, tiny_weights, write_checkpoint
 
 from mpishard.config.stored_names import StoredNames
 from mpishard.config.weight_sharding import WeightSharding
@@ -87,7 +87,10 @@ def test_loaded_verified_and_converted(checkpoint, tmp_path, monkeypatch):
             np.testing.assert_array_equal(of_shards[weight.name], expected)
 
 
-@pytest.mark.parametrize("variant", LAYER_NORM_VARIANTS)
+RENAMED = [variant for variant in VARIANTS if tiny_config(variant).stored_names != StoredNames()]
+
+
+@pytest.mark.parametrize("variant", sorted({*LAYER_NORM_VARIANTS, *RENAMED}))
 def test_checkpoints_of_the_families_are_read_under_each_of_their_names(tmp_path, variant):
     """And with the buffers that old files have, which follow from the configuration."""
     config, whole = tiny_config(variant), tiny_weights(variant)
@@ -97,7 +100,8 @@ def test_checkpoints_of_the_families_are_read_under_each_of_their_names(tmp_path
         weights = stored(config, tiny_weights(variant, ml_dtypes.bfloat16), prefix)
         layer = f"{prefix}{config.stored_names.layers}.0"
         buffers = {f"{layer}{end}": np.ones(3, np.uint8) for end in config.stored_names.buffers}
-        save_file(weights | buffers, directory / "model.safetensors")
+        unused = {f"{name}0.weight": np.ones(3, np.float32) for name in config.stored_names.unused}
+        save_file(weights | buffers | unused, directory / "model.safetensors")
         source = open_source(directory)
         for rank in range(sharding.ranks):
             loaded = load_weights(source, sharding, rank)

@@ -15,7 +15,8 @@ from tiny_models import rewrite, tiny_weights, write_checkpoint
 
 from mpishard.config.weight_sharding import WeightSharding
 from mpishard.errors import UserError
-from mpishard.storage.source import open_source
+from mpishard.storage.convert import convert
+from mpishard.storage.source import notices, open_source
 from mpishard.storage.weights import load_weights
 
 VARIANT = "llama-uneven"
@@ -282,6 +283,17 @@ def test_a_stored_head_of_which_one_row_differs_is_used(tied, row, tmp_path):
     write_head(tied, head)
     source = open_source(tied)
     assert not source.config.tied and source.config.head_differs
+    np.testing.assert_array_equal(load_weights(source, WeightSharding(), 0)[HEAD], head)
+
+
+def test_shards_of_a_head_that_differs(tied, tmp_path):
+    head = EMBEDDING.copy()
+    head[7] += 1
+    write_head(tied, head)
+    convert(open_source(tied), tmp_path / "two", 2)
+    convert(open_source(tmp_path / "two"), tmp_path / "one", 1)
+    source = open_source(tmp_path / "one")
+    assert not source.config.tied and notices(source) == notices(open_source(tied)) != []
     np.testing.assert_array_equal(load_weights(source, WeightSharding(), 0)[HEAD], head)
 
 

@@ -24,11 +24,11 @@ class MoEFamily:
     ffn: str = "moe_intermediate_size"  # the field that holds the width of an expert
     names: ExpertNames = ExpertNames()
     # Which layers are dense: "never", "by step" (decoder_sparse_step, mlp_only_layers), "the first"
-    # (first_k_dense_replace) or those that are not "interleaved" (interleave_moe_layer_step or
-    # moe_layers) or "outside of a range" (moe_layer_start_index, _end_index and _interval).
+    # (first_k_dense_replace), those that are not "interleaved" (interleave_moe_layer_step or
+    # moe_layers), or those "outside of a range" (moe_layer_start_index, _end_index and _interval).
     dense: str = "never"
     first_dense: int = 0  # the default of first_k_dense_replace
-    scoring: str = "softmax"
+    scoring: str = "softmax"  # or "sigmoid" or "sparsemixer"
     scale_inputs: bool = False  # the weights multiply the inputs of experts
     normalized: bool | None = None  # None: the field norm_topk_prob decides
     normalized_default: bool = False
@@ -49,8 +49,12 @@ class MoEFamily:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family has that others have not. A bias of None is decided by its field."""
+    """What a family has that others have not. A bias of None is decided by its field.
 
+    A layer is ``x + post_norm(sub_layer(norm(x)))`` twice, first with attention and then with a
+    feed-forward network."""
+
+    # How config.json names the family and its fields
     architecture: str  # as `architectures` spells it
     name: str  # as `model_type` spells it
     max_position_embeddings: int
@@ -61,48 +65,53 @@ class Family:
     # The family as the fields of one configuration have it, where they choose among forms.
     variant: Callable[[Fields], Family] | None = None
     forms: str = ""  # what `variant` decides, in words
+
+    # Defaults of sizes, ids and of the epsilon
     kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden / heads
+    heads_fill_hidden: bool = False  # head_dim must be hidden / heads
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None
     norm_eps: float = 1e-6
     tied: bool = False
 
-    # Attention
+    # Attention: the projections
     qkv_bias: bool | None = None
     qkv_bias_field: str = "attention_bias"
     qkv_bias_default: bool = False
     o_bias: bool = True  # whether o_proj has a bias if q, k and v have one
-    o_bias_field: str | None = (
-        None  # the field that decides about it, of which o_bias is the default
-    )
+    o_bias_field: str | None = None  # a field that decides it alone, with o_bias as its default
+    clip_qkv: float | None = None  # the values at which q, k and v are cut off
+    output_gate: bool = False  # what heads give is multiplied by the sigmoid of a projection
+    mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
+    linear_attention: bool = False  # the layers that layer_types says are gated delta nets
+
+    # Attention: norms of q and k
     qk_norm: bool | None = False  # of each head; None: the field use_qk_norm decides
     qk_norm_after_rope: bool = False
     per_head_norm: bool = False  # of each head, with a weight for each head
     full_width_qk_norm: bool = False  # of all heads together
     qk_l2_norm: bool = False  # of each head, without a weight, after rope (the field use_qk_norm)
-    heads_fill_hidden: bool = False  # head_dim must be hidden / heads
+
+    # Attention: the scores
+    attention_scale: float | None = None  # their factor; None: head_dim ** -0.5
+    query_pre_attn_scalar: int | None = None  # the default of this field; None: no such field
+    inverse_layer_scale: bool = False  # the factor is divided by the number of the layer, from 1
     sinks: bool = False
-    clip_qkv: float | None = None
-    attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
-    inverse_layer_scale: bool = False  # and divided by the number of the layer, from 1
-    mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
 
-    output_gate: bool = False
-    linear_attention: bool = False  # the layers that layer_types says are gated delta nets
-
-    # The sliding window is in use in these layers: "never", "everywhere", "everywhere by a switch"
-    # (use_sliding_window), "from a layer" (max_window_layers) with that switch or "from a layer
-    # without a switch", "alternating", the first layer included, "alternating before a layer",
-    # "all but every nth", the nth being the first that is left out, or "without rope by a switch".
+    # Which keys a query sees. The sliding window is in use in these layers: "never", "everywhere",
+    # "everywhere by a switch" (use_sliding_window), "from a layer" (max_window_layers) with that
+    # switch or "from a layer without a switch", "alternating", the first layer included,
+    # "alternating before a layer", "all but every nth", the nth being the first that is left out,
+    # or "without rope by a switch".
     sliding: str = "never"
     window: int | None = 4096
     window_layers: int = 28  # the default of max_window_layers
     nth: int = 0  # the n of "every nth", or the default of the field nth_field
     nth_field: str | None = None
+    needs_window: bool = False  # a null is refused, as transformers refuses it
     # Layers with rope attend within chunks: the default of attention_chunk_size.
     chunk: int | None = None
-    needs_window: bool = False  # a null is refused, as transformers refuses it
 
     # Positions are known by "rope", by a "learned" embedding, by "alibi", or by the same with
     # biases that are rounded, "alibi in bfloat16".
@@ -138,7 +147,7 @@ class Family:
     mlp_bias: bool | None = False
     mlp_bias_field: str = "mlp_bias"
     mlp_bias_default: bool = False
-    gated_mlp: bool = True
+    gated_mlp: bool = True  # activation(gate x) * up x, not activation(up x)
     ffn_field: str = "intermediate_size"  # the width of a dense layer, and its default
     ffn: int | None = None
     ffn_multiple: int | None = None  # of hidden_size, where intermediate_size is null or absent
@@ -148,22 +157,24 @@ class Family:
     activation_meanings: dict[str, str] = field(default_factory=dict)
     moe: MoEFamily | None = None
 
-    # Norms, scales and soft caps
-    norms: LayerNormNames = LayerNormNames()
-    norm_offset: float = 0.0
-    layer_norm: bool = False
+    # Norms and the residual stream
+    norms: LayerNormNames = LayerNormNames()  # which there are, before and after sub-layers
+    norm_offset: float = 0.0  # added to their weights
+    layer_norm: bool = False  # LayerNorm in place of RMSNorm
     norm_weight: bool = True
     norm_bias: bool = False
-    embedding_norm: bool = False
-    parallel_residual: bool = False
+    embedding_norm: bool = False  # one more, of the embeddings
+    parallel_residual: bool = False  # both sub-layers of a layer start from the same x
+
+    # Factors and soft caps
     scaled_embedding: bool = False  # by sqrt(hidden_size)
     # The fields embedding_multiplier, residual_multiplier, attention_multiplier, logits_scaling.
     multipliers: bool = False
-    caps: dict[str, float | None] = field(default_factory=dict)  # soft caps and their defaults
     logit_scale: float | None = None  # the default of this field; None: no such field
+    caps: dict[str, float | None] = field(default_factory=dict)  # soft caps and their defaults
     head_bias: bool = False
-    query_pre_attn_scalar: int | None = None  # the default of this field; None: no such field
 
+    # Files, and what they may say
     stored_names: StoredNames = StoredNames()
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields that change nothing in this family

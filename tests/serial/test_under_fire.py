@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from mpi_runner import run_mpi
 
+pytestmark = pytest.mark.waits(12)
+
 FUZZ = Path(__file__).parents[1] / "fuzz"
 
 # Answers lost, doubled, or changed: what a journal must not do.
