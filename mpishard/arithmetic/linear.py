@@ -62,11 +62,6 @@ class Linear:
         y = Packed(linear_packed(x.columns, self.weight, bias_O), x.rows)
         return y if self.keep_packed else unpack_columns(y.columns, y.rows)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight and its bias."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
 
 def elementwise(function: Callable[..., np.ndarray]) -> Callable[..., Any]:
     """`function` of arrays element by element, applied to activations in either form."""

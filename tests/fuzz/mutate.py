@@ -45,7 +45,7 @@ RANKS = {
         *("sublayers", "experts", "capacity", "expert_load", "routing_replay", "linear_attention"),
         *("model", "schedule", "sampling", "limits", "replicas"),
     ),
-    "arithmetic": ("sublayers", "experts", "sampling", "model", "schedule", "limits"),
+    "arithmetic": ("sublayers", "experts", "capacity", "sampling", "model", "schedule", "limits"),
     "engine": ("sampling", "logits_processing", "limits", "schedule", "api", "model"),
 }
 
