@@ -148,6 +148,13 @@ DIRECTORIES: dict[str, Callable[[], tuple[Tokenizer, Files]]] = {
         bare(),
         {"special_tokens_map.json": {"additional_special_tokens": ["<|im_end|>", "<image>"]}},
     ),
+    "additional_special_tokens in both": lambda: (
+        bare(),
+        {
+            "special_tokens_map.json": {"additional_special_tokens": ["<image>"]},
+            **config(additional_special_tokens=["<|extra|>"]),
+        },
+    ),
     "extra_special_tokens": lambda: (
         plain("<tool>"),
         config(extra_special_tokens=["<|extra|>", "<tool>", "<|im_end|>"]),
@@ -243,6 +250,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "parts": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "x"}]}]
     },
+    "no tools": {"messages": [USER], "tools": []},
     "no assistant": {"messages": [USER], "add_generation_prompt": False},
 }
 
