@@ -678,7 +678,8 @@ def test_experts_are_mapped(tmp_path, variant):
         open_source(tmp_path / "shards"),
         WeightSharding(2, 3),
     )
-    for index in range(sharding.ranks):
+    # Two shards of each variant; over all variants every one.
+    for index in sorted({list(MOE_VARIANTS).index(variant) % sharding.ranks, sharding.ranks - 1}):
         direct, loaded = (
             load_weights(original, sharding, index),
             load_weights(source, sharding, index),
