@@ -20,6 +20,8 @@ class RotaryEmbedding:
 
     def __init__(self, config: ModelConfig, layers: Iterable[int], dtype: np.dtype) -> None:
         self.ropes = [config.ropes[layer] for layer in layers]
+        self._kinds = list(dict.fromkeys(self.ropes))
+        self._kind_of_layer = [self._kinds.index(rope) for rope in self.ropes]
         self.width, self.dtype = config.rotary_dim, dtype
         # By kind of RoPE and the length that its frequencies depend on.
         self._frequencies: dict[tuple[RopeConfig, int], tuple[np.ndarray, float]] = {}
@@ -28,17 +30,18 @@ class RotaryEmbedding:
         """The same for some of the layers."""
         some = copy(self)
         some.ropes = [self.ropes[place] for place in places]
+        some._kind_of_layer = [self._kind_of_layer[place] for place in places]
         return some
 
     def frequency_lengths(self, length: int) -> tuple[int, ...]:
         """What the frequencies of a sequence of `length` positions depend on: where it differs from
         a shorter one's, what a cache holds of that does not fit any more."""
-        return tuple(rope.frequency_length(length) for rope in self.ropes)
+        return tuple(rope.frequency_length(length) for rope in self._kinds)
 
     def __call__(self, step: Step) -> list[Rope]:
         """The rotation of the step's tokens in each layer."""
-        made = {rope: self._rotation(rope, step) for rope in dict.fromkeys(self.ropes)}
-        return [made[rope] for rope in self.ropes]
+        made = [self._rotation(rope, step) for rope in self._kinds]
+        return [made[kind] for kind in self._kind_of_layer]
 
     def _rotation(self, rope: RopeConfig, step: Step) -> Rope:
         inv_freq_J, scaling = self._of_length(rope, 0)

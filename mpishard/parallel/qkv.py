@@ -106,10 +106,8 @@ class Attention:
         self, q_NhK: np.ndarray, k_NgK: np.ndarray, rope: Rope
     ) -> tuple[np.ndarray, np.ndarray]:
         """Queries and keys with RoPE, and what comes between it and the scores."""
-        q_NhK, k_NgK = (
-            apply_rotary(x_NhK, rope.cos_N11J, rope.sin_N12J, self.interleaved)
-            for x_NhK in (q_NhK, k_NgK)
-        )
+        q_NhK = apply_rotary(q_NhK, rope.cos_N11J, rope.sin_N12J, self.interleaved)
+        k_NgK = apply_rotary(k_NgK, rope.cos_N11J, rope.sin_N12J, self.interleaved)
         if self.norm_after_rope:
             q_NhK, k_NgK = self._norm_heads(q_NhK, k_NgK)
         if rope.query_scale_N11 is not None:
