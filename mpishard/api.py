@@ -73,6 +73,7 @@ from mpishard.runtime.malloc import keep_freed_memory
 from mpishard.runtime.same_model import open_on_all
 from mpishard.runtime.watchdog import Watchdog
 from mpishard.scoring import LogitsOutput, score_sequences
+from mpishard.sequences.inputs import TokenInput, token_input
 from mpishard.storage.generation_config import read_sampling_defaults
 from mpishard.storage.routing_file import read_routing, write_routing
 from mpishard.storage.routing_trace import RoutingTrace
@@ -133,17 +134,38 @@ class Model:
         """Refuse token ids that the model cannot take (UserError); `what` names them."""
         check_request(self.decoder, list(ids), what)
 
-    def _encode_and_check(
+    def input(
+        self, ids: list[int], decoder_ids: Sequence[int] | None = None, what: str = "the prompt"
+    ) -> TokenInput:
+        """What the model makes of the token ids of a prompt, and of those that the decoder beside
+        an encoder is to begin with. Refuses what it cannot take (UserError); `what` names it."""
+        tokens = token_input(self.config, ids, decoder_ids, what)
+        self.check(ids, what)
+        if tokens.encoder_ids:
+            self.check(tokens.ids, f"{what}'s decoder_input_ids")
+        return tokens
+
+    def _inputs(
         self,
-        prompt: Prompt,
+        prompts: Sequence[Prompt],
+        decoder_input_ids: Sequence[Sequence[int]] | None,
         what: str,
         chat: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The token ids of a prompt that the model can take; `what` names it in a UserError."""
-        ids = self.encode(prompt, chat, chat_template_kwargs)
-        self.check(ids, what)
-        return ids
+    ) -> list[TokenInput]:
+        """The tokens of prompts that the model can take; `what` names them in a UserError."""
+        begins: list[Sequence[int] | None] = [None] * len(prompts)
+        if decoder_input_ids is not None:
+            begins = list(decoder_input_ids)
+        if len(begins) != len(prompts):
+            raise UserError(
+                f"decoder_input_ids has {len(begins)} sequences, but there are {len(prompts)} "
+                f"{what}s: give one for each"
+            )
+        return [
+            self.input(self.encode(prompt, chat, chat_template_kwargs), begin, f"{what} {place}")
+            for place, (prompt, begin) in enumerate(zip(prompts, begins, strict=True), 1)
+        ]
 
     def track_expert_load(self) -> ExpertLoad:
         """The rows that experts are given from now on, which are counted as they are routed.
@@ -209,6 +231,8 @@ class Model:
         """Refuse `what` is asked of experts where there are none (UserError)."""
         if self.config.moe is None:
             raise UserError(f"{what} has no effect on a model without experts: leave it out")
+        if self.config.encoder is not None:
+            raise UserError(f"{what} is not built for a model with an encoder: leave it out")
 
     def generate(
         self,
@@ -217,6 +241,7 @@ class Model:
         *,
         chat: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        decoder_input_ids: Sequence[Sequence[int]] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         on_finish: Callable[[int], None] | None = None,
         timing: Timing | None = None,
@@ -228,10 +253,12 @@ class Model:
 
         All are continued as `params` say. With `chat`, a text opens a conversation in the model's
         chat template, which is given `chat_template_kwargs`: ``{"enable_thinking": False}``, or
-        ``tools`` and ``documents``. `on_text` is called with ``(completion's place, text)`` as text
-        appears and `on_finish` with the places of finished completions, both on the ranks of the
-        replica that serves the prompt; `timing` is added to, for that replica. Prompts of more than
-        `chunked_prefill_size` tokens enter in several steps.
+        ``tools`` and ``documents``. Where an encoder reads the prompts, the decoder goes on from
+        the `decoder_input_ids` of each, or from the model's first token. `on_text` is called with
+        ``(completion's place, text)`` as text appears and `on_finish` with the places of finished
+        completions, both on the ranks of the replica that serves the prompt; `timing` is added to,
+        for that replica. Prompts of more than `chunked_prefill_size` tokens enter in several steps,
+        but for an encoder, which reads them in one.
 
         Raises TypeError for what is no prompt; UserError for a prompt that is empty, too long, or
         has ids beyond the vocabulary, where text is asked of a model without a tokenizer, and where
@@ -241,11 +268,8 @@ class Model:
         _check_params(params)
         given, n = as_prompts(prompts), params.n
         check_token_ids(self.decoder, params)
-        encoded = [
-            self._encode_and_check(prompt, f"prompt {place}", chat, chat_template_kwargs)
-            for place, prompt in enumerate(given, 1)
-        ]
-        self._check_routing(encoded, params.max_tokens - 1, n)
+        encoded = self._inputs(given, decoder_input_ids, "prompt", chat, chat_template_kwargs)
+        self._check_routing([one.ids for one in encoded], params.max_tokens - 1, n)
         # Asked of every rank, so that all raise if there is none.
         needs_text = params.stop or on_text or not params.skip_special_tokens
         text = self.text if self.has_tokenizer or needs_text else None
@@ -321,6 +345,7 @@ class Model:
         sequences: Prompt | Iterable[Prompt],
         hidden_states: bool = False,
         chunked_prefill_size: int | None = None,
+        decoder_input_ids: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[LogitsOutput | None]:
         """The scores of each sequence in turn, on rank 0 of the mesh; None on the others, which
         must go through the iterator as well. `sequences` is one text, one sequence of token ids, or
@@ -328,16 +353,25 @@ class Model:
 
         The replicas score as many sequences at a time as there are replicas, so that memory holds
         no more; sequences of more than `chunked_prefill_size` tokens are fed in several steps.
+        Where an encoder reads the sequences, the scores are those of the `decoder_input_ids` of
+        each, or of the model's first token alone; the hidden states are the decoder's.
         Raises TypeError for what is no sequence, and UserError for one that is empty, too long, or
         has ids beyond the vocabulary.
         """
-        encoded = [
-            self._encode_and_check(sequence, f"sequence {place}")
-            for place, sequence in enumerate(as_prompts(sequences, "sequence"), 1)
-        ]
+        given = as_prompts(sequences, "sequence")
+        encoded = self._inputs(given, decoder_input_ids, "sequence")
+        return self.score(encoded, hidden_states, chunked_prefill_size)
+
+    def score(
+        self,
+        sequences: list[TokenInput],
+        hidden_states: bool = False,
+        chunked_prefill_size: int | None = None,
+    ) -> Iterator[LogitsOutput | None]:
+        """`logits` of sequences that `input` has made and checked."""
         _check_chunk(chunked_prefill_size)
-        self._check_routing(encoded, 0)
-        return score_sequences(self.decoder, encoded, hidden_states, chunked_prefill_size)
+        self._check_routing([one.ids for one in sequences], 0)
+        return score_sequences(self.decoder, sequences, hidden_states, chunked_prefill_size)
 
     def peak_memory(self) -> int:
         """The largest peak of resident memory, in bytes, of any rank."""

@@ -14,6 +14,7 @@ from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.model import Decoder
 from mpishard.parallel.data import assign_requests, gather_results
+from mpishard.sequences.inputs import TokenInput
 from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
 
 
@@ -41,22 +42,22 @@ class Completion:
 def complete(
     model: Decoder,
     text: Tokenizer | None,
-    prompts: Sequence[tuple[str | list[int], list[int]]],
+    prompts: Sequence[tuple[str | list[int], TokenInput]],
     params: SamplingParams,
     on_text: Callable[[int, str], None] | None,
     on_finish: Callable[[int], None] | None,
     timing: Timing | None,
     limits: SchedulerConfig,
 ) -> list[Completion]:
-    """The completions of `prompts`, each with its token ids, in their order, on every rank; of each
+    """The completions of `prompts`, each with its tokens, in their order, on every rank; of each
     prompt the `params.n` completions one after the other. Without a tokenizer there is no `text`.
     The callbacks and `timing` are those of `mpishard.api.Model.generate`."""
     n, mesh = params.n, model.mesh
-    encoded = [ids for _, ids in prompts]
+    encoded = [tokens for _, tokens in prompts]
     mine = assign_requests(len(encoded), mesh)
     texts = {
         (place, choice): IncrementalDetokenizer(
-            text, encoded[place], params, _writer(on_text, n * place + choice)
+            text, encoded[place].ids, params, _writer(on_text, n * place + choice)
         )
         for place, choice in product(mine, range(n))
         if text
@@ -64,7 +65,8 @@ def complete(
     requests = [
         Request(
             index=place,
-            ids=encoded[place],
+            ids=encoded[place].ids,
+            encoder_ids=encoded[place].encoder_ids,
             params=params,
             eos_ids=params.end_ids(model.config.eos_ids),
             stop_fn=texts[place, choice].update if params.stop or on_text else None,
@@ -87,8 +89,8 @@ def complete(
     ]
     merged = map(json.loads, gather_results(results, len(encoded), mesh))
     return [
-        _completion(prompt, ids, index, result, params)
-        for (prompt, ids), answers in zip(prompts, merged, strict=True)
+        _completion(prompt, tokens.prompt, index, result, params)
+        for (prompt, tokens), answers in zip(prompts, merged, strict=True)
         for index, result in enumerate(answers)
     ]
 

@@ -25,16 +25,20 @@ from mpishard.arithmetic.ops import (
     glu,
     identity,
 )
+from mpishard.arithmetic.position_bias import HeadBiases
+from mpishard.arithmetic.relative_bias import RelativeBiases
 from mpishard.arithmetic.routing import ExpertCapacity, Router
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block, kv_replica_ranks, query_heads_of
 from mpishard.config.model_config import LinearAttentionConfig, MLAConfig, ModelConfig, MoEConfig
-from mpishard.config.weight_specs import experts_by_ep_rank, weight_specs
+from mpishard.config.weight_specs import experts_by_ep_rank, name_of_encoder, weight_specs
 from mpishard.parallel import expert
+from mpishard.parallel.cross_attention import CrossAttention
 from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.linear_attention import GatedDeltaNet
 from mpishard.parallel.physical_experts import PhysicalExperts
 from mpishard.parallel.qkv import MLA, Attention, FullWidthNorm
+from mpishard.parallel.sequence_capacity import SequenceCapacity
 from mpishard.parallel.tensor import (
     Embedding,
     FeedForward,
@@ -58,6 +62,8 @@ class Layer:
     ffn_norm: Norm
     ffn: FeedForward | MoELayer
     ffn_post_norm: Norm
+    cross_norm: Norm = identity
+    cross_attention: CrossAttention | None = None  # beside an encoder
 
 
 def weights_by_field(
@@ -68,12 +74,21 @@ def weights_by_field(
     own: Fields = {}
     layers: list[dict[int | None, Fields]] = [{None: {}} for _ in range(config.layers)]
     for weight in weight_specs(config):
-        if weight.name in weights:
+        if weight.name in weights and not weight.of_encoder:
             fields = own
             if weight.layer is not None:
                 fields = layers[weight.layer].setdefault(weight.expert, {})
             fields[weight.field] = weights[weight.name]
+    if "relative_bias" in own:  # which all layers share
+        for experts in layers:
+            experts[None]["relative_bias"] = own["relative_bias"]
     return own, layers
+
+
+def weights_of_encoder(encoder: ModelConfig, weights: Fields) -> Fields:
+    """The weights of an encoder by the names that they have in a model of its own."""
+    names = {weight.name: name_of_encoder(weight.name) for weight in weight_specs(encoder)}
+    return {own: weights[name] for own, name in names.items() if name in weights}
 
 
 def make_embedding(config: ModelConfig, own: Fields, mesh: Mesh) -> Embedding | None:
@@ -120,6 +135,8 @@ def make_layer(
         ffn_norm=_norm_if(names.ffn, config, w, "ffn_norm"),
         ffn=ffn,
         ffn_post_norm=_post_norm(names.ffn_post, config, w, "ffn_post_norm"),
+        cross_norm=_norm_if(names.cross if config.encoder else None, config, w, "cross_norm"),
+        cross_attention=_cross_attention(config, w) if config.encoder else None,
     )
 
 
@@ -204,7 +221,7 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
         q_norm = k_norm = RMSNorm(np.ones(config.head_dim, w["q"].dtype), config.norm_eps)
     if config.qk_norm or config.per_head_norm:
         q_norm, k_norm = make_norm(config, w, "q_norm"), make_norm(config, w, "k_norm")
-    alibi, group_alibi = _linear_biases(config, mesh) if config.alibi else (None, None)
+    biases, group_biases = _position_biases(config, w, mesh)
     return Attention(
         q=_linear(w, "q"),
         k=_linear(w, "k"),
@@ -217,8 +234,9 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
             config.attn_logit_softcapping,
             w.get("sinks"),
             chunk=config.chunks[number],
-            alibi=alibi,
-            group_alibi=group_alibi,
+            biases=biases,
+            group_biases=group_biases,
+            causal=config.causal,
         ),
         clip=config.clip_qkv,
         q_norm=q_norm,
@@ -230,8 +248,26 @@ def _attention(config: ModelConfig, number: int, w: Fields, mesh: Mesh) -> Atten
     )
 
 
-def _linear_biases(config: ModelConfig, mesh: Mesh) -> tuple[LinearBiases, LinearBiases]:
-    """ALiBi's biases of this rank's query heads, and of those of all ranks that share a cache."""
+def _cross_attention(config: ModelConfig, w: Fields) -> CrossAttention:
+    scale = config.attention_scale or config.head_dim**-0.5
+    return CrossAttention(
+        q=_linear(w, "cross_q"),
+        k=_linear(w, "cross_k"),
+        v=_linear(w, "cross_v"),
+        o=_linear(w, "cross_o"),
+        head_dim=config.head_dim,
+        spec=AttentionSpec(scale, causal=False),
+    )
+
+
+def _position_biases(
+    config: ModelConfig, w: Fields, mesh: Mesh
+) -> tuple[HeadBiases | None, HeadBiases | None]:
+    """The biases of the scores of this rank's query heads, and of those of all ranks that share a
+    cache."""
+    biases = _all_biases(config, w)
+    if biases is None:
+        return None, None
     tp, rank = mesh.tp.size, mesh.tp.rank
     own = query_heads_of(config, tp, rank)
     _, ranks = kv_replica_ranks(config, tp, rank)
@@ -239,10 +275,20 @@ def _linear_biases(config: ModelConfig, mesh: Mesh) -> tuple[LinearBiases, Linea
     if mesh.layout.flash_decoding:
         held = [query_heads_of(config, tp, one) for one in ranks]
         group = slice(held[0].start, held[-1].stop)
+    return biases.of_heads(own), biases.of_heads(group)
+
+
+def _all_biases(config: ModelConfig, w: Fields) -> HeadBiases | None:
+    """The biases of all heads."""
+    if config.relative_bias is not None:
+        max_distance = config.relative_bias.max_distance
+        return RelativeBiases(w["relative_bias"], max_distance, config.causal)
+    if config.alibi is None:
+        return None
     biases = LinearBiases(alibi_slopes(config.heads))
     if config.alibi == "in bfloat16":  # Falcon scales the biases as it scales the scores
-        biases = replace(biases, scale=config.head_dim**-0.5, rounded=True)
-    return biases.of_heads(own), biases.of_heads(group)
+        return replace(biases, scale=config.head_dim**-0.5, rounded=True)
+    return biases
 
 
 def _full_width_norm(config: ModelConfig, w: Fields, mesh: Mesh) -> FullWidthNorm:
@@ -276,9 +322,9 @@ def _mla(config: ModelConfig, mla: MLAConfig, number: int, w: Fields) -> MLA:
     )
 
 
-def _feed_forward(w: Fields, config: ModelConfig) -> FeedForward:
+def _feed_forward(w: Fields, config: ModelConfig, act_and_mul: GLU | None = None) -> FeedForward:
     if config.gated_mlp:
-        return _gated(w, glu(config.activation))
+        return _gated(w, act_and_mul or glu(config.activation))
     up = Linear(w["up"], w.get("up_bias"), keep_packed=True)
     return UngatedFeedForward(up, _linear(w, "down"), elementwise(ACTIVATIONS[config.activation]))
 
@@ -305,6 +351,9 @@ def _moe_layer(
     if moe.alpha is not None and moe.limit is not None:
         of_experts = clamped_swiglu(moe.alpha, moe.limit)
     layout = mesh.layout
+    sequence_capacity = None
+    if moe.capacity is not None:
+        sequence_capacity = SequenceCapacity(moe.capacity, sum(moe.layers[:number]))
     capacity = None
     if layout.expert_capacity_factor:
         capacity = ExpertCapacity(layout.expert_capacity_factor, layout.token_drop_policy)
@@ -323,12 +372,13 @@ def _moe_layer(
             moe.jitter,
         ),
         scale_inputs=moe.scale_inputs,
-        experts={expert: _gated(own, of_experts) for expert, own in experts.items()},
+        experts={expert: _feed_forward(own, config, of_experts) for expert, own in experts.items()},
         shared_expert=_gated(w, dense) if moe.shared_expert_intermediate_size else None,
         shared_expert_gate=Linear(w["shared_gate"]) if "shared_gate" in w else None,
         physical_experts=PhysicalExperts.of(
             experts_by_ep_rank(moe.num_experts, mesh.weight_sharding, number)
         ),
         capacity=capacity,
+        sequence_capacity=sequence_capacity,
         dispatch=expert.DISPATCHERS[layout.moe_token_dispatcher],
     )

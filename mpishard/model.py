@@ -17,12 +17,21 @@ import numpy as np
 
 from mpishard.arithmetic.linear import Linear
 from mpishard.arithmetic.ops import softcap
+from mpishard.communication.collectives import MAX, all_reduce
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout, block, kv_heads_of, kv_replica_ranks, query_heads_of
 from mpishard.config.model_config import ModelConfig
-from mpishard.layers import make_embedding, make_layer, model_norm, weights_by_field
+from mpishard.layers import (
+    Layer,
+    make_embedding,
+    make_layer,
+    model_norm,
+    weights_by_field,
+    weights_of_encoder,
+)
 from mpishard.parallel import context, expert, sequence, tensor
 from mpishard.parallel.attention import select_attention
+from mpishard.parallel.cross_attention import CrossAttention, remember, select_cross_attention
 from mpishard.parallel.expert import MoELayer
 from mpishard.parallel.linear_attention import GatedDeltaNet, select_linear_attention
 from mpishard.parallel.qkv import Rope
@@ -31,7 +40,7 @@ from mpishard.rope import RotaryEmbedding
 from mpishard.sequences.kv_cache import KVCache
 from mpishard.sequences.recurrent_state import NO_STATES, StateShape
 from mpishard.sequences.sharding import FirstChunk, SequenceSharding
-from mpishard.sequences.step import Step
+from mpishard.sequences.step import Step, pack
 
 # Called with (layer, x_nD) for this rank's tokens of the residual stream entering each layer, and
 # with the number of layers for the stream after the final norm.
@@ -44,6 +53,7 @@ class ResidualStream(NamedTuple):
 
     embed: Callable[..., np.ndarray]
     attention: Callable[..., np.ndarray]
+    cross_attention: Callable[..., np.ndarray]
     linear_attention: Callable[..., np.ndarray]
     feed_forward: Callable[..., np.ndarray]
     parallel_layer: Callable[..., np.ndarray]
@@ -56,6 +66,7 @@ RESIDUAL_STREAMS = {
     "whole": ResidualStream(
         tensor.embed,
         tensor.attention,
+        tensor.cross_attention,
         tensor.linear_attention,
         tensor.feed_forward,
         tensor.parallel_layer,
@@ -66,6 +77,7 @@ RESIDUAL_STREAMS = {
     "sequence-parallel": ResidualStream(
         sequence.embed,
         sequence.attention,
+        sequence.cross_attention,
         sequence.linear_attention,
         sequence.feed_forward,
         sequence.parallel_layer,
@@ -81,7 +93,8 @@ class Decoder:
 
     `weights` are this rank's shards by Hugging Face name, all of one floating-point type, in which
     everything is computed. A pipeline stage is a decoder with some of the `layers`: its `entry`
-    makes the residual stream of a step, and its `exit` takes the stream after the last of them.
+    makes the residual stream of a step, and its `exit` takes the stream after the last of them. An
+    encoder is a decoder, too, whose exit keeps what the layers of the other make of its outputs.
     """
 
     def __init__(
@@ -107,7 +120,8 @@ class Decoder:
         self.layers = [make_layer(config, n, fields[n], mesh) for n in self.layer_numbers]
         sharded = mesh.layout.sequence_parallel
         self.stream = RESIDUAL_STREAMS["sequence-parallel" if sharded else "whole"]
-        self.attend = select_attention(mesh.layout)
+        self.attend = select_attention(mesh.layout, keeps=config.causal)
+        self.attend_memory = select_cross_attention(mesh.layout)
         self.recur = select_linear_attention(mesh.layout)
         self.rope = RotaryEmbedding(config, self.layer_numbers, self.dtype)
         linear = [config.is_linear(number) for number in self.layer_numbers]
@@ -126,10 +140,18 @@ class Decoder:
         self._kv_heads = [_kv_heads(config, mesh.layout, rank) for rank in range(mesh.tp.size)]
         self.sequence_sharding = self._sequence_shardings[mesh.tp.rank]
         self.kv_heads = self._kv_heads[mesh.tp.rank]
+        self.encoder: Decoder | None = None
+        if config.encoder is not None:
+            theirs = weights_of_encoder(config.encoder, weights)
+            own_layers = [layer for layer in self.layers if isinstance(layer, Layer)]
+            cross = [layer.cross_attention for layer in own_layers if layer.cross_attention]
+            self.encoder = Decoder(config.encoder, theirs, mesh, exit=Remember(cross))
 
     def forward(self, step: Step, hidden_state_hook: HiddenStateHook | None = None) -> Any:
         """The logits of this rank's block of the vocabulary after each of its tokens that `step`
         wants, (M, v), or what `exit` makes of the residual stream."""
+        if self.encoder is not None:
+            self._encode(step)
         stream, mesh, ropes = self.stream, self.mesh, self.rope(step)
         x_nD = self.entry(self, step)
         for index, layer in enumerate(self.layers):
@@ -144,12 +166,27 @@ class Decoder:
             x_nD = x_nD + layer.attention_post_norm(
                 self._attention(h_nD, index, step, ropes[index])
             )
+            if layer.cross_attention is not None:
+                h_nD = layer.cross_norm(x_nD)
+                x_nD = x_nD + stream.cross_attention(
+                    h_nD, layer.cross_attention, index, step, self.attend_memory, mesh
+                )
             h_nD = layer.ffn_norm(x_nD)
             feed_forward = stream.moe if isinstance(layer.ffn, MoELayer) else stream.feed_forward
             x_nD = x_nD + layer.ffn_post_norm(feed_forward(h_nD, layer.ffn, step, mesh))
         if hidden_state_hook:
             hidden_state_hook(self.layer_numbers.stop, self.norm(x_nD))
         return self.exit(self, x_nD, step)
+
+    def _encode(self, step: Step) -> None:
+        """Let the encoder read the inputs of the sequences that begin. Replicas that share experts
+        all do so if one has to."""
+        assert self.encoder is not None
+        layout, waiting = self.mesh.layout, step.encoding is not None
+        if layout.replicas_per_ep_group > 1:
+            waiting = bool(all_reduce(np.array(waiting, np.int64), self.mesh.moe, MAX))
+        if waiting:
+            self.encoder.forward(step.encoding or pack([], self.sequence_sharding))
 
     def _attention(self, h_nD: np.ndarray, index: int, step: Step, rope: Rope) -> np.ndarray:
         w, cached, mesh = self.layers[index].attention, self.cache_places[index], self.mesh
@@ -184,9 +221,14 @@ class Decoder:
         return self.rope.frequency_lengths(length)
 
     def allocate_cache(
-        self, capacity: int, first: int | None = None, inherited: int | None = None
+        self,
+        capacity: int,
+        first: int | None = None,
+        inherited: int | None = None,
+        encoder_length: int = 0,
     ) -> KVCache:
-        """An empty cache for one sequence of up to `capacity` positions.
+        """An empty cache for one sequence of up to `capacity` positions, with a memory of an input
+        of `encoder_length` tokens for a decoder beside an encoder.
 
         Its first chunk has `first` tokens, all unless given. A sequence that reuses the first
         `inherited` positions of another one has that one's first chunk: see `FirstChunk`.
@@ -199,19 +241,35 @@ class Decoder:
             slots = max(slots, self.sequence_sharding.max_local_slots(capacity))
         latent = config.mla.kv_lora_rank if config.mla else 0
         sizes = self._attention_layers, self.kv_heads, capacity, config.key_width
-        return KVCache(*sizes, self.dtype, slots, latent, self._state_shapes[self.mesh.tp.rank])
+        states = self._state_shapes[self.mesh.tp.rank]
+        memory = self._allocate_memory(encoder_length) if config.encoder else None
+        limited = limited_experts(config)
+        return KVCache(*sizes, self.dtype, slots, latent, states, memory, limited)
 
-    def cache_bytes(self, capacity: int, first_chunk: FirstChunk | None = None) -> int:
+    def _allocate_memory(self, length: int) -> KVCache:
+        """An empty memory of an input of `length` tokens."""
+        config = self.config
+        assert config.encoder is not None
+        slots = self.sequence_sharding.local_slots(FirstChunk(length, length), length)
+        sizes = config.layers, self.kv_heads, length, config.key_width
+        limited = limited_experts(config.encoder)
+        return KVCache(*sizes, self.dtype, slots, limited_experts=limited)
+
+    def cache_bytes(
+        self, capacity: int, first_chunk: FirstChunk | None = None, encoder_length: int = 0
+    ) -> int:
         """Upper bound on the bytes that the cache of a sequence of up to `capacity` positions takes
-        on any rank of the replica. Without `first_chunk`, any first chunk and no reused prefix are
-        assumed."""
+        on any rank of the replica, with the memory of an input of `encoder_length` tokens.
+        Without `first_chunk`, any first chunk and no reused prefix are assumed."""
         config, most = self.config, None
         if first_chunk is not None:
             most = self.sequence_sharding.max_rank_positions(first_chunk, capacity)
         position = self._attention_layers * config.kv_cache_dim * self.dtype.itemsize
         ranks = zip(self._sequence_shardings, self._kv_heads, self._state_shapes, strict=True)
         return max(
-            sharding.max_local_slots(capacity, most) * kv_heads * position
+            (sharding.max_local_slots(capacity, most) + sharding.max_local_slots(encoder_length))
+            * kv_heads
+            * position
             + states.numbers * self.dtype.itemsize
             for sharding, kv_heads, states in ranks
         )
@@ -236,6 +294,18 @@ def final_logits(model: Decoder, x_nD: np.ndarray, step: Step) -> np.ndarray:
     if model.config.final_logit_softcapping is not None:
         softcap(logits_Mv, model.config.final_logit_softcapping)
     return logits_Mv
+
+
+class Remember:
+    """The exit of an encoder: the keys and values of the decoder's layers go to the memories of the
+    step's sequences."""
+
+    def __init__(self, layers: list[CrossAttention]) -> None:
+        self.layers = layers
+
+    def __call__(self, model: Decoder, x_nD: np.ndarray, step: Step) -> None:
+        x_ND = model.stream.all_tokens(model.norm(x_nD), step, model.mesh)
+        remember(x_ND, self.layers, step)
 
 
 # What makes a step's residual stream, x_nD, and what is made of it after the last layer.
@@ -271,6 +341,14 @@ def state_shape_of(config: ModelConfig, layers: int, tp: int, tp_rank: int) -> S
     g = len(range(linear.kv_heads)[kv_heads_of(linear, tp, tp_rank)])
     K, Y = linear.key_width, linear.value_width
     return StateShape(layers, h, K, Y, 2 * g * K + h * Y, linear.taps)
+
+
+def limited_experts(config: ModelConfig) -> tuple[int, int]:
+    """In how many layers experts take so many tokens of a sequence only, and how many experts such
+    a layer has."""
+    if config.moe is None or config.moe.capacity is None:
+        return 0, 0
+    return sum(config.moe.layers), config.moe.num_experts
 
 
 def _kv_heads(config: ModelConfig, layout: Layout, tp_rank: int) -> int:

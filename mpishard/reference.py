@@ -43,10 +43,22 @@ class Reference:
         self.config = config
         self.dtype = dtype
         self.weights = {name: np.asarray(weights[name]).astype(dtype) for name in weights}
+        self.encoder: Reference | None = None
+        if config.encoder is not None:
+            shared, within = "model.embed_tokens.weight", "model.encoder."
+            own = {
+                name.replace(within, "model."): weights[name]
+                for name in weights
+                if name == shared or name.startswith(within)
+            }
+            self.encoder = Reference(config.encoder, own, dtype)
 
-    def forward(self, ids_S: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def forward(
+        self, ids_S: Sequence[int], encoder_ids_T: Sequence[int] = ()
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
         """The logits (S, V) at every position, and the residual stream (S, D) as it enters each
-        layer, followed by what the final norm makes of it."""
+        layer, followed by what the final norm makes of it. An encoder reads `encoder_ids_T`."""
+        memory_TD = self.encoder.forward(encoder_ids_T)[1][-1] if self.encoder else None
         embedding_VD = self.weights["model.embed_tokens.weight"]
         x_SD = embedding_VD[np.asarray(ids_S)] * self.dtype(self.config.embedding_scale)
         if self.config.learned_positions:
@@ -57,7 +69,7 @@ class Reference:
         entering = []
         for layer in range(self.config.layers):
             entering.append(x_SD)
-            x_SD, normed_SD = self.attended(x_SD, layer)
+            x_SD, normed_SD = self.attended(x_SD, layer, memory_TD)
             if self.is_moe_layer(layer):
                 y_SD = self.moe(normed_SD, f"model.layers.{layer}")
             else:
@@ -73,21 +85,25 @@ class Reference:
         logits_SV = softcapped(logits_SV, self.config.final_logit_softcapping)
         return logits_SV, [*entering, x_SD]
 
-    def routings(self, ids_S: Sequence[int]) -> dict[int, Routing]:
-        """Where each layer that is a mixture of experts sends the tokens."""
-        _, hidden = self.forward(ids_S)
+    def routings(
+        self, ids_S: Sequence[int], encoder_ids_T: Sequence[int] = ()
+    ) -> dict[int, Routing]:
+        """Where each layer that is a mixture of experts sends the tokens, whether or not their
+        experts have room for them."""
+        _, hidden = self.forward(ids_S, encoder_ids_T)
+        memory_TD = self.encoder.forward(encoder_ids_T)[1][-1] if self.encoder else None
         found = {}
         for layer in filter(self.is_moe_layer, range(self.config.layers)):
-            _, normed_SD = self.attended(hidden[layer], layer)
+            _, normed_SD = self.attended(hidden[layer], layer, memory_TD)
             found[layer] = self.route(normed_SD, f"model.layers.{layer}")
         return found
 
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+    def greedy(self, ids: Sequence[int], count: int, encoder_ids: Sequence[int] = ()) -> list[int]:
         """The `count` tokens that follow `ids` when the likeliest is taken each time, the lowest
         id among equals. End-of-sequence ids do not end it."""
         sequence = list(ids)
         for _ in range(count):
-            logits_SV, _ = self.forward(sequence)
+            logits_SV, _ = self.forward(sequence, encoder_ids)
             sequence.append(int(np.argmax(logits_SV[-1])))  # argmax takes the first of equals
         return sequence[len(ids) :]
 
@@ -95,10 +111,13 @@ class Reference:
         """Whether `layer` has experts."""
         return self.config.moe is not None and self.config.moe.layers[layer]
 
-    def attended(self, x_SD: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def attended(
+        self, x_SD: np.ndarray, layer: int, memory_TD: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The residual stream after the attention of `layer`, which it entered as `x_SD`, and what
         the norm before the feed-forward network makes of it; with a parallel residual, of the
-        stream that attention reads, too."""
+        stream that attention reads, too. Beside an encoder, also after attention over its outputs
+        `memory_TD`."""
         norms = self.config.norms
         attention = self.latent_attention if self.config.mla else self.attention
         normed_SD = self.layer_norm(x_SD, layer, norms.attention)
@@ -108,6 +127,9 @@ class Reference:
             y_SD = attention(normed_SD, layer)
         y_SD = self.layer_norm(y_SD, layer, norms.attention_post)
         after_SD = x_SD + self.dtype(self.config.residual_scale) * y_SD
+        if memory_TD is not None:
+            normed_SD = self.layer_norm(after_SD, layer, norms.cross)
+            after_SD = after_SD + self.cross_attention(normed_SD, memory_TD, layer)
         if not self.config.parallel_residual:
             return after_SD, self.layer_norm(after_SD, layer, norms.ffn)
         if norms.ffn is None:
@@ -142,6 +164,11 @@ class Reference:
         S = len(x_SD)
         query_scale_S1 = query_scale(c.ropes[layer], S)[:, None].astype(self.dtype)
         hidden_SS = ~visible(S, c.windows[layer], c.chunks[layer])
+        if not c.causal:
+            hidden_SS[:] = False
+        if c.relative_bias:
+            table_BH = self.weights["model.relative_bias.weight"]
+            bias_SSH = table_BH[relative_buckets(c, S)]
         out_SHK = np.empty_like(q_SHK)
         for h in range(c.heads):
             g = h // (c.heads // c.kv_heads)  # neighbouring query heads share a key/value head
@@ -152,6 +179,8 @@ class Reference:
             scores_SS = softcapped(q_SK @ k_SK.T * scale, c.attn_logit_softcapping)
             if c.alibi:
                 scores_SS = scores_SS + alibi_biases(c, h, S)
+            if c.relative_bias:
+                scores_SS = scores_SS + bias_SSH[:, :, h]
             scores_SS[hidden_SS] = -np.inf
             if c.sinks:
                 # A key that every query sees, with this score and a value of zero.
@@ -164,6 +193,21 @@ class Reference:
         if c.output_gate:
             out_SX = out_SX * sigmoid(self.linear(x_SD, f"{name}.gate_proj", c.qkv_bias))
         return self.linear(out_SX, f"{name}.o_proj", c.o_bias)
+
+    def cross_attention(self, x_SD: np.ndarray, memory_TD: np.ndarray, layer: int) -> np.ndarray:
+        """Attention of a layer to all that the encoder made of its tokens, wherever they stand."""
+        c, name = self.config, f"model.layers.{layer}.cross_attn"
+        q_SHK = self.linear(x_SD, f"{name}.q_proj", False).reshape(-1, c.heads, c.head_dim)
+        k_TGK, v_TGK = (
+            self.linear(memory_TD, f"{name}.{part}_proj", False).reshape(-1, c.kv_heads, c.head_dim)
+            for part in "kv"
+        )
+        scale = 1 / math.sqrt(c.head_dim) if c.attention_scale is None else c.attention_scale
+        out_SHK = np.empty_like(q_SHK)
+        for h in range(c.heads):
+            g = h // (c.heads // c.kv_heads)
+            out_SHK[:, h] = softmax(q_SHK[:, h] @ k_TGK[:, g].T * scale) @ v_TGK[:, g]
+        return self.linear(out_SHK.reshape(len(x_SD), -1), f"{name}.o_proj", False)
 
     def linear_attention(self, x_SD: np.ndarray, name: str) -> np.ndarray:
         """The gated delta net called `name`, token by token: Yang et al. 2024, arXiv 2412.06464."""
@@ -262,9 +306,13 @@ class Reference:
         assert moe is not None
         routing = self.route(x_SD, name)
         y_SD = np.zeros_like(x_SD)
+        taken = [0] * moe.num_experts  # the tokens that each expert was given so far
         for token in range(len(x_SD)):
             chosen = zip(routing.experts_SA[token], routing.weights_SA[token], strict=True)
             for expert, weight in chosen:
+                taken[expert] += 1
+                if moe.capacity is not None and taken[expert] > moe.capacity:
+                    continue
                 if moe.scale_inputs:
                     y_SD[token] += self.expert(weight * x_SD[token], name, expert)
                 else:
@@ -308,6 +356,11 @@ class Reference:
         """What one expert of the layer called `name` makes of one token."""
         moe = self.config.moe
         assert moe is not None
+        if not self.config.gated_mlp:
+            assert moe.names.separate is not None
+            up_FD = self.weights[f"{name}.{moe.names.separate.up}".format(number)]
+            down_DF = self.weights[f"{name}.{moe.names.separate.down}".format(number)]
+            return down_DF @ ACTIVATIONS[self.config.activation](up_FD @ x_D)
         gate_FD, up_FD, down_DF = self.expert_weights(name, number)
         gate_F, up_F = gate_FD @ x_D, up_FD @ x_D
         stacked = moe.names.stacked
@@ -457,6 +510,28 @@ def alibi_biases(config: ModelConfig, head: int, length: int) -> np.ndarray:
         product_S = bfloat16(bfloat16(np.array(slope)) * bfloat16(position_S))
         return product_S.astype(np.float64) / math.sqrt(config.head_dim)
     return slope * position_S
+
+
+def relative_buckets(config: ModelConfig, length: int) -> np.ndarray:
+    """The bucket (S, S) of the distance between query i and key j: Raffel et al. 2020, arXiv
+    1910.10683. Small distances have one each, larger ones share them by their logarithm, and of
+    attention to both sides the later keys have the second half."""
+    bias = config.relative_bias
+    assert bias is not None
+    count = bias.buckets if config.causal else bias.buckets // 2
+    single = count // 2
+    bucket_SS = np.zeros((length, length), int)
+    for i in range(length):
+        for j in range(length):
+            distance = abs(i - j) if i >= j or not config.causal else 0
+            bucket = distance
+            if distance >= single:
+                # transformers' numbers of 32 bits, which decide where a bound is a whole number
+                log, most = np.float32(distance) / np.float32(single), bias.max_distance / single
+                part = np.log(log) / np.float32(math.log(most)) * np.float32(count - single)
+                bucket = min(count - 1, single + int(part))
+            bucket_SS[i, j] = bucket + (count if j > i and not config.causal else 0)
+    return bucket_SS
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:

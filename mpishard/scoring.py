@@ -11,6 +11,7 @@ from mpishard.communication.collectives import gather
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block_sizes
 from mpishard.model import Decoder
+from mpishard.sequences.inputs import TokenInput
 from mpishard.sequences.step import ScheduledChunk, Step, pack
 
 
@@ -25,24 +26,23 @@ class LogitsOutput:
 
 
 def score_sequences(
-    decoder: Decoder, sequences: list[list[int]], hidden_states: bool, chunk: int | None
+    decoder: Decoder, sequences: list[TokenInput], hidden_states: bool, chunk: int | None
 ) -> Iterator[LogitsOutput | None]:
     """The logits of each sequence in turn, on rank 0 of the world; None on the others. The replicas
     score one sequence each at a time."""
     dp = decoder.mesh.dp
     for first in range(0, len(sequences), dp.size):
         at_once = sequences[first : first + dp.size]
-        mine = at_once[dp.rank] if dp.rank < len(at_once) else []
-        longest = max(map(len, at_once))
-        ids_S, place = np.array(mine, np.int64), first + dp.rank
-        scores = _score(decoder, ids_S, place, hidden_states, chunk or longest, longest)
-        lengths = [len(ids) for ids in at_once]
+        mine = at_once[dp.rank] if dp.rank < len(at_once) else TokenInput([])
+        lengths = [len(one.ids) for one in at_once]
+        longest, place = max(lengths), first + dp.rank
+        scores = _score(decoder, mine, place, hidden_states, chunk or longest, longest)
         lengths += [0] * (dp.size - len(at_once))
         yield from _gather_outputs(decoder.mesh, scores, lengths, len(at_once))
 
 
 def _score(
-    decoder: Decoder, ids_S: np.ndarray, place: int, hidden_states: bool, chunk: int, longest: int
+    decoder: Decoder, tokens: TokenInput, place: int, hidden_states: bool, chunk: int, longest: int
 ) -> LogitsOutput:
     """The logits of one sequence, the `place`-th of all, on rank 0 of this replica.
 
@@ -50,13 +50,18 @@ def _score(
     any replica takes. The sequence is empty on a replica for which none is left.
     """
     config = decoder.config
-    cache = decoder.allocate_cache(len(ids_S), min(chunk, len(ids_S)))
+    ids_S, encoder_ids_T = (np.array(ids, np.int64) for ids in tokens)
+    first = min(chunk, len(ids_S))
+    cache = decoder.allocate_cache(len(ids_S), first, encoder_length=len(encoder_ids_T))
     streams = config.layers + 1 if hidden_states else 0
     logits = [np.empty((0, config.vocab), decoder.dtype)]
     hidden = [[np.empty((0, config.hidden), decoder.dtype)] for _ in range(streams)]
     for start in range(0, longest, chunk):
         new_S = ids_S[start : start + chunk]
-        scheduled = ScheduledChunk(new_S, cache, max(0, len(ids_S) - start - len(new_S)), place)
+        remaining = max(0, len(ids_S) - start - len(new_S))
+        scheduled = ScheduledChunk(
+            new_S, cache, remaining, place, encoder_ids_T=None if start else encoder_ids_T
+        )
         step = pack([scheduled] if len(new_S) else [], decoder.sequence_sharding, all_logits=True)
 
         def observe(layer: int, x_nD: np.ndarray, step: Step = step) -> None:

@@ -22,6 +22,7 @@ _NO_MATHEMATICS = frozenset(
     original_positions same uniform quantization ignored fixed heads_fill_hidden nth nth_field
     sliding_theta_field o_bias_field qkv_bias_field qkv_bias_default rotary_dim spellings variant
     ffn ffn_field architecture_aliases ffn_multiple mlp_bias_field mlp_bias_default
+    encoder_stored_names encoder_moe_names
     """.split()
 )
 _NORMS = {
@@ -90,9 +91,13 @@ def _phrase(family: Family, name: str, value: Any) -> str:
         "rope_mscales": "longrope with scales of its own, and its short factors at all lengths",
         "rope_alpha": "a dynamic rope of fixed stretch",
         "forms": f"by fields: {value}",
-        "positions": {"learned": "learned positions", "alibi": "ALiBi in place of positions"}.get(
-            str(value)
-        ),
+        "positions": {
+            "learned": "learned positions",
+            "alibi": "ALiBi in place of positions",
+            "relative": "relative position biases in place of positions",
+        }.get(str(value)),
+        "encoder": "an encoder, to whose outputs every layer of the decoder attends",
+        "attention_scale": f"scores times {value}",
         "position_offset": f"position 0 in row {value}",
         "layer_norm": "LayerNorm",
         "norm_weight": "norms without weight",
@@ -155,6 +160,10 @@ def _experts(family: Family) -> Iterator[str]:
         yield "a shared one" + (" with a gate" if moe.names.shared_gate else "")
     if moe.dense != "never":
         yield f"dense layers {moe.dense}"
+    if moe.top_k:
+        yield f"always {moe.top_k} for a token"
+    if moe.capacity:
+        yield "so many tokens of a sequence and no more"
     if moe.biases:
         yield "with biases"
     if moe.scale_inputs:

@@ -5,7 +5,10 @@ How several weights lie in one tensor is written out here once more, with whole 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from tiny_encoder_models import parts
 
 from mpishard.config.model_config import ModelConfig
 
@@ -15,6 +18,10 @@ Weights = dict[str, np.ndarray]
 def stored(config: ModelConfig, weights: Weights, prefix: str | None = None) -> Weights:
     """The tensors of a checkpoint with these `weights`, which have the names of the table; all but
     the head below `prefix`, the first of the family's unless given."""
+    if config.encoder is not None:
+        decoder, encoder = parts(config, weights)
+        alone = replace(config, encoder=None)
+        return stored(config.encoder, encoder) | stored(alone, decoder, prefix)
     names = config.stored_names
     prefix = names.prefixes[0] if prefix is None else prefix
     tensors: Weights = {}

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from stored import stored
+from tiny_encoder_models import ENCODER_VARIANTS, encoder_weights
 from tiny_layer_norm_models import LAYER_NORM_SEEDS, LAYER_NORM_VARIANTS
 
 from mpishard.config.model_config import MLAConfig, ModelConfig
@@ -902,7 +903,7 @@ def tiny_config(variant: str) -> ModelConfig:
 
 def raw_config(variant: str) -> dict[str, Any]:
     """The ``config.json`` of `variant`."""
-    return (VARIANTS | MOE_VARIANTS)[variant]
+    return (VARIANTS | MOE_VARIANTS | ENCODER_VARIANTS)[variant]
 
 
 def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -912,6 +913,8 @@ def tiny_weights(variant: str, dtype: Any = np.float32) -> dict[str, np.ndarray]
         shapes = _gemma2_shapes(VARIANTS[variant])
         return {name: _draw_offset(random, name, shapes[name]).astype(dtype) for name in shapes}
     config = tiny_config(variant)
+    if config.encoder is not None:
+        return encoder_weights(config, _draw, random, dtype)
     if config.moe is None:
         draw = _draw_offset if config.norm_offset else _draw
         return {

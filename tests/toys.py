@@ -110,7 +110,10 @@ class Remembering(Reference):
         self.known: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray]]] = {}
         self.last_logits: dict[tuple[int, ...], np.ndarray] = {}
 
-    def forward(self, ids_S: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def forward(
+        self, ids_S: Sequence[int], encoder_ids_T: Sequence[int] = ()
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        assert not len(encoder_ids_T), "sequences are known by their own tokens"
         ids = tuple(map(int, ids_S))
         if ids not in self.known:
             logits_SV, hidden = self.known[ids] = super().forward(ids)
@@ -138,7 +141,7 @@ class Remembering(Reference):
         whole = ids_S[:length] if self.goes_by_length else ids_S
         return self.forward(whole.tolist())[0][:length]
 
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+    def greedy(self, ids: Sequence[int], count: int, encoder_ids: Sequence[int] = ()) -> list[int]:
         sequence = list(ids)
         for _ in range(count):
             sequence.append(int(np.argmax(self.logits_after(sequence))))

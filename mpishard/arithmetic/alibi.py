@@ -19,42 +19,27 @@ class LinearBiases:
     scale: float = 1.0
     rounded: bool = False
 
+    @property
+    def heads(self) -> int:
+        """The number of heads."""
+        return len(self.slopes_h)
+
     def of_heads(self, heads: slice) -> LinearBiases:
         """Those of some of the heads."""
         return LinearBiases(self.slopes_h[heads], self.scale, self.rounded)
 
-
-@dataclass(frozen=True)
-class Alibi:
-    """The biases between queries at `q_pos_S` and keys at `k_pos_T`, in the heads of `biases`; g of
-    them are key/value heads that serve X query heads each."""
-
-    biases: LinearBiases
-    g: int
-    q_pos_S: np.ndarray
-    k_pos_T: np.ndarray
-
-    def select(self, heads: slice, queries: slice) -> Alibi:
-        """Those of some of the key/value heads and of the queries."""
-        start, stop, _ = heads.indices(self.g)
-        X = len(self.biases.slopes_h) // self.g
-        own = self.biases.of_heads(slice(start * X, stop * X))
-        return Alibi(own, stop - start, self.q_pos_S[queries], self.k_pos_T)
-
-    def add(self, scores_gPT: np.ndarray, queries: slice, keys: slice) -> None:
-        """Add the biases to the scores of these queries and keys."""
-        q_pos_S, k_pos_T, dtype = self.q_pos_S[queries], self.k_pos_T[keys], scores_gPT.dtype
-        q_pos_S11 = q_pos_S[:, np.newaxis, np.newaxis]
-        slopes_g1X1 = self.biases.slopes_h.reshape(self.g, 1, -1, 1)
-        if self.biases.rounded:
+    def between(self, q_pos_S: np.ndarray, k_pos_T: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Those between queries and keys at these positions: (h, S, T)."""
+        slopes_h11 = self.slopes_h[:, np.newaxis, np.newaxis]
+        q_pos_S1 = q_pos_S[:, np.newaxis]
+        if self.rounded:
             rounded = round_to_bfloat16
-            slopes_g1X1 = rounded(slopes_g1X1)
-            biases_gSXT = rounded(slopes_g1X1 * rounded(k_pos_T))
-            biases_gSXT = biases_gSXT - rounded(slopes_g1X1 * rounded(q_pos_S11))
+            slopes_h11 = rounded(slopes_h11)
+            biases_hST = rounded(slopes_h11 * rounded(k_pos_T))
+            biases_hST = biases_hST - rounded(slopes_h11 * rounded(q_pos_S1))
         else:
-            biases_gSXT = slopes_g1X1 * (k_pos_T - q_pos_S11)
-        biases_gSXT = biases_gSXT.astype(dtype) * dtype.type(self.biases.scale)
-        scores_gPT.reshape(self.g, len(q_pos_S), -1, len(k_pos_T))[...] += biases_gSXT
+            biases_hST = slopes_h11 * (k_pos_T - q_pos_S1)
+        return biases_hST.astype(dtype) * dtype.type(self.scale)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Causal softmax attention as pairs (output, log-sum-exp), and the merging of such pairs.
+"""Softmax attention as pairs (output, log-sum-exp), and the merging of such pairs.
 
 A whole matrix of scores is never stored: under a block of queries the keys pass block by block, and
 each adds to the sum of the weights and to the weighted sum of the values (FlashAttention: Dao et
@@ -21,9 +21,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from mpishard.arithmetic.alibi import Alibi, LinearBiases
 from mpishard.arithmetic.gemm import SMALL_GEMM_SIZE
 from mpishard.arithmetic.ops import sigmoid, softcap
+from mpishard.arithmetic.position_bias import HeadBiases, PositionBias
 
 # A block of scores has so many rows, one for each query and head, and so many keys: 1 MiB, which
 # the second-level cache of a core holds.
@@ -46,20 +46,21 @@ class AttentionSpec:
     (Gemma 2, arXiv 2408.00118). `sinks_h` are one more logit of each head's softmax, without a
     value (StreamingLLM, arXiv 2309.17453; gpt-oss learns it); `apply_sinks` adds them once all keys
     are merged. `values_in_keys` says that values are the first Y numbers of the keys (MLA), and
-    need not be cached or sent beside them.
+    need not be cached or sent beside them. Unless `causal`, queries see all keys, before and after.
 
-    `alibi` adds biases that fall with the distance of a key, of this rank's query heads, and
-    `group_alibi` those of all ranks that share its key/value heads and the cache (flash
-    decoding)."""
+    `biases` are added to the scores by the positions of query and key. They are those of this
+    rank's query heads, and `group_biases` those of all ranks that share its key/value heads and the
+    cache (flash decoding)."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks_h: np.ndarray | None = None
     values_in_keys: bool = False
-    alibi: LinearBiases | None = None
-    group_alibi: LinearBiases | None = None
+    biases: HeadBiases | None = None
+    group_biases: HeadBiases | None = None
     chunk: int | None = None
+    causal: bool = True
 
     @property
     def sees_all(self) -> bool:
@@ -72,11 +73,13 @@ class AttentionSpec:
 
     def of_heads(self, heads: slice) -> AttentionSpec:
         """The same for some of the query heads."""
-        return self if self.alibi is None else replace(self, alibi=self.alibi.of_heads(heads))
+        if self.biases is None:
+            return self
+        return replace(self, biases=self.biases.of_heads(heads))
 
     def of_group(self) -> AttentionSpec:
         """The same for the query heads of all ranks that share this rank's key/value heads."""
-        return self if self.alibi is None else replace(self, alibi=self.group_alibi)
+        return self if self.biases is None else replace(self, biases=self.group_biases)
 
 
 def attend(
@@ -90,19 +93,21 @@ def attend(
     """Attention of the queries at the positions `q_pos_S` of a sequence over the keys at `k_pos_T`,
     both strictly ascending: ``(out_ShY, lse_Sh)``.
 
-    The query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or from the beginning of its
-    chunk on, or at 0 to ``p`` without both. Sinks are left out. A query that sees none gets the
+    The causal query at ``p`` sees the keys at ``p - window + 1`` to ``p``, or from the beginning of
+    its chunk on, or at 0 to ``p`` without both. Sinks are left out. A query that sees none gets the
     output 0 and the log-sum-exp -inf. Blocks of keys that no query of a block sees are not read."""
     S, h, K = q_ShK.shape
     g = len(k_gTK)
     q_SgXK = q_ShK.reshape(S, g, h // g, K)
-    alibi = Alibi(spec.alibi, g, q_pos_S, k_pos_T) if spec.alibi is not None else None
+    bias = None
+    if spec.biases is not None:
+        bias = PositionBias(spec.biases, g, q_pos_S, k_pos_T)
     if S == 1:
         seen = _seen_by_one(q_pos_S[0], k_pos_T, spec)
-        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK, v_gTY, seen, spec, alibi)
+        out_SgXY, lse_SgX = _attend_one(q_SgXK, k_gTK, v_gTY, seen, spec, bias)
     else:
         bounds = _seen(q_pos_S, k_pos_T, spec)
-        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec, alibi)
+        out_SgXY, lse_SgX = _attend_many(q_SgXK, k_gTK, v_gTY, *bounds, spec, bias)
     return out_SgXY.reshape(S, h, v_gTY.shape[2]), lse_SgX.reshape(S, h)
 
 
@@ -150,7 +155,7 @@ def first_visible(q_pos_S: np.ndarray, window: int | None, chunk: int | None) ->
 
 def _seen_by_one(q_at: int, k_pos_T: np.ndarray, spec: AttentionSpec) -> slice:
     """The keys that the query at `q_at` sees."""
-    if spec.sees_all and len(k_pos_T) and k_pos_T[-1] <= q_at:
+    if not spec.causal or (spec.sees_all and len(k_pos_T) and k_pos_T[-1] <= q_at):
         return slice(None)
     (start,), (stop,) = _seen(np.array([q_at]), k_pos_T, spec)
     return slice(start, stop)
@@ -160,6 +165,8 @@ def _seen(
     q_pos_S: np.ndarray, k_pos_T: np.ndarray, spec: AttentionSpec
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where among the keys those begin and end that each query sees: ``(start_S, stop_S)``."""
+    if not spec.causal:
+        return np.zeros_like(q_pos_S), np.full_like(q_pos_S, len(k_pos_T))
     stop_S = np.searchsorted(k_pos_T, q_pos_S, side="right")
     if spec.sees_all:
         return np.zeros_like(stop_S), stop_S
@@ -172,7 +179,7 @@ def _attend_one(
     v_gTY: np.ndarray,
     seen: slice,
     spec: AttentionSpec,
-    alibi: Alibi | None,
+    bias: PositionBias | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of one query over the keys that it has `seen`: ``(out_gXY, lse_gX)``.
 
@@ -192,8 +199,8 @@ def _attend_one(
         np.matmul(q_gXK, k_gKT[:, :, keys], out=scores_gXT[:, :, keys])
     if spec.softcap is not None:
         softcap(scores_gXT, spec.softcap)
-    if alibi is not None:
-        alibi.add(scores_gXT, slice(None), seen)
+    if bias is not None:
+        bias.add(scores_gXT, slice(None), seen)
     peak_gX1 = scores_gXT.max(axis=-1, keepdims=True)
     scores_gXT -= peak_gX1
     weights_gXT = np.exp(scores_gXT, out=scores_gXT)
@@ -212,7 +219,7 @@ def _attend_many(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     spec: AttentionSpec,
-    alibi: Alibi | None,
+    bias: PositionBias | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention of each query over its keys, block by block of heads and queries: ``(out_SgXY,
     lse_SgX)``."""
@@ -227,7 +234,7 @@ def _attend_many(
             q_gSXK = q_SgXK[queries, heads].transpose(1, 0, 2, 3)
             q_gPK = q_gSXK.reshape(len(q_gSXK), -1, K) * q_SgXK.dtype.type(spec.scale)
             keys = k_gTK[heads], v_gTY[heads], start_S[queries], stop_S[queries]
-            biases = alibi.select(heads, queries) if alibi is not None else None
+            biases = bias.select(heads, queries) if bias is not None else None
             out_gPY, lse_gP, shifted = _attend_block(q_gPK, *keys, spec.softcap, biases, shifted)
             out_gSXY = out_gPY.reshape(*q_gSXK.shape[:-1], Y)
             out_SgXY[queries, heads] = out_gSXY.transpose(1, 0, 2, 3)
@@ -242,12 +249,12 @@ def _attend_block(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     cap: float | None,
-    alibi: Alibi | None,
+    bias: PositionBias | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Attention of a block of scaled queries and whether its scores had to be shifted, which those
     of the same heads' next block will then be from the start: ``(out_gPY, lse_gP, shifted)``."""
-    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap, alibi
+    block = q_gPK, k_gTK, v_gTY, start_S, stop_S, cap, bias
     if not shifted:
         with np.errstate(over="ignore", invalid="ignore"):
             sum_gPY, total_gP1, peak_gP1 = _sums(*block, shifted=False)
@@ -267,7 +274,7 @@ def _sums(
     start_S: np.ndarray,
     stop_S: np.ndarray,
     cap: float | None,
-    alibi: Alibi | None,
+    bias: PositionBias | None,
     shifted: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums over the keys that each query sees of ``weight * value`` and of ``weight``, where a
@@ -285,8 +292,8 @@ def _sums(
         weights_gPT = q_gPK[:, rows] @ k_gTK[:, start:stop].transpose(0, 2, 1)
         if cap is not None:
             softcap(weights_gPT, cap)
-        if alibi is not None:
-            alibi.add(weights_gPT, slice(first, last), slice(start, stop))
+        if bias is not None:
+            bias.add(weights_gPT, slice(first, last), slice(start, stop))
         _hide(weights_gPT, start, stop, start_S[first:last], stop_S[first:last])
         if shifted:
             before_gP1 = peak_gP1[:, rows].copy()

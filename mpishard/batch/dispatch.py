@@ -37,13 +37,14 @@ from mpishard.communication.mesh import Mesh
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.engine.sequence import Request, RequestOutput
 from mpishard.errors import UserError
+from mpishard.sequences.inputs import TokenInput
 from mpishard.tokenizer import IncrementalDetokenizer, Tokenizer, finish_output
 
 TO_COORDINATOR, TO_REPLICA = 1, 2  # tags of messages to the coordinator, and to a replica
 
 POLL_SECONDS = 0.001  # seconds between two looks of one who has nothing to do
 
-Encode = Callable[[BatchRequest], list[int]]
+Encode = Callable[[BatchRequest], TokenInput]
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Progress:
 
 @dataclass
 class Coordinator:
-    """Rank 0's side: hands out the requests of `task`, whose token ids `encode` finds, to the
+    """Rank 0's side: hands out the requests of `task`, whose tokens `encode` finds, to the
     replicas, whose first ranks are `leaders`, and writes down their answers, for which `texts` has
     the model's tokenizer. `report` is called after answers have been written."""
 
@@ -80,7 +81,7 @@ class Coordinator:
     _asked: Counter[int] = field(default_factory=Counter)
     _heard: set[int] = field(default_factory=set)
     _left: set[int] = field(default_factory=set)
-    _out: dict[int, tuple[BatchRequest, list[int]]] = field(default_factory=dict)
+    _out: dict[int, tuple[BatchRequest, TokenInput]] = field(default_factory=dict)
     _ended: bool = False
 
     def __post_init__(self) -> None:
@@ -123,16 +124,17 @@ class Coordinator:
         if message.get("done"):
             self._left.add(source)
         if answer := message.get("answer"):
-            line, ids = self._out.pop(answer["place"])
+            line, tokens = self._out.pop(answer["place"])
             if answer["refused"]:
                 where = f"{self.task.source} line {line.number}"
                 self._refuse(answer["place"], line, f"{where}: {answer['refused']}", made)
                 return
             outputs = answer["outputs"]
-            self.progress.prompt_tokens += len(ids)
+            prompt_tokens = len(tokens.prompt)
+            self.progress.prompt_tokens += prompt_tokens
             self.progress.completion_tokens += sum(len(one["output_ids"]) for one in outputs)
             echoed = self.texts.of_prompt(line.prompt) if line.echo else ""
-            said = line.answer(outputs, len(ids), self.texts.of_token, echoed)
+            said = line.answer(outputs, prompt_tokens, self.texts.of_token, echoed)
             made.append((answer["place"], said))
 
     def _refuse(
@@ -163,12 +165,12 @@ class Coordinator:
             try:
                 if line.error:
                     raise UserError(line.error)
-                ids = self.encode(line)
+                tokens = self.encode(line)
             except UserError as error:
                 self._refuse(place, line, str(error), made)
                 continue
-            self._out[place] = line, ids
-            return {"place": place, "ids": ids, "params": asdict(line.params)}
+            self._out[place] = line, tokens
+            return {"place": place, **tokens._asdict(), "params": asdict(line.params)}
         return None
 
     def _write(self, made: list[tuple[int, bytes]]) -> None:
@@ -300,4 +302,5 @@ class ReplicaClient:
             eos_ids=params.end_ids(self._eos_ids),
             stop_fn=stopped,
             choice=choice,
+            encoder_ids=fields["encoder_ids"],
         )

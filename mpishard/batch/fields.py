@@ -45,6 +45,16 @@ def name_of(fields: dict[str, Any], key: str, where: str) -> str | int:
     return name
 
 
+def decoder_ids_of(fields: dict[str, Any], where: str) -> list[int] | None:
+    """What the decoder beside an encoder is to begin with, if a line says so (UserError)."""
+    ids = the_one(fields.get("decoder_input_ids"))
+    if ids is not None and not are_ids(ids):
+        raise UserError(
+            f'{where}: "decoder_input_ids" must be a list of integers, not {short(ids)}'
+        )
+    return ids
+
+
 def prompt_of(fields: dict[str, Any], where: str) -> str | list[int]:
     """What a plain line gives to go on from (UserError)."""
     given = [name for name in ("input_ids", "prompt") if name in fields]

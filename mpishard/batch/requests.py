@@ -1,6 +1,7 @@
 """The lines of a batch: what each asks for, and its answer in the same form.
 
-plain    ``{"id": "a", "prompt": "text", "max_tokens": 9}`` or with ``"input_ids": [1, 2]``
+plain    ``{"id": "a", "prompt": "text", "max_tokens": 9}`` or with ``"input_ids": [1, 2]``, and for
+         a model with an encoder ``"decoder_input_ids": [0, 3]``
 OpenAI   ``{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {…}}``, the
          form of OpenAI's Batch API, which vLLM's run-batch takes as well, or ``/v1/completions``
 
@@ -28,6 +29,7 @@ from mpishard.batch.answers import (
 from mpishard.batch.chat import TEMPLATE_FIELDS, read_messages, template_kwargs
 from mpishard.batch.fields import (
     check_fields,
+    decoder_ids_of,
     name_of,
     one_prompt,
     prompt_of,
@@ -39,7 +41,7 @@ from mpishard.batch.params import PARAMS, openai_params, read_params
 from mpishard.engine.sampling_params import SamplingParams
 from mpishard.errors import UserError
 
-PLAIN_FIELDS = ("id", "prompt", "input_ids", "chat_template_kwargs", *PARAMS)
+PLAIN_FIELDS = ("id", "prompt", "input_ids", "decoder_input_ids", "chat_template_kwargs", *PARAMS)
 OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 OTHERS = ("echo", "add_special_tokens")
 PARAMS_OF_BODY = (*PARAMS, "max_completion_tokens", "top_logprobs", "best_of")
@@ -98,6 +100,7 @@ class BatchRequest:
     error: str = ""
     is_object: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    decoder_input_ids: list[int] | None = None
 
     def answer(
         self,
@@ -163,6 +166,7 @@ def read_request(content: bytes, number: int, defaults: SamplingParams, where: s
             prompt=prompt_of(fields, where),
             params=read_params(fields, defaults, where),
             chat_template_kwargs=template_kwargs(fields, where),
+            decoder_input_ids=decoder_ids_of(fields, where),
         )
     except UserError as error:
         name = None if isinstance(line.name, bool | float | list | dict) else line.name

@@ -25,6 +25,7 @@ from mpishard.engine.generate import check_request, check_token_ids, serve
 from mpishard.engine.scheduler import SchedulerConfig
 from mpishard.errors import UserError
 from mpishard.model import Decoder
+from mpishard.sequences.inputs import TokenInput, token_input
 from mpishard.tokenizer import Tokenizer
 
 # The part of the memory that is free when a job begins that its caches may take.
@@ -138,18 +139,21 @@ def _serve(
 
 def _encoder(
     decoder: Decoder, directory: Path, task: BatchJob, text: Tokenizer | None
-) -> Callable[[BatchRequest], list[int]]:
-    """What finds the token ids of a line, or refuses it (UserError)."""
+) -> Callable[[BatchRequest], TokenInput]:
+    """What finds the tokens of a line, or refuses it (UserError)."""
 
-    def encode(line: BatchRequest) -> list[int]:
+    def encode(line: BatchRequest) -> TokenInput:
         where = f"{task.source} line {line.number}"
         try:
             check_token_ids(decoder, line.params)
             ids = _ids(line, task, directory, text)
+            tokens = token_input(decoder.config, ids, line.decoder_input_ids, "the line")
             check_request(decoder, ids, "the prompt")
+            if tokens.encoder_ids:
+                check_request(decoder, tokens.ids, '"decoder_input_ids"')
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return ids
+        return tokens
 
     return encode
 

@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from mpishard import bench, options
 from mpishard.commands.common import check_outputs, load_model, tracked_expert_load
+from mpishard.errors import UserError
 
 SUMMARY = "Measure speed, against this machine's roofline, and memory."
 
@@ -45,6 +46,11 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
     """``mpishard bench``: prints one table, or one JSON object."""
     check_outputs(args, world)
     model = load_model(args, world)
+    if model.config.encoder is not None:
+        raise UserError(
+            "bench is not built for a model with an encoder: `mpishard batch` says how many tokens "
+            "a second it takes"
+        )
     with tracked_expert_load(args, model, world):
         report = bench.measure(model, args.prompt_tokens, args.max_tokens, args.batch, args.repeat)
         if world.rank == 0:

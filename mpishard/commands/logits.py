@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from mpishard import options
 from mpishard.api import Model
-from mpishard.batch.fields import check_fields, name_of, prompt_of, read_object
+from mpishard.batch.fields import check_fields, decoder_ids_of, name_of, prompt_of, read_object
 from mpishard.commands.common import (
     check_outputs,
     load_model,
@@ -28,13 +28,14 @@ from mpishard.engine.generate import Timing
 from mpishard.errors import UserError, brief
 from mpishard.runtime.agreement import raise_on_all
 from mpishard.scoring import LogitsOutput
+from mpishard.sequences.inputs import TokenInput
 from mpishard.storage.input_file import BOM, LinesLook, open_input
 from mpishard.storage.output_file import check_output, whole_file
 from mpishard.storage.parsing import parse_json
 
 SUMMARY = "Score given tokens."
 
-FIELDS = ("id", "input_ids", "prompt")  # of a line of sequences to score
+FIELDS = ("id", "input_ids", "prompt", "decoder_input_ids")  # of a line of sequences to score
 
 LONGEST_NAME = 60_000  # bytes, with some that are added: the zip format has two for the length
 
@@ -44,7 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_model(command)
     command.add_argument(
         "--input", required=True, metavar="IN.jsonl",
-        help='lines of {"id": "a", "input_ids": [1, 2]} or {"id": "a", "prompt": "text"}',
+        help='lines of {"id": "a", "input_ids": [1, 2]} or {"id": "a", "prompt": "text"}, with '
+        '"decoder_input_ids" for a model with an encoder',
     )  # fmt: skip
     command.add_argument(
         "--output", required=True, metavar="OUT.npz",
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
         names = [line["id"] for _, line in lines]
         with routing_files(args, model, names, world):
             started = perf_counter()
-            scores = model.logits(sequences, args.hidden_states, args.chunked_prefill_size)
+            scores = model.score(sequences, args.hidden_states, args.chunked_prefill_size)
             with progress_bar(world, len(sequences), "scoring", "sequence") as advance:
                 if world.rank == 0:
                     _write_scores(Path(args.output), names, scores, advance)
@@ -87,7 +89,9 @@ def run(args: argparse.Namespace, world: MPI.Intracomm) -> None:
                     for _ in scores:
                         pass
             seconds = perf_counter() - started
-        tokens = sum(map(len, sequences)) if world.rank == 0 else 0  # once for all replicas
+        tokens = (
+            sum(len(ids) for one in sequences for ids in one) if world.rank == 0 else 0
+        )  # once for all replicas
         say_summary(model, Timing(prefill_tokens=tokens, prefill_seconds=seconds), seconds)
 
 
@@ -133,7 +137,11 @@ def _parse_line(text: bytes, where: str) -> dict[str, Any]:
     name = str(name_of(line, "id", where))
     _check_array_name(name, where)
     check_fields(line, FIELDS, where)
-    return {"id": name, "prompt": prompt_of(line, where)}
+    return {
+        "id": name,
+        "prompt": prompt_of(line, where),
+        "decoder_input_ids": decoder_ids_of(line, where),
+    }
 
 
 def _check_array_name(name: str, where: str) -> None:
@@ -150,13 +158,11 @@ def _check_array_name(name: str, where: str) -> None:
         raise UserError(f'{where}: the "id" {brief(repr(name))} cannot name an array: {problem}')
 
 
-def _encode_line(model: Model, line: dict[str, Any], where: str) -> list[int]:
+def _encode_line(model: Model, line: dict[str, Any], where: str) -> TokenInput:
     try:
-        ids = model.encode(line["prompt"])
-        model.check(ids, "the prompt")
+        return model.input(model.encode(line["prompt"]), line["decoder_input_ids"])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return ids
 
 
 def _write_scores(

@@ -90,6 +90,9 @@ def _ropes(config: ModelConfig) -> Iterator[str]:
     if config.learned_positions:
         offset = f", position 0 in row {config.position_offset}" if config.position_offset else ""
         yield f"learned positions{offset}"
+    if config.relative_bias:
+        bias = config.relative_bias
+        yield f"biases of {bias.buckets} buckets of distances up to {bias.max_distance}"
     if config.alibi:
         yield f"ALiBi{' in bfloat16' if config.alibi == 'in bfloat16' else ''}"
     unrotated = sum(rope.kind == "none" for rope in config.ropes)
@@ -123,6 +126,10 @@ def _experts(moe: MoEConfig) -> Iterator[str]:
     normalized = ", normalized" if moe.norm_topk_prob else ""
     scaled = f", times {moe.routed_scaling_factor:g}" if moe.routed_scaling_factor != 1 else ""
     yield f"experts weighted by {moe.scoring}{normalized}{scaled}"
+    if moe.capacity is not None:
+        yield f"at most {moe.capacity} tokens of a sequence for an expert"
+    if moe.router_bias and not moe.expert_bias:
+        yield "a bias of the router"
     if moe.scale_inputs:
         yield "weights multiply the inputs of experts"
     if moe.e_score_correction_bias:

@@ -157,6 +157,13 @@ def check_experts(config: ModelConfig, layout: Layout, given: Sequence[str]) -> 
                 flag = option.as_typed(getattr(layout, option.name))
                 raise UserError(f"{flag} has no effect on a model without experts: leave it out")
         return
+    if moe.capacity is not None and layout.expert_capacity_factor:
+        raise UserError(
+            f"--expert-capacity-factor {layout.expert_capacity_factor:g} contradicts the model, "
+            f"whose experts take {moe.capacity} tokens of a sequence: leave it out"
+        )
+    if config.encoder is not None and "expert_placement" in given:
+        raise UserError("--expert-placement is not built for a model with an encoder: leave it out")
     check_expert_parallel(moe, ep)
     fits = [n for n in range(1, min(moe.num_experts, layout.world_size) + 1) if _divides(n, layout)]
     if not _divides(ep, layout):

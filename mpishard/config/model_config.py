@@ -65,12 +65,14 @@ NO_ROPE = Rope("none")
 @dataclass(frozen=True)
 class LayerNormNames:
     """The names of the norms of a layer, which follow ``model.layers.N.``; None where the family
-    has no such norm. A layer is ``x + post_norm(sub_layer(norm(x)))`` twice."""
+    has no such norm. A layer is ``x + post_norm(sub_layer(norm(x)))`` twice, or three times in a
+    decoder that has an encoder."""
 
     attention: str | None = "input_layernorm"
     attention_post: str | None = None
     ffn: str | None = "post_attention_layernorm"
     ffn_post: str | None = None
+    cross: str | None = None  # before the attention over what an encoder made
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,9 @@ class MoEConfig:
     # and up to ±limit; None: the model's activation(gate) up.
     alpha: float | None = None
     limit: float | None = None
+    # Of the tokens of a sequence the first so many that choose an expert are given to it, and later
+    # ones to none (Switch Transformers, arXiv 2101.03961); None: all are.
+    capacity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,19 @@ class LinearAttentionConfig:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """A learned bias of each head's scores for each of so many `buckets` of distances between query
+    and key (T5, arXiv 1910.10683), which all layers share. From `max_distance` on all distances are
+    in one bucket."""
+
+    buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The configuration of a decoder. `raw` is the ``config.json`` that it was read from."""
+    """The configuration of a decoder, and of the encoder whose outputs it attends to, if it has
+    one. `raw` is the ``config.json`` that it was read from."""
 
     family: str  # "llama", "mistral", …, as model_type spells it
     hidden: int  # D
@@ -238,6 +254,13 @@ class ModelConfig:
     # Scores fall with the distance of a key, for each head by its own slope (ALiBi, arXiv
     # 2108.12409): "exact", or "in bfloat16" as Falcon computes it; None: they do not.
     alibi: str | None = None
+    relative_bias: RelativeBias | None = None
+    causal: bool = True  # a token sees no later ones
+    # The encoder, a stack of layers like the decoder's with the same embedding. What it makes of
+    # the tokens of an input is attended to in every layer of the decoder.
+    encoder: ModelConfig | None = None
+    # The decoder's first token, unless others are given; None without an encoder.
+    decoder_start_id: int | None = None
     clip_qkv: float | None = None  # queries, keys and values are cut off at this absolute value
     inverse_layer_scale: bool = False  # scores are divided by the number of the layer, from 1
     head_bias: bool = False

@@ -25,7 +25,7 @@ def read_moe(fields: Fields, family: MoEFamily, layers: int) -> MoEConfig:
     if experts * layers > MOST_EXPERTS:
         name = next(name for name in _EXPERTS if fields.values.get(name) is not None)
         fields.refuse(name, f"must be at most {MOST_EXPERTS} in all {layers} layers together")
-    top_k = fields.same_integer(*_TOP_K)
+    top_k = family.top_k or fields.same_integer(*_TOP_K)
     ffn = fields.integer(family.ffn)
     normalized = family.normalized
     if normalized is None:
@@ -64,10 +64,11 @@ def read_moe(fields: Fields, family: MoEFamily, layers: int) -> MoEConfig:
         shared_expert_intermediate_size=_shared_width(fields, family, ffn),
         shared_gate=family.names.shared_gate is not None,
         scale_inputs=family.scale_inputs,
-        router_bias=family.biases,
+        router_bias=family.biases or (family.capacity and fields.flag("router_bias", False)),
         expert_bias=family.biases,
         alpha=fields.number("swiglu_alpha", _DEFAULT_ALPHA) if family.clamped else None,
         limit=fields.number("swiglu_limit", _DEFAULT_LIMIT) if family.clamped else None,
+        capacity=fields.integer("expert_capacity", 64) if family.capacity else None,
     )
 
 

@@ -19,6 +19,7 @@ from mpishard.config.fields import Answered, Fields, as_json
 from mpishard.config.find_family import find_family
 from mpishard.config.model_config import NO_ROPE, MLAConfig, ModelConfig
 from mpishard.config.quantization.read import read_quantization
+from mpishard.config.read_encoder import with_encoder
 from mpishard.config.read_linear_attention import read_linear_attention
 from mpishard.config.read_moe import read_moe
 from mpishard.config.read_rope import read_ropes
@@ -154,6 +155,8 @@ def read_model_config(
         ignored_fields=answered.names,
         raw=raw,
     )
+    if family.encoder:
+        config = with_encoder(config, fields, family, generation, MOST_LAYERS)
     if config.qk_norm or config.full_width_qk_norm:
         fields.only("use_qk_norm", True)
     for name, value in family.fixed.items():

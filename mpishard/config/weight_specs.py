@@ -25,6 +25,9 @@ norms, routers, biases of     (D,) or (K,) …  everything; for biases of an exp
 norms, o_proj and down_proj                   has the expert
 ============================  ==============  ====================================================
 
+Biases of relative positions are small, and whole on every rank. Attention to an encoder's outputs
+is sharded like attention.
+
 Linear attention is sharded like attention: by value heads, as by query heads, and by the key heads
 that these use, as by key/value heads.
 
@@ -97,7 +100,8 @@ class WeightSpec:
     if `layer` is None. `expert` is the number of its expert; None means a weight that every token
     meets, which is the shared expert's in a layer with experts. It is sharded along `axis` by the
     unit `split_by`; both are None for a weight that every rank has whole. A `keep_fp32` weight is
-    stored in float32, whatever the dtype of the others."""
+    stored in float32, whatever the dtype of the others. A weight `of_encoder` has the name that it
+    would have in a model of its own, with ``model.encoder.`` for ``model.``."""
 
     name: str
     layer: int | None
@@ -109,6 +113,7 @@ class WeightSpec:
     split_by: str | None = None
     expert: int | None = None
     keep_fp32: bool = False
+    of_encoder: bool = False  # `layer` is the encoder's
 
     def is_held(self, config: ModelConfig, sharding: WeightSharding, index: int) -> bool:
         """Whether shard `index` has a part of it. Only experts are not in every shard."""
@@ -174,8 +179,17 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
         table.append(
             WeightSpec("model.embed_positions.weight", None, "positions", rows, 0, "positions")
         )
+    if config.encoder is not None:
+        table += [
+            replace(weight, name=name_of_encoder(weight.name), of_encoder=True)
+            for weight in weight_specs(config.encoder)
+            if weight.field != "embedding"
+        ]
     if config.embedding_norm:
         table += _norm(config, "model.embed_norm", "embedding_norm", (D,))
+    if config.relative_bias:
+        shape = (config.relative_bias.buckets, config.heads)
+        table.append(WeightSpec("model.relative_bias.weight", None, "relative_bias", shape))
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}."
         table += [
@@ -190,6 +204,13 @@ def weight_specs(config: ModelConfig) -> list[WeightSpec]:
     return table
 
 
+def name_of_encoder(name: str) -> str:
+    """The name that an encoder's weight has in the whole model; the embedding is shared."""
+    if name == "model.embed_tokens.weight":
+        return name
+    return f"model.encoder.{name.removeprefix('model.')}"
+
+
 def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     """The weights of a layer, with their names within it."""
     D, names = config.hidden, config.norms
@@ -199,6 +220,9 @@ def _layer_weights(config: ModelConfig, layer: int) -> Iterator[WeightSpec]:
     else:
         yield from _mla(config, config.mla) if config.mla else _attention(config)
     yield from _norm(config, names.attention_post, "attention_post_norm", (D,))
+    if config.encoder is not None:
+        yield from _norm(config, names.cross, "cross_norm", (D,))
+        yield from _cross_attention(config)
     yield from _norm(config, names.ffn, "ffn_norm", (D,))
     yield from _norm(config, names.ffn_post, "ffn_post_norm", (D,))
     if config.moe and config.moe.layers[layer]:
@@ -257,6 +281,15 @@ def _attention(config: ModelConfig) -> Iterator[WeightSpec]:
     if config.sinks:
         yield _weight("self_attn.sinks", "sinks", (config.heads,), 0, "query heads")
     yield from _output(config, q)
+
+
+def _cross_attention(config: ModelConfig) -> Iterator[WeightSpec]:
+    """Attention to the encoder's outputs."""
+    D, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    yield _weight("cross_attn.q_proj.weight", "cross_q", (q, D), 0, "query heads")
+    yield _weight("cross_attn.k_proj.weight", "cross_k", (kv, D), 0, "kv heads")
+    yield _weight("cross_attn.v_proj.weight", "cross_v", (kv, D), 0, "kv heads")
+    yield _weight("cross_attn.o_proj.weight", "cross_o", (D, q), 1, "query heads")
 
 
 def _linear_attention(D: int, linear: LinearAttentionConfig) -> Iterator[WeightSpec]:
@@ -333,12 +366,13 @@ def _moe(config: ModelConfig, moe: MoEConfig) -> Iterator[WeightSpec]:
     if moe.shared_gate:
         yield _weight(names.shared_gate, "shared_gate", (1, D))
     for expert in range(E):
-        yield from _expert(moe, D, expert)
+        yield from _expert(moe, D, expert, config.gated_mlp)
 
 
-def _expert(moe: MoEConfig, D: int, expert: int) -> Iterator[WeightSpec]:
+def _expert(moe: MoEConfig, D: int, expert: int, gated: bool) -> Iterator[WeightSpec]:
     F, names = moe.moe_intermediate_size, per_expert_names(moe)
-    for part, name in (("gate", names.gate), ("up", names.up)):
+    inputs = (("gate", names.gate), ("up", names.up)) if gated else (("up", names.up),)
+    for part, name in inputs:
         name = name.format(expert)
         yield _weight(name, part, (F, D), 0, "expert ffn", expert)
         if moe.expert_bias:

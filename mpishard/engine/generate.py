@@ -252,7 +252,7 @@ def _add_step(
 ) -> None:
     """Add a step that processed `chunks` to `timing`, as prefill if any of them is of a prompt."""
     prefill_sizes = [
-        len(chunk.ids_S)
+        len(chunk.ids_S) + (0 if chunk.encoder_ids_T is None else len(chunk.encoder_ids_T))
         for sequence, chunk in chunks
         if sequence.cache.length <= len(sequence.request.ids)
     ]

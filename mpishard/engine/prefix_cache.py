@@ -34,6 +34,7 @@ that would cost more than the copy saves.
 
 Dynamic RoPE rules prefix caching out: the cached keys depend on the length of their sequence. So
 does linear attention: its state is the one after the last token, and none is kept of earlier ones.
+So does an encoder: all that a decoder's cache holds depends on the whole of its input.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class PrefixCache:
     def lookup(self, request: Request, sequences: list[Sequence]) -> tuple[PrefixHit | None, bool]:
         """The longest usable prefix that one of the `sequences` holds (None: there is none), and
         whether waiting is worthwhile because one of them is about to compute a longer one."""
-        if self._uses_dynamic_rope(request) or self.model.config.linear_attention:
+        config = self.model.config
+        if self._uses_dynamic_rope(request) or config.linear_attention or config.encoder:
             return None, False
         prompt = request.ids[:-1]  # the last token is always computed: its logits are needed
         common = [

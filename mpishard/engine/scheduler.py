@@ -32,11 +32,11 @@ PREFETCH = 2
 class SchedulerConfig:
     """What bounds the sequences that run at a time on one replica.
 
-    A step processes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences.
-    Their caches take at most `kv_cache_memory_bytes` bytes on any rank (None: no bound). A prefill
-    chunk has at most `chunked_prefill_size` tokens. If that is None, every prefill is one chunk; a
-    prompt of more than `max_num_batched_tokens` tokens is then admitted in a step that admits no
-    other.
+    A step processes at most `max_num_batched_tokens` tokens, those that an encoder reads included,
+    of at most `max_num_seqs` sequences. Their caches take at most `kv_cache_memory_bytes` bytes on
+    any rank (None: no bound). A prefill chunk has at most `chunked_prefill_size` tokens. If that is
+    None, every prefill is one chunk; a prompt of more than `max_num_batched_tokens` tokens is then
+    admitted in a step that admits no other. What an encoder reads is always one chunk.
     """
 
     max_num_batched_tokens: int = 2048
@@ -88,8 +88,9 @@ class Scheduler:
             if limit is None or cache_bytes <= limit:
                 self.waiting.append(request)
                 continue
+            num_tokens = len(request.ids) + len(request.encoder_ids)
             error = (
-                f"its {len(request.ids)} prompt tokens and up to {request.params.max_tokens} more "
+                f"its {num_tokens} prompt tokens and up to {request.params.max_tokens} more "
                 f"need {cache_bytes} bytes of KV cache on a rank, but there are {limit}; shorten "
                 "it, or allow more with --kv-cache-memory-bytes"
             )
@@ -116,7 +117,7 @@ class Scheduler:
             sequence, chunk = admitted
             self.running.append(sequence)
             scheduled.append(admitted)
-            token_budget -= len(chunk.ids_S)
+            token_budget -= len(chunk.ids_S) + len(sequence.request.encoder_ids)
             may_exceed = False
         self._just_finished = []
         return scheduled
@@ -130,6 +131,11 @@ class Scheduler:
     def _admit(self, token_budget: int, may_exceed: bool) -> tuple[Sequence, ScheduledChunk] | None:
         """The first waiting request as a sequence, and its first chunk; None if it has to wait."""
         request = self.waiting[0]
+        input_size = len(request.encoder_ids)
+        if input_size:  # the encoder reads it in one step, beside the first tokens of the decoder
+            if input_size >= token_budget and not may_exceed:
+                return None
+            token_budget = max(min(1, token_budget), token_budget - input_size)
         # Looking up a prefix takes a while: first see whether anything can be admitted at all.
         if not self._fits(request) or not self.config.chunk_size(1, token_budget, may_exceed):
             return None
@@ -140,7 +146,9 @@ class Scheduler:
             return None
         self.waiting.popleft()
         first_chunk = hit.first_chunk if hit else FirstChunk(num_tokens, num_tokens)
-        cache = self.model.allocate_cache(request.max_length(self.model), *first_chunk)
+        cache = self.model.allocate_cache(
+            request.max_length(self.model), *first_chunk, encoder_length=input_size
+        )
         if hit:
             cache.copy_prefix(hit.donor.cache, num_cached)
         cache_bytes = self._cache_bytes(request, first_chunk if hit else None)
@@ -157,7 +165,8 @@ class Scheduler:
         not bounded. `first_chunk` describes a prefix that the cache starts with."""
         if self.config.kv_cache_memory_bytes is None:
             return 0
-        return self.model.cache_bytes(request.max_length(self.model), first_chunk)
+        length, input_size = request.max_length(self.model), len(request.encoder_ids)
+        return self.model.cache_bytes(length, first_chunk, input_size)
 
     def _fits(self, request: Request, first_chunk: FirstChunk | None = None) -> bool:
         """Whether there is memory for the request's cache beside those of the running sequences."""

@@ -19,7 +19,8 @@ from mpishard.sequences.step import ScheduledChunk
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, `ids`, to be continued as `params` say.
+    """A prompt, `ids`, to be continued as `params` say. The decoder of a model with an encoder goes
+    on from `ids`, while the encoder reads `encoder_ids`.
 
     `index` is the request's place in the input; its random numbers depend on it, and on `choice`,
     the number of this answer among several. Generation ends with the first token that is one of
@@ -33,6 +34,7 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     stop_fn: Callable[[list[int]], bool] | None = None
     choice: int = 0
+    encoder_ids: list[int] = field(default_factory=list)
 
     def max_length(self, model: Decoder) -> int:
         """The most positions that the KV cache can hold. The last token of the longest output is
@@ -118,6 +120,12 @@ class Sequence:
         start = self.cache.length
         ids_S = np.array(self.token_ids[start : start + num_tokens], np.int64)
         remaining = self.num_uncomputed_tokens - num_tokens
+        request = self.request
         return ScheduledChunk(
-            ids_S, self.cache, remaining, self.request.index, len(self.request.ids)
+            ids_S,
+            self.cache,
+            remaining,
+            request.index,
+            len(request.ids),
+            None if start else np.array(request.encoder_ids, np.int64),
         )

@@ -6,8 +6,10 @@ attend_full_cache     each rank has every position of its heads: nothing is comm
 attend_sharded_cache  the positions lie on several ranks: sequences that begin in this step are
                       context parallelism's (`mpishard.parallel.context`), those that are extended
                       flash decoding's (`mpishard.parallel.flash_decoding`)
+attend_new            an encoder's tokens, of which nothing is kept, see those of this step alone:
+                      context parallelism's way of sequences that begin
 
-A layout chooses one of the two, with its forms, once.
+A layout chooses one of the first two, with its forms, once.
 """
 
 from __future__ import annotations
@@ -83,14 +85,34 @@ def attend_sharded_cache(
     return out_NhY, lse_Nh
 
 
+def attend_new(
+    prefill: context.Prefill,
+    q_NhK: np.ndarray,
+    k_NgK: np.ndarray,
+    v_NgY: np.ndarray,
+    spec: AttentionSpec,
+    layer: int,
+    step: Step,
+    mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sequence's tokens over each other. All sequences begin in this step, and end in it."""
+    out_NhY, lse_Nh = empty_output(q_NhK, v_NgY)
+    if step.segments:  # the same on all ranks of the replica
+        prefill(q_NhK, k_NgK, v_NgY, spec, step, mesh, out_NhY, lse_Nh)
+    return out_NhY, lse_Nh
+
+
 def empty_output(q_NhK: np.ndarray, v_NgY: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Arrays for attention's output, with anything in them: ``(out_NhY, lse_Nh)``."""
     N, h, _ = q_NhK.shape
     return np.empty((N, h, v_NgY.shape[2]), q_NhK.dtype), np.empty((N, h), q_NhK.dtype)
 
 
-def select_attention(layout: Layout) -> AttendCache:
-    """The form that `layout` asks for."""
+def select_attention(layout: Layout, keeps: bool = True) -> AttendCache:
+    """The form that `layout` asks for, of a decoder, which `keeps` keys and values, or of an
+    encoder."""
+    if not keeps:
+        return partial(attend_new, context.PREFILLS[layout.cp_prefill])
     if not layout.shards_kv_positions:
         return attend_full_cache
     return partial(

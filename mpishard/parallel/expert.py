@@ -18,11 +18,11 @@ owner of a token adds its experts' outputs up in ascending order of the experts,
 first form the order of additions does not depend on ``ep``. A rank without tokens takes part with
 no rows.
 
-Nothing is dropped unless an `ExpertCapacity` is asked for. It counts the tokens that one rank
-routes in one step (GShard's groups), as Megatron-LM and DeepSpeed do: no rank need know of
-another's, and what is dropped depends on the layout, on the batch and on the chunks of a prompt. A
-dropped row is not sent and adds nothing. The other weights of its token stay what they are: the
-residual stream carries the token on.
+Nothing is dropped unless the model has a `SequenceCapacity` or an `ExpertCapacity` is asked for.
+The latter counts the tokens that one rank routes in one step (GShard's groups), as Megatron-LM and
+DeepSpeed do: no rank need know of another's, and what is dropped depends on the layout, on the
+batch and on the chunks of a prompt. A dropped row is not sent and adds nothing. The other weights
+of its token stay what they are: the residual stream carries the token on.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block
 from mpishard.parallel import sequence, tensor
 from mpishard.parallel.physical_experts import DispatchCounts, PhysicalExperts
+from mpishard.parallel.sequence_capacity import SequenceCapacity, keep_mask
 from mpishard.parallel.tensor import FeedForward
 from mpishard.sequences.step import Step
 
@@ -71,6 +72,7 @@ class MoELayer:
     shared_expert_gate: Linear | None  # (1, D)
     physical_experts: PhysicalExperts
     capacity: ExpertCapacity | None
+    sequence_capacity: SequenceCapacity | None
     dispatch: Dispatch
     # Who chooses a token's experts: the router, unless the choice is replayed from a file.
     route_fn: RoutingFn | None = None
@@ -128,6 +130,8 @@ def route(x_nD: np.ndarray, w: MoELayer, step: Step, mesh: Mesh) -> Routing:
     keep_nA = np.ones(topk_ids_nA.shape, bool)
     if w.capacity is not None:
         keep_nA = w.capacity.keep_mask(topk_ids_nA, topk_weights_nA, len(w.gate.weight))
+    if w.sequence_capacity is not None:
+        keep_nA = keep_mask(topk_ids_nA, w.sequence_capacity, step, mesh)
     physical_ids_nA = w.physical_experts.physical_ids(topk_ids_nA, keep_nA, mesh.moe.rank)
     return Routing(topk_ids_nA, topk_weights_nA, physical_ids_nA)
 

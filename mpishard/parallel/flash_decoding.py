@@ -152,7 +152,7 @@ def merge_ar(
     partial_WHY: np.ndarray, lse_WH: np.ndarray, pairs: PairLayout, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every rank has the whole merged output, and takes its own block of it."""
-    peak_WH = all_reduce(lse_WH, mesh.kv, MAX)  # finite: every token sees itself
+    peak_WH = all_reduce(lse_WH, mesh.kv, MAX)  # finite: every token sees a key
     part_WH1 = np.exp(lse_WH - peak_WH)[..., np.newaxis]
     partial_WHX = np.concatenate([partial_WHY * part_WH1, part_WH1], axis=2)  # X: Y, then 1
     total_WHX = all_reduce(partial_WHX, mesh.kv)

@@ -26,6 +26,7 @@ from mpishard.communication.collectives import all_gather, all_reduce, reduce_sc
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import block
 from mpishard.parallel.attention import AttendCache
+from mpishard.parallel.cross_attention import AttendMemory, CrossAttention
 from mpishard.parallel.linear_attention import GatedDeltaNet, Recur
 from mpishard.parallel.qkv import MLA, Attention, Rope
 from mpishard.parallel.tensor import Embedding, FeedForward, ParallelLayer
@@ -47,7 +48,7 @@ def attention(
     attend: AttendCache,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Causal self-attention of the step's tokens over their sequences: (n, D)."""
+    """Self-attention of the step's tokens over their sequences: (n, D)."""
     x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
     q_NhK, k_NgK, v_NgY = w.project_qkv(x_ND)  # column-parallel: D is whole
     if w.full_width_norm:  # q and k are normalized over the heads of all ranks
@@ -71,6 +72,22 @@ def linear_attention(
     inputs = w.project(x_ND)  # column-parallel: D is whole
     out_NhY = recur(inputs, w, layer, step, mesh)
     partial_ND = w.o.partial(w.merge_heads(out_NhY, x_ND))  # row-parallel: h is summed away
+    y_nD = reduce_scatter(partial_ND, mesh.tp)
+    return w.o.add_bias(y_nD)
+
+
+def cross_attention(
+    x_nD: np.ndarray,
+    w: CrossAttention,
+    layer: int,
+    step: Step,
+    attend: AttendMemory,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Attention of the step's tokens to what the encoder made of their inputs: (n, D)."""
+    x_ND = all_gather(x_nD, mesh.tp, sizes=step.tokens_by_tp_rank(mesh.tp.size))
+    out_NhK = attend(w.project_q(x_ND), w.spec, layer, step, mesh)  # column-parallel: D is whole
+    partial_ND = w.o.partial(w.merge_heads(out_NhK))  # row-parallel: h is summed away
     y_nD = reduce_scatter(partial_ND, mesh.tp)
     return w.o.add_bias(y_nD)
 

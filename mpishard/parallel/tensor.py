@@ -30,6 +30,7 @@ from mpishard.arithmetic.ops import sigmoid
 from mpishard.communication.collectives import all_reduce
 from mpishard.communication.mesh import Mesh
 from mpishard.parallel.attention import AttendCache
+from mpishard.parallel.cross_attention import AttendMemory, CrossAttention
 from mpishard.parallel.linear_attention import GatedDeltaNet, Recur
 from mpishard.parallel.qkv import MLA, Attention, Rope
 from mpishard.sequences.step import Step
@@ -126,7 +127,7 @@ def attention(
     attend: AttendCache,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Causal self-attention of the step's tokens over their sequences: (N, D)."""
+    """Self-attention of the step's tokens over their sequences: (N, D)."""
     q_NhK, k_NgK, v_NgY = w.project_qkv(x_ND)  # column-parallel: D is whole
     if w.full_width_norm:  # q and k are normalized over the heads of all ranks
         squares_N2 = all_reduce(w.full_width_norm.partial_squares(q_NhK, k_NgK), mesh.tp)
@@ -148,6 +149,21 @@ def linear_attention(
     inputs = w.project(x_ND)  # column-parallel: D is whole
     out_NhY = recur(inputs, w, layer, step, mesh)
     partial_ND = w.o.partial(w.merge_heads(out_NhY, x_ND))  # row-parallel: h is summed away
+    y_ND = all_reduce(partial_ND, mesh.tp)
+    return w.o.add_bias(y_ND)
+
+
+def cross_attention(
+    x_ND: np.ndarray,
+    w: CrossAttention,
+    layer: int,
+    step: Step,
+    attend: AttendMemory,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Attention of the step's tokens to what the encoder made of their inputs: (N, D)."""
+    out_NhK = attend(w.project_q(x_ND), w.spec, layer, step, mesh)  # column-parallel: D is whole
+    partial_ND = w.o.partial(w.merge_heads(out_NhK))  # row-parallel: h is summed away
     y_ND = all_reduce(partial_ND, mesh.tp)
     return w.o.add_bias(y_ND)
 

@@ -16,6 +16,10 @@ class KVCache:
     position has reached take no memory. Of the sequence's `capacity` positions this rank keeps at
     most `num_slots`; which, `positions` says. The layers are those that have keys and values; what
     layers of linear attention keep instead are the `states`.
+
+    The `memory` of a decoder's sequence are the keys and values of its encoder's input, which do
+    not change once they are there. `expert_counts_LE` says how many of the tokens chose each expert
+    of each layer with limited ones.
     """
 
     def __init__(
@@ -28,8 +32,11 @@ class KVCache:
         num_slots: int | None = None,
         latent: int = 0,
         states: StateShape = NO_STATES,
+        memory: KVCache | None = None,
+        limited_experts: tuple[int, int] = (0, 0),
     ):
-        self.capacity, self.latent = capacity, latent
+        self.capacity, self.latent, self.memory = capacity, latent, memory
+        self.expert_counts_LE = np.empty(limited_experts, np.int64)
         num_slots = capacity if num_slots is None else num_slots
         self.k = np.empty((layers, kv_heads, width, num_slots), dtype)
         if latent:
@@ -42,8 +49,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.k.nbytes + (0 if self.latent else self.v.nbytes)
+        """Bytes of keys and values, those of the memory included."""
+        own = self.k.nbytes + (0 if self.latent else self.v.nbytes)
+        return own + (self.memory.nbytes if self.memory else 0)
 
     def clear(self) -> None:
         """Forget everything: the next step starts the sequence from its beginning."""
@@ -51,6 +59,9 @@ class KVCache:
         self.num_local = 0  # how many of them are kept here
         self.write_offset = 0  # how many of those came before the present step
         self.states.clear()
+        self.expert_counts_LE[:] = 0
+        if self.memory is not None:
+            self.memory.clear()
 
     def extend(self, positions: np.ndarray, length: int) -> None:
         """Reserve slots for the `positions` that the present step adds here; the sequence now has

@@ -9,7 +9,7 @@ holds the N of this rank, and `Step.global_index` says where they belong among t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,13 +23,15 @@ from mpishard.sequences.sharding import SequenceSharding
 class ScheduledChunk(NamedTuple):
     """What a step is to process of a sequence: its next tokens and its cache. `remaining` more
     tokens are known and follow in later steps. `request` is the sequence's number, and its
-    positions from `prompt` on, if that is given, are decode tokens."""
+    positions from `prompt` on, if that is given, are decode tokens. `encoder_ids_T` is the input
+    that the encoder reads for a sequence that begins."""
 
     ids_S: np.ndarray
     cache: KVCache
     remaining: int = 0
     request: int = 0
     prompt: int | None = None
+    encoder_ids_T: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Step:
 
     `global_index` has the indices of each cp rank's tokens among the W of all ranks.
     `logits_owner_index` has, for each cp rank, which of all wanted tokens are its own.
+
+    `encoding` is the encoder's step, of the inputs of all sequences that begin; None if it has
+    nothing to read.
     """
 
     ids_N: np.ndarray
@@ -64,6 +69,7 @@ class Step:
     global_index: list[np.ndarray]
     logits_owner_index: list[np.ndarray]
     sequence_sharding: SequenceSharding
+    encoding: Step | None = None
 
     def tokens_by_tp_rank(self, tp: int) -> list[int]:
         """How many of this cp rank's tokens each of `tp` ranks has under sequence parallelism:
@@ -90,6 +96,17 @@ class Step:
                 positions_S = self.positions_N[segment.token_slice]
                 is_decode_N[segment.token_slice] = positions_S >= segment.prompt
         return is_decode_N
+
+    @cached_property
+    def over_memory(self) -> Step:
+        """This step as attention over the encoder's outputs sees it, where all keys and values are
+        there before: every sequence is extended, and its cache is its memory."""
+        segments = []
+        for segment in self.segments:
+            assert segment.cache.memory is not None, "a sequence beside an encoder has a memory"
+            own = replace(segment, cache=segment.cache.memory, is_first_chunk=False)
+            segments.append(own)
+        return replace(self, segments=segments)
 
     @cached_property
     def first_chunks(self) -> list[Segment]:
@@ -155,10 +172,13 @@ def pack(
     nothing = np.empty(0, np.int64)  # a step may have no tokens at all
     ids, positions, indices = [nothing], [nothing], [[nothing] * sequence_sharding.cp]
     wanted: list[int] = []
+    inputs: list[ScheduledChunk] = []
     begin = stop = 0  # of a sequence's new tokens among all of the step's, and this rank's
     for chunk in chunks:
-        ids_S, cache, remaining, request, prompt = ScheduledChunk(*chunk)
-        start = cache.length
+        ids_S, cache, remaining, request, prompt, encoder_ids_T = ScheduledChunk(*chunk)
+        start, memory = cache.length, cache.memory
+        if encoder_ids_T is not None and memory is not None:
+            inputs.append(ScheduledChunk(encoder_ids_T, memory, request=request))
         by_rank = sequence_sharding.tokens(start, start + len(ids_S))
         mine = by_rank[sequence_sharding.cp_rank]
         cached = sequence_sharding.cached_here(mine)
@@ -186,4 +206,5 @@ def pack(
             for one, mask in zip(global_index, here, strict=True)
         ],
         sequence_sharding=sequence_sharding,
+        encoding=pack(inputs, sequence_sharding) if inputs else None,
     )

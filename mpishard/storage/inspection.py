@@ -42,6 +42,7 @@ def _model_lines(config: ModelConfig) -> list[str]:
     return [
         f"family        {config.family}{f', in {config.wrapper}' if config.wrapper else ''}",
         f"layers        {config.layers}",
+        *([f"encoder       {_encoder(config.encoder)}"] if config.encoder else []),
         f"hidden        {config.hidden}",
         f"heads         {config.heads} query, {config.kv_heads} key/value, width {config.head_dim}",
         *([f"latent        {_latent(config.mla)}"] if config.mla else []),
@@ -54,6 +55,11 @@ def _model_lines(config: ModelConfig) -> list[str]:
             for place, option in enumerate(active_options(config))
         ),
     ]
+
+
+def _encoder(encoder: ModelConfig) -> str:
+    sparse = encoder.moe.layers.count(True) if encoder.moe else 0
+    return f"{encoder.layers} layers, {sparse} of them with experts"
 
 
 def _positions(config: ModelConfig) -> str:

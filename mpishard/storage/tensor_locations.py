@@ -111,11 +111,20 @@ def locate_weights(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, 
     for weight in weight_specs(config):
         possible = [
             _as_quantized(config, location, stored)
-            for location in _possible_locations(config, weight, prefix)
+            for location in _possible_locations(*_in_its_stack(config, weight), prefix)
         ]
         there = (one for one in possible if any(name in stored for name in one.tensors))
         locations[weight.name] = next(there, possible[0])
     return locations
+
+
+def _in_its_stack(config: ModelConfig, weight: WeightSpec) -> tuple[ModelConfig, WeightSpec]:
+    """The configuration of the stack of layers that a weight belongs to, and the weight by the name
+    that it has within this."""
+    if not weight.of_encoder or config.encoder is None:
+        return config, weight
+    name = weight.name.removeprefix("model.encoder.")
+    return config.encoder, replace(weight, name=f"model.{name}")
 
 
 def _as_quantized(

@@ -68,8 +68,8 @@ def plain(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec):
             scores = np.array([spec.scale * q_ShK[s, head] @ k_gTK[group, i] for i in seen])
             if spec.softcap is not None:
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
-            if spec.alibi is not None:
-                slope = spec.alibi.scale * spec.alibi.slopes_h[head]
+            if spec.biases is not None:
+                slope = spec.biases.scale * spec.biases.slopes_h[head]
                 scores += [slope * (k_pos_T[i] - p) for i in seen]
             weights = np.exp(scores - scores.max())
             out_ShK[s, head] = weights @ v_gTK[group, seen] / weights.sum()
@@ -106,7 +106,7 @@ def test_attend(monkeypatch, reach, positions):
         case = arrays(*POSITIONS[positions], h, g, size=size, **reach)
         capped = arrays(*POSITIONS[positions], h, g, size=size, softcap=1.5 * size, **reach)
         *rest, spec = case
-        biased = *rest, replace(spec, alibi=LinearBiases(0.9 ** np.arange(h), scale=0.3))
+        biased = *rest, replace(spec, biases=LinearBiases(0.9 ** np.arange(h), scale=0.3))
         for one in (case, capped, biased):
             expected = plain(*one)
             assert_close(attend(*one), expected, atol=1e-12 * size**2)
@@ -281,7 +281,7 @@ def test_slopes_of_heads_that_are_a_power_of_two_and_of_others():
 
 def test_biases_of_some_heads_are_those_of_the_whole():
     q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = arrays(range(9), range(9), h=6, g=3)
-    spec = replace(spec, alibi=LinearBiases(alibi_slopes(6)))
+    spec = replace(spec, biases=LinearBiases(alibi_slopes(6)))
     whole, _ = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
     part, _ = attend(
         q_ShK[:, 2:4], q_pos_S, k_gTK[1:2], v_gTK[1:2], k_pos_T, spec.of_heads(slice(2, 4))
@@ -298,13 +298,13 @@ def test_rounding_is_that_of_bfloat16():
 def test_rounded_biases_do_not_depend_on_how_the_keys_are_cut():
     """Of a bfloat16 product of slope and position, positions beyond 256 are rounded too."""
     q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec = arrays(range(250, 260), range(260), h=4, g=2)
-    spec = replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4, rounded=True))
+    spec = replace(spec, biases=LinearBiases(0.7 ** np.arange(4), scale=0.4, rounded=True))
     whole = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
     cuts = [slice(0, None, 2), slice(1, None, 2)]
     parts = [
         attend(q_ShK, q_pos_S, k_gTK[:, cut], v_gTK[:, cut], k_pos_T[cut], spec) for cut in cuts
     ]
     assert_close(merge_attn_states(*parts[0], *parts[1]), whole)
-    spec = replace(spec, alibi=LinearBiases(0.7 ** np.arange(4), scale=0.4))
+    spec = replace(spec, biases=LinearBiases(0.7 ** np.arange(4), scale=0.4))
     exact, _ = attend(q_ShK, q_pos_S, k_gTK, v_gTK, k_pos_T, spec)
     assert np.abs(exact - whole[0]).max() > 1e-3

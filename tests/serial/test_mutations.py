@@ -22,6 +22,7 @@ TESTS = {
     "schedule": "tests/parallel/test_schedule.py",
     "sampling": "tests/parallel/test_sampling.py",
     "linear_attention": "tests/parallel/test_linear_attention.py",
+    "cross_attention": "tests/parallel/test_cross_attention.py",
 }
 
 # The variant in which a mistake is made, if not the usual one: it uses the option concerned.
@@ -44,6 +45,8 @@ VARIANT_OF = {
     "positions off by one": "gpt2-layers",
     "slopes of the heads of another rank": "bloom-six",
     "norms that keep the mean": "falcon-new",
+    "an expert's tokens counted from each chunk on": "switch_transformers-mixed",
+    "an encoder that does not see later tokens": "switch_transformers-mixed",
 }
 
 # Name: (what is patched, the file that must go red, a test of it that must fail).
@@ -91,6 +94,26 @@ MISTAKES = {
         "linear_attention.runs_of = lambda chunks: right(chunks)[::-1]",
         "linear_attention",
         "test_states_are_carried_through_chunks_batches_and_decode",
+    ),
+    "an expert's tokens counted from each chunk on": (
+        "import numpy as np\n"
+        "from mpishard.parallel import expert\n"
+        "right = expert.keep_mask\n"
+        "def wrong(ids, capacity, step, mesh):\n"
+        "    for segment in step.segments:\n"
+        "        segment.cache.expert_counts_LE[:] = 0\n"
+        "    return right(ids, capacity, step, mesh)\n"
+        "expert.keep_mask = wrong",
+        "cross_attention",
+        "test_every_phase_is_the_references",
+    ),
+    "an encoder that does not see later tokens": (
+        "from dataclasses import replace\n"
+        "from mpishard import layers\n"
+        "right = layers.AttentionSpec\n"
+        "layers.AttentionSpec = lambda *of, **more: right(*of, **more | {'causal': True})",
+        "cross_attention",
+        "test_every_phase_is_the_references",
     ),
     "a swapped key/value head": (
         "from mpishard.config import weight_specs\n"

@@ -18,7 +18,7 @@ from mpishard.sequences.sharding import FirstChunk, SequenceSharding
 def fake_model(cp: int = 1, order: str = "zigzag", dynamic_from: int = 1000) -> Any:
     """What the prefix cache asks of a decoder, whose RoPE is dynamic beyond `dynamic_from`."""
     return SimpleNamespace(
-        config=SimpleNamespace(max_position_embeddings=1000, linear_attention=None),
+        config=SimpleNamespace(max_position_embeddings=1000, linear_attention=None, encoder=None),
         sequence_sharding=SequenceSharding(cp, order=order),
         uses_dynamic_rope=lambda length: length > dynamic_from,
     )

@@ -21,15 +21,17 @@ BYTES = 8  # of a cached position; a reused prefix takes 1,000 more, to be recog
 def fake_model() -> Any:
     """What the scheduler asks of a decoder."""
 
-    def cache_bytes(capacity: int, first_chunk: FirstChunk | None = None) -> int:
-        return BYTES * capacity + 1000 * (first_chunk is not None)
+    def cache_bytes(
+        capacity: int, first_chunk: FirstChunk | None = None, encoder_length: int = 0
+    ) -> int:
+        return BYTES * (capacity + encoder_length) + 1000 * (first_chunk is not None)
 
     return SimpleNamespace(
-        config=SimpleNamespace(max_position_embeddings=1000, linear_attention=None),
+        config=SimpleNamespace(max_position_embeddings=1000, linear_attention=None, encoder=None),
         sequence_sharding=SequenceSharding(),
         uses_dynamic_rope=lambda length: False,
         rope_lengths=lambda length: (0,),
-        allocate_cache=lambda capacity, *_: KVCache(1, 1, capacity, 1, np.dtype(np.float32)),
+        allocate_cache=lambda capacity, *_, **__: KVCache(1, 1, capacity, 1, np.dtype(np.float32)),
         cache_bytes=cache_bytes,
     )
 
@@ -105,3 +107,15 @@ def test_requests_that_are_fetched_ahead():
     assert made.num_wanted == 0
     step(made)
     assert (len(made.running), len(made.waiting), made.num_wanted) == (3, 2, 0)
+
+
+def test_what_an_encoder_reads_counts_as_tokens_of_the_step():
+    made = Scheduler(fake_model(), SchedulerConfig(max_num_batched_tokens=12))
+    requests = [
+        Request(index, [index], SamplingParams(max_tokens=3), encoder_ids=[5] * length)
+        for index, length in enumerate((8, 2, 1, 40))
+    ]
+    assert made.add(requests) == []
+    assert step(made) == [(0, 1), (1, 1)]  # 8 + 1 and 2 + 1 tokens are all that a step takes
+    assert step(made) == [(0, 1), (1, 1), (2, 1)]  # the longest needs a step that admits no other
+    assert step(made) == [(0, 1), (1, 1), (2, 1), (3, 1)]

@@ -57,6 +57,7 @@ from mpishard.config.families.seed_oss import SEED_OSS
 from mpishard.config.families.smollm3 import SMOLLM3
 from mpishard.config.families.stablelm import STABLELM
 from mpishard.config.families.starcoder2 import STARCODER2
+from mpishard.config.families.switch_transformers import SWITCH_TRANSFORMERS
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -68,6 +69,6 @@ FAMILIES: dict[str, Family] = {
         *(GPT_NEOX, GPTJ, PHI, STABLELM, COHERE, COHERE2, NEMOTRON),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3),
         *(DOTS1, GLM4_MOE, MINIMAX_M2, GRANITEMOE, GRANITEMOESHARED, HUNYUAN_V1_MOE),
-        *(ERNIE4_5_MOE, PHIMOE, LLAMA4, QWEN3_NEXT),
+        *(ERNIE4_5_MOE, PHIMOE, LLAMA4, QWEN3_NEXT, SWITCH_TRANSFORMERS),
     )
 }

@@ -25,8 +25,11 @@ class MoEFamily:
     names: ExpertNames = ExpertNames()
     # Which layers are dense: "never", "by step" (decoder_sparse_step, mlp_only_layers), "the first"
     # (first_k_dense_replace), those that are not "interleaved" (interleave_moe_layer_step or
-    # moe_layers), or those "outside of a range" (moe_layer_start_index, _end_index and _interval).
+    # moe_layers), those "outside of a range" (moe_layer_start_index, _end_index and _interval), or
+    # those "between sparse steps" (encoder_sparse_step and decoder_sparse_step).
     dense: str = "never"
+    top_k: int | None = None  # always so many experts; None: a field says how many
+    capacity: bool = False  # the field expert_capacity limits the tokens of a sequence
     first_dense: int = 0  # the default of first_k_dense_replace
     scoring: str = "softmax"  # or "sigmoid" or "sparsemixer"
     scale_inputs: bool = False  # the weights multiply the inputs of experts
@@ -84,6 +87,8 @@ class Family:
     clip_qkv: float | None = None  # the values at which q, k and v are cut off
     output_gate: bool = False  # what heads give is multiplied by the sigmoid of a projection
     mla: bool = False  # then attention_bias means the projections to the latents, and o_proj
+    # An encoder of num_layers layers beside the decoder of num_decoder_layers.
+    encoder: bool = False
     linear_attention: bool = False  # the layers that layer_types says are gated delta nets
 
     # Attention: norms of q and k
@@ -114,7 +119,7 @@ class Family:
     chunk: int | None = None
 
     # Positions are known by "rope", by a "learned" embedding, by "alibi", or by the same with
-    # biases that are rounded, "alibi in bfloat16".
+    # biases that are rounded, "alibi in bfloat16", or by "relative" biases.
     positions: str = "rope"
     position_offset: int = 0  # the row of position 0 in the learned embedding, and rows beside it
 
@@ -176,6 +181,8 @@ class Family:
 
     # Files, and what they may say
     stored_names: StoredNames = StoredNames()
+    encoder_stored_names: StoredNames = StoredNames()
+    encoder_moe_names: ExpertNames = ExpertNames()
     quantization: str | None = None  # the quant_method that its weights may have
     ignored: frozenset[str] = frozenset()  # fields that change nothing in this family
     # Fields that may only say what happens anyway, of a list in all its entries.
