@@ -75,9 +75,7 @@ def attend_sharded_cache(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each sequence's new tokens over all its positions, of which this rank's cache keeps some."""
     out_NhY, lse_Nh = empty_output(q_NhK, v_NgY)
-    for segment in step.segments:
-        new, cached = segment.token_slice, segment.cached
-        segment.cache.write(layer, k_NgK[new][cached], v_NgY[new][cached])
+    write_cache(k_NgK, v_NgY, layer, step)
     if step.first_chunks:  # the same on all ranks of the replica
         prefill(q_NhK, k_NgK, v_NgY, spec, step, mesh, out_NhY, lse_Nh)
     if step.extends:
@@ -100,6 +98,14 @@ def attend_new(
     if step.segments:  # the same on all ranks of the replica
         prefill(q_NhK, k_NgK, v_NgY, spec, step, mesh, out_NhY, lse_Nh)
     return out_NhY, lse_Nh
+
+
+def write_cache(k_NgK: np.ndarray, v_NgY: np.ndarray, layer: int, step: Step) -> None:
+    """Write the new keys and values of a layer to the caches of their sequences: of this rank's
+    tokens those that it keeps."""
+    for segment in step.segments:
+        new, cached = segment.token_slice, segment.cached
+        segment.cache.write(layer, k_NgK[new][cached], v_NgY[new][cached])
 
 
 def empty_output(q_NhK: np.ndarray, v_NgY: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

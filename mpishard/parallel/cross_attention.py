@@ -27,6 +27,7 @@ from mpishard.arithmetic.linear import Linear
 from mpishard.communication.mesh import Mesh
 from mpishard.config.layout import Layout
 from mpishard.parallel import flash_decoding
+from mpishard.parallel.attention import write_cache
 from mpishard.parallel.qkv import split_heads
 from mpishard.sequences.step import Step
 
@@ -64,10 +65,7 @@ def remember(x_ND: np.ndarray, layers: Sequence[CrossAttention], step: Step) -> 
     """Write the keys and values of a step of the encoder, whose outputs are `x_ND`, to the memories
     of its sequences."""
     for layer, w in enumerate(layers):
-        k_NgK, v_NgK = w.project_kv(x_ND)
-        for segment in step.segments:
-            new, cached = segment.token_slice, segment.cached
-            segment.cache.write(layer, k_NgK[new][cached], v_NgK[new][cached])
+        write_cache(*w.project_kv(x_ND), layer, step)
 
 
 class AttendMemory(Protocol):

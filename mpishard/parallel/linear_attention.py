@@ -246,9 +246,10 @@ def _advance(segment: Segment, layer: int, w: GatedDeltaNet, new: DeltaInputs) -
 def _rows_before(run: Run, tails: dict[Run, np.ndarray], back: int) -> np.ndarray:
     """The `back` rows of a sequence before a run, zeros before its beginning."""
     earlier = sorted(one for one in tails if one.sequence == run.sequence and one < run)
-    X = next(iter(tails.values())).shape[1]
-    rows_TX = np.concatenate([np.zeros((back, X)), *(tails[one] for one in earlier)])
-    return rows_TX[len(rows_TX) - back :].astype(next(iter(tails.values())).dtype)
+    any_TX = next(iter(tails.values()))
+    before_TX = np.zeros((back, any_TX.shape[1]), any_TX.dtype)
+    rows_TX = np.concatenate([before_TX, *(tails[one] for one in earlier)])
+    return rows_TX[len(rows_TX) - back :]
 
 
 def _empty_output(inputs: DeltaInputs, w: GatedDeltaNet) -> np.ndarray:
